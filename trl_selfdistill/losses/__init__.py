@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentiable functions of hidden states and LM heads."""
+
+from .linear_ce_kl import IGNORE_INDEX, CEKLOutput, LMHead, linear_ce_kl
+
+
+__all__ = ["IGNORE_INDEX", "CEKLOutput", "LMHead", "linear_ce_kl"]
