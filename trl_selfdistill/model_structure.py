@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of five groups each parameter of a causal language model belongs to, and in which layer it sits.
+
+Decided by the structure of the model (its embedding modules, its lists of blocks, the classes of the modules in them),
+so that it holds for every architecture of transformers, and for most remote code.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+GROUPS = ("embeddings", "attention", "mlp", "norm", "lm_head")
+
+# transformers ends the class of every attention with one of these; DeltaNets are linear attention over queries, keys
+# and values. The end matters: `JambaAttentionDecoderLayer` holds an attention and an MLP.
+_ATTENTION_CLASS = re.compile(r"(attention|attn|deltanet)\d*$", re.IGNORECASE)
+# The attribute finds what is called otherwise: `self_attn` of LongCat-Flash is a list of `LongcatFlashMLA`
+_ATTENTION_ATTRIBUTE = re.compile(r"(attention|attn)$", re.IGNORECASE)
+
+
+class ParameterName(NamedTuple):
+    """A name of a parameter, its group (`None` if it has none) and the index of the block that it is in, if any."""
+
+    name: str
+    group: str | None
+    layer: int | None
+
+
+def named_tensors(model: PreTrainedModel) -> Iterator[tuple[nn.Parameter, list[ParameterName]]]:
+    """
+    Each parameter once, in the order of `model.named_parameters()`, with all of its names: a tied one has several.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Causal language model.
+    """
+    structure = _Structure(model)
+    tensors: dict[int, tuple[nn.Parameter, list[ParameterName]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensors.setdefault(id(parameter), (parameter, []))[1].append(structure.locate(name))
+    for parameter, names in tensors.values():
+        yield parameter, [name for name in names if name.group is not None] or names
+
+
+def group_of(names: list[ParameterName]) -> str | None:
+    """The group to count a parameter in that has these names: that of the first, and `embeddings` before `lm_head`."""
+    groups = [name.group for name in names]
+    return "embeddings" if "embeddings" in groups else groups[0]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # By class, as shapes do not tell: the q_norm of Cohere has a 2-D weight. `InklingNormedEmbedding` is not a norm.
+    return "norm" in type(module).__name__.lower() and not isinstance(module, nn.Embedding)
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    # A block is made of several modules. That leaves out lists of projections (Gemma 3n's `altup_projections`).
+    return isinstance(module, nn.ModuleList) and any(next(block.children(), None) is not None for block in module)
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    return any(map(_is_block_list, module.modules()))
+
+
+class _Structure:
+    """The landmarks of a model, from which the group and the layer of a parameter follow."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        # `get_decoder` takes the head of ModernBERT-decoder, an attribute called `decoder`, for the decoder
+        decoder = model.get_decoder()
+        self.decoder = decoder if _holds_blocks(decoder) else model.base_model
+        self.embeddings = self._with_companions(model.get_input_embeddings())
+        self.lm_head = self._with_companions(model.get_output_embeddings())
+
+    def _with_companions(self, module: nn.Module | None) -> nn.Module | None:
+        """`module`, or the module around it if that holds no blocks (BERT's `embeddings` and `cls.predictions`)."""
+        for path, other in self.modules.items():
+            if other is module:
+                parent = self.modules[path.rpartition(".")[0]]
+                return module if _holds_blocks(parent) else parent
+        return None
+
+    def locate(self, name: str) -> ParameterName:
+        attributes = name.split(".")[:-1]
+        path = [self.modules[".".join(attributes[:depth])] for depth in range(len(attributes) + 1)]
+        layer = None
+        for module, attribute in zip(path, attributes, strict=False):
+            if _is_block_list(module):  # the outermost one: experts are lists of modules too
+                layer = int(attribute)
+                break
+        return ParameterName(name, self._group(path, attributes, layer), layer)
+
+    def _group(self, path: list[nn.Module], attributes: list[str], layer: int | None) -> str | None:
+        def inside(module: nn.Module | None) -> bool:
+            return any(module is outer for outer in path)
+
+        landmark = "lm_head" if inside(self.lm_head) else "embeddings" if inside(self.embeddings) else None
+        if landmark is None and not inside(self.decoder):
+            return None  # a vision tower, a projector
+        if _is_norm(path[-1]):
+            return "norm"
+        if landmark is not None:
+            return landmark
+        for attribute, module in zip(attributes, path[1:], strict=True):
+            if _ATTENTION_CLASS.search(type(module).__name__) or _ATTENTION_ATTRIBUTE.search(attribute):
+                return "attention"
+        if layer is not None:
+            return "mlp"
+        # Outside of the blocks are positions, and projections beside the blocks (OPT's `project_in`, Gemma 4's
+        # `per_layer_model_projection`). What is further away (a vision tower inside of the decoder) gets no group.
+        nearest = [module for module in path if not isinstance(module, nn.ModuleList)][-2:]
+        beside = any(module is self.decoder or any(map(_is_block_list, module.children())) for module in nearest)
+        return "embeddings" if beside or isinstance(path[-1], nn.Embedding) else None

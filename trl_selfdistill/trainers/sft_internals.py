@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that relies on how TRL's `SFTTrainer` and transformers' models work inside.
+
+What it relies on, and what happens when a TRL release moves it:
+- `SFTTrainer.__init__` binds a `forward` to the model instance (`add_fused_lm_head`). A deep copy of the model would go
+  on running the original's weights, so [`frozen_copy`] unbinds it. Were TRL to stop, unbinding does nothing.
+- `maybe_gather_lm_head_ctx` gathers a ZeRO-3 partitioned head. Were it gone, importing this file fails.
+- `create_model_from_path` loads a model given by name as `SFTTrainer` does. Were it gone, importing this file fails.
+- `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`.
+"""
+
+import copy
+import functools
+import types
+from typing import NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx
+
+from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, linear_ce_kl
+
+
+__all__ = [
+    "DistillationTargets",
+    "DistillationOutput",
+    "add_distillation_forward",
+    "base_causal_lm",
+    "config_from",
+    "create_model_from_path",
+    "frozen_copy",
+    "get_config_model_id",
+    "lm_head_of",
+]
+
+
+class DistillationTargets(NamedTuple):
+    """What the student's forward needs to compute the loss inside the DDP / FSDP / DeepSpeed wrapper."""
+
+    teacher_hidden_states: torch.Tensor  # (num_label_tokens, teacher_hidden_size)
+    teacher_lm_head: LMHead
+    ce_weight: float
+    kl_weight: float
+    temperature: float
+    num_items_in_batch: int | torch.Tensor | None
+
+
+class DistillationOutput(NamedTuple):
+    """What a forward returns that was called with [`DistillationTargets`]."""
+
+    ce_kl: CEKLOutput
+    aux_loss: torch.Tensor | None  # the MoE load-balancing loss, where router logits were asked for
+
+
+def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The `transformers` model itself, without a PEFT wrapper around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own.
+
+    TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy they
+    would keep running the weights of the student in training.
+    """
+    teacher = copy.deepcopy(model)
+    for module in (teacher, base_causal_lm(teacher)):
+        for name in ("forward", "_original_forward"):
+            module.__dict__.pop(name, None)
+    return teacher.requires_grad_(False).eval()
+
+
+def lm_head_of(model: PreTrainedModel) -> LMHead:
+    """
+    The LM head of a causal language model with the logit post-processing of its architecture, read from its config under
+    the names that TRL's `add_fused_lm_head` knows. FSDP2 shards are gathered (a collective: call it on every rank).
+    """
+    config = model.config.get_text_config()
+    logit_scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
+        if logit_scale is None:
+            logit_scale = getattr(config, name, None)
+    if logit_scale is None and getattr(config, "logits_scaling", None) is not None:
+        # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+        logit_scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    head = model.get_output_embeddings()
+    weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LMHead(weight, bias, 1.0 if logit_scale is None else logit_scale, softcap)
+
+
+def add_distillation_forward(model: PreTrainedModel) -> None:
+    """
+    Lets `model(..., labels=labels, distillation=...)` run the backbone and the head on the label positions only.
+
+    With `distillation=DistillationTargets(...)` it returns a [`DistillationOutput`], with `distillation="hidden_states"`
+    the last hidden states at the label positions, of shape `(num_label_tokens, hidden_size)`; without it, what it
+    returned before. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's autocast
+    wrap: parameters are gathered and cast, and prompt-learning tokens added, as in any other forward.
+    """
+    original_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
+    def forward(self, *args, distillation=None, **kwargs):
+        if distillation is None:
+            return original_forward(*args, **kwargs)
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        kwargs["use_cache"] = False
+        # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run
+        outputs = self.base_model(*args, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if shift_labels is None:
+            hidden_states, shift_labels = hidden_states[:, :-1], labels[:, 1:]
+        mask = shift_labels != IGNORE_INDEX
+        hidden_states = hidden_states[mask.to(hidden_states.device)]  # (num_label_tokens, hidden_size)
+        if isinstance(distillation, str):
+            return hidden_states
+        ce_kl = _head_loss(self, hidden_states, shift_labels[mask], distillation)
+        return DistillationOutput(ce_kl, _aux_loss(self, outputs, kwargs))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _head_loss(
+    model: PreTrainedModel, hidden_states: torch.Tensor, shift_labels: torch.Tensor, targets: DistillationTargets
+) -> CEKLOutput:
+    if len(hidden_states) != len(targets.teacher_hidden_states):
+        raise ValueError(
+            f"The student has {len(hidden_states)} label positions and the teacher {len(targets.teacher_hidden_states)} in "
+            "the same batch. A prompt-learning adapter (virtual tokens) shifts the positions: pass a `teacher_model` with "
+            "the same adapter, or train another kind of adapter."
+        )
+    output_embeddings = model.get_output_embeddings()
+    with maybe_gather_lm_head_ctx(output_embeddings.weight, output_embeddings.bias):
+        lm_head = lm_head_of(model)
+        device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
+        teacher_lm_head = targets.teacher_lm_head
+        moved = (x.to(device) if isinstance(x, torch.Tensor) else x for x in teacher_lm_head)
+        return linear_ce_kl(
+            hidden_states.to(device),
+            lm_head,
+            targets.teacher_hidden_states.to(device),
+            LMHead(*moved),
+            shift_labels.to(device),
+            ce_weight=targets.ce_weight,
+            kl_weight=targets.kl_weight,
+            temperature=targets.temperature,
+            num_items_in_batch=targets.num_items_in_batch,
+        )
+
+
+def _aux_loss(model: PreTrainedModel, outputs, kwargs: dict) -> torch.Tensor | None:
+    """The MoE load-balancing loss, which the model's own forward would have computed from the router logits."""
+    if not kwargs.get("output_router_logits"):
+        return None
+    config = model.config.get_text_config()
+    return load_balancing_loss_func(
+        outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )
+
+
+def config_from(args: TrainingArguments | None, config_class: type, model, suffix: str) -> TrainingArguments:
+    """
+    The `config_class` that a trainer works with, from what `SFTTrainer` accepts as `args`: its own config, a plain
+    `TrainingArguments` or `SFTConfig` (whose values are kept), or `None` (`output_dir` is then `<model name>-<suffix>`).
+    """
+    if isinstance(args, config_class):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{name.split('/')[-1]}-{suffix}")
+    values = args.to_dict()
+    values["hub_token"] = args.hub_token  # `to_dict` hides it
+    return config_class(**values)
