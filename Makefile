@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/run_study.py --output_dir outputs/quickstart $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@
     python scripts/compare_slick_methods.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output slick_methods.json
 
 Answers are sampled for `--num_sampled_facts` of the facts, `--num_samples` a prompt; the time is scaled to 16 samples.
-The methods take turns on pieces of the facts, so that other load on the machine meets both.
+The methods take turns on each relation and prompt, so that other load on the machine meets both.
 """
 
 import argparse
@@ -29,21 +29,16 @@ from trl_selfdistill.slick import PRESETS, slick_category
 
 QUICK = PRESETS["quick"]
 SAMPLING = {"temperature": QUICK.temperature, "top_k": QUICK.top_k}
-ORDER = ("greedy", "sampled", "score")
+DEFAULTS = {"num_facts": 1000, "num_sampled_facts": 150, "num_samples": 4, "batch_size": 32, "max_new_tokens": 16}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, default=Path("slick_methods.json"))
-    parser.add_argument("--num_facts", type=int, default=1000)
-    parser.add_argument("--num_sampled_facts", type=int, default=150)
-    parser.add_argument("--num_samples", type=int, default=4, help="samples a prompt")
-    parser.add_argument("--batch_size", type=int, default=32, help="sequences; twice as many when sampling")
-    parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--num_threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in (DEFAULTS | {"num_threads": 1, "seed": 0}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
 
@@ -52,12 +47,10 @@ def choose_facts(args: argparse.Namespace):
     facts = geonames_facts()
     exemplars, kept = reserve_exemplars(facts, QUICK.num_prompts, QUICK.num_shots, args.seed)
     facts = facts.select(kept).shuffle(seed=args.seed)
-    rows_of_relation = defaultdict(list)
-    for row, relation in enumerate(facts["relation"]):
-        rows_of_relation[relation].append(row)
+    rows_of = [[row for row, other in enumerate(facts["relation"]) if other == name] for name in exemplars]
     chosen = []
-    for i, rows in enumerate(sorted(rows_of_relation.values(), key=len)):
-        chosen += rows[: round((args.num_facts - len(chosen)) / (len(rows_of_relation) - i))]
+    for i, rows in enumerate(sorted(rows_of, key=len)):
+        chosen += rows[: round((args.num_facts - len(chosen)) / (len(rows_of) - i))]
     return facts.select(chosen), exemplars
 
 
@@ -75,23 +68,22 @@ def ask_both(args, model, tokenizer, facts, exemplars) -> tuple[list[dict], dict
     sampled_rows = set(np.random.default_rng(args.seed).permutation(len(facts))[: args.num_sampled_facts].tolist())
     rows_of = {name: [i for i, other in enumerate(facts["relation"]) if other == name] for name in exemplars}
     pieces = [(rows, prompt) for name, rows in rows_of.items() for prompt in exemplars[name]]
-    records, generation = [], {"max_new_tokens": args.max_new_tokens}
+    records, cut = [], {"max_new_tokens": args.max_new_tokens}
     for seed, (rows, prompt) in enumerate(tqdm(pieces, unit="piece")):
         texts = [few_shot_prompt(facts[row]["question"], prompt) for row in rows]
         forms = [[facts[row]["answer"], *facts[row]["aliases"]] for row in rows]
         scores = timed("score", len(rows), score_answers, texts, forms, batch_size=args.batch_size, **SAMPLING)
-        greedy = timed("greedy", len(rows), predict_answers, texts, batch_size=args.batch_size, **generation)
+        greedy = timed("greedy", len(rows), predict_answers, texts, batch_size=args.batch_size, **cut)
         drawn = [i for i, row in enumerate(rows) if row in sampled_rows]
-        how = {"num_samples": args.num_samples, "seed": seed, "batch_size": 2 * args.batch_size, **SAMPLING}
+        how = {"num_samples": args.num_samples, "seed": seed, "batch_size": 2 * args.batch_size, **SAMPLING, **cut}
         count = len(drawn) * args.num_samples
-        samples = timed("sampled", count, predict_answers, [texts[i] for i in drawn], **how, **generation)
+        samples = timed("sampled", count, predict_answers, [texts[i] for i in drawn], **how)
         samples = dict(zip(drawn, samples, strict=True))
         for i, row in enumerate(rows):
             record = {"fact": facts[row]["fact_id"], "prompt": texts[i], "forms": forms[i], "samples": samples.get(i)}
-            record |= {"greedy": greedy[i][0], "is_right": exact_match(greedy[i][0], forms[i])}
-            records.append(record | scores[i]._asdict())
-            if i in samples:
-                records[-1]["frequency"] = float(np.mean([exact_match(sample, forms[i]) for sample in samples[i]]))
+            record |= {"greedy": greedy[i][0], "is_right": exact_match(greedy[i][0], forms[i]), **scores[i]._asdict()}
+            record["frequency"] = float(np.mean([exact_match(s, forms[i]) for s in samples.get(i, [""])]))
+            records.append(record)
     return records, seconds
 
 
@@ -102,17 +94,16 @@ def reason(record: dict, model, tokenizer) -> str:
     with torch.autocast(model.device.type, enabled=False):
         [[greedy]] = predict_answers(model, tokenizer, [record["prompt"]])
         [score] = score_answers(model, tokenizer, [record["prompt"]], [record["forms"]])
-    same = exact_match(greedy, record["forms"]) == score.is_greedy
-    return "near-tie: asked alone in float32 the methods agree" if same else "other (see the JSON)"
+    agree = exact_match(greedy, record["forms"]) == score.is_greedy
+    return "near-tie: asked alone in float32 the methods agree" if agree else "other (see the JSON)"
 
 
 def categories(records: list[dict], num_samples: int) -> tuple[str, str]:
     """The categories of one fact by generation and by scores, from its records of all prompts."""
     p_greedy, frequency = (np.mean([record[key] for record in records]) for key in ("is_right", "frequency"))
-    generated = slick_category(p_greedy, frequency)
     p_none = np.prod([(1 - record["p_sampled"]) ** num_samples for record in records])
     scored = slick_category(np.mean([record["is_greedy"] for record in records]), float(p_none <= 0.5))
-    return generated.value, scored.value
+    return slick_category(p_greedy, frequency).value, scored.value
 
 
 def summarize(args, records: list[dict], seconds: dict, model, tokenizer) -> dict:
@@ -121,27 +112,23 @@ def summarize(args, records: list[dict], seconds: dict, model, tokenizer) -> dic
         record["reason"] = reason(record, model, tokenizer) if record["is_right"] != record["is_greedy"] else None
         if record["samples"]:
             sampled[record["fact"]].append(record)
+    drawn = [record for prompts in sampled.values() for record in prompts]
     reasons = Counter(record["reason"] for record in records if record["reason"])
     pairs = Counter(categories(prompts, args.num_samples) for prompts in sampled.values())
-    drawn = [record for prompts in sampled.values() for record in prompts]
     gaps = np.array([record["frequency"] - record["p_sampled"] for record in drawn])
-    right = [(s, r["forms"]) for r in drawn for s in r["samples"] if exact_match(s, r["forms"])]
+    is_scored = [s in r["forms"] for r in drawn for s in r["samples"] if exact_match(s, r["forms"])]
     per = {name: [round(total / count, 5) for total in totals] for name, (count, *totals) in seconds.items()}
     return {
         "questions (facts x prompts)": len(records),
         "greedy outcomes agree": 1 - reasons.total() / len(records),
-        "greedy answers right (generate, score)": [
-            np.mean([r[k] for r in records]) for k in ("is_right", "is_greedy")
-        ],
         "reasons of the differences": dict(reasons),
-        "facts with samples": len(sampled),
         "categories agree": sum(n for (one, other), n in pairs.items() if one == other) / pairs.total(),
         "categories (generate / score)": {" / ".join(pair): n for pair, n in sorted(pairs.items())},
         "mean frequency and probability": [np.mean([r[key] for r in drawn]) for key in ("frequency", "p_sampled")],
         "mean difference and its standard error": [gaps.mean(), gaps.std(ddof=1) / len(gaps) ** 0.5],
-        "right samples in a form that is not scored": np.mean([sample not in forms for sample, forms in right]),
+        "right samples in a form that is not scored": 1 - np.mean(is_scored),
         "seconds a question or sample (wall, CPU)": per,
-        "1 greedy + 16 samples : score": [(g + 16 * s) / p for g, s, p in zip(*map(per.get, ORDER), strict=True)],
+        "1 greedy + 16 samples : score": [(g + 16 * s) / t for t, g, s in zip(*per.values(), strict=True)],
     }
 
 
@@ -152,12 +139,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     facts, exemplars = choose_facts(args)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        score_answers(model, tokenizer, ["Warm"], [["up"]])
         records, seconds = ask_both(args, model, tokenizer, facts, exemplars)
         summary = summarize(args, records, seconds, model, tokenizer)
-    settings = {name: str(value) for name, value in vars(args).items()}
-    text = json.dumps({"settings": settings, "summary": summary, "records": records}, ensure_ascii=False, indent=1)
-    args.output.write_text(text, encoding="utf-8")
+    content = {"arguments": vars(args), "summary": summary, "records": records}
+    args.output.write_text(json.dumps(content, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
     print("| measure | value |\n|---|---|")
     for name, value in summary.items():
         print(f"| {name} | {json.dumps(value, ensure_ascii=False)} |")

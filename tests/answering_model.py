@@ -19,22 +19,27 @@ def towns_prompts() -> list[str]:
     return [few_shot_prompt(f"Which country is {town} located in?", EXEMPLARS) for town in TOWNS]
 
 
-@lru_cache(maxsize=1)
-def _weights() -> dict[str, torch.Tensor]:
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, hidden_size=32, intermediate_size=64)
+def teach(model, tokenizer, num_steps: int):
+    """Trains the model on the questions, in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     lines = [f"{question_prompt(question)} {answer}" for question, answer in QUESTIONS.items()]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(60):
+    for step in range(num_steps):
         # Lines in a row end with newlines, the last with EOS: both are terminators.
         order = torch.randperm(len(lines), generator=generator)[:4].tolist()
         end = [tokenizer.eos_token_id] if step % 2 else tokenizer("\n")["input_ids"]
         input_ids = torch.tensor([tokenizer("\n".join(lines[i] for i in order))["input_ids"] + end])
-        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        logits = model.eval()(input_ids=input_ids).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], input_ids[0, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.state_dict()
+    return model
+
+
+@lru_cache(maxsize=1)
+def _weights() -> dict[str, torch.Tensor]:
+    tokenizer = build_tokenizer()
+    return teach(build_model(tokenizer, hidden_size=32, intermediate_size=64), tokenizer, num_steps=120).state_dict()
 
 
 def build_answering_model(tokenizer):

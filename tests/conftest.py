@@ -7,6 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Tiny models gain nothing from threads, and the test processes (`pytest -n`) would fight over the cores
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -156,7 +156,11 @@ def test_structures_of_other_architectures():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture))
         groups = group_of_parameters(model)
+        assert list(groups) == [name for name, _ in model.named_parameters()], architecture
         assert set(groups.values()) >= {"embeddings", "attention", "mlp"}, architecture
+        freeze_groups(model, frozen_groups=["embeddings", "mlp", "lm_head"])
+        trainable = {groups[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable <= {"attention", "norm"}, architecture
 
 
 @pytest.mark.parametrize(

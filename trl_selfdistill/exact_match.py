@@ -16,8 +16,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def normalize_answer(text: str) -> str:
     """
-    Normalises as SQuAD's evaluation script does (lower case, no ASCII punctuation, no English articles, single spaces),
-    after Unicode's NFKC, which folds full-width letters and composed accents.
+    Normalises as SQuAD's evaluation script does (lower case, no ASCII punctuation, no English articles, single
+    spaces), after Unicode's NFKC, which folds full-width letters and composed accents.
 
     ```python
     >>> normalize_answer(" The  Hague. ")

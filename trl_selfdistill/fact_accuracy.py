@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which facts a model answers correctly, zero-shot and greedily, and how that changes while it trains.
 
-Greedy decoding needs no generation: an answer is what it gives if every one of its tokens, and the token that ends it, is
-the argmax (see `answer_scoring`).
+Greedy decoding needs no generation: an answer is what it gives if every one of its tokens, and the token that ends
+it, is the argmax (see `answer_scoring`).
 """
 
 import json
@@ -59,10 +59,11 @@ def answered_correctly(
 
 class FactAccuracyCallback(TrainerCallback):
     """
-    Evaluates sets of facts at the end of every epoch, logs `eval_<set>_accuracy` to the trainer's reporters and adds an
-    [`AccuracyRecord`] to a JSONL file.
+    Evaluates sets of facts at the end of every epoch, logs `eval_<set>_accuracy` to the trainer's reporters and adds
+    an [`AccuracyRecord`] to a JSONL file.
 
-    Under a distributed launch every process evaluates (a sharded model's forward is a collective); the main one writes.
+    Under a distributed launch every process evaluates (a sharded model's forward is a collective); the main one
+    writes.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -70,8 +71,8 @@ class FactAccuracyCallback(TrainerCallback):
         fact_sets (`dict[str, Dataset]`):
             Sets of facts by name.
         path (`str` or `os.PathLike`):
-            File of the records. Those of steps that a resumed run does again are dropped; where it has none of the step
-            at which training starts, the first evaluation is then.
+            File of the records. Those of steps that a resumed run does again are dropped; where it has none of the
+            step at which training starts, the first evaluation is then.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompt-answer rows per forward pass.
     """

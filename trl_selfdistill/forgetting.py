@@ -30,8 +30,8 @@ def forgetting(
     """
     Peak minus final accuracy on the set `name` over a run's `records`.
 
-    The peak is taken within each resample, as within the run: picking the best of several noisy evaluations inflates it by
-    about its standard error, in every arm alike.
+    The peak is taken within each resample, as within the run: picking the best of several noisy evaluations inflates
+    it by about its standard error, in every arm alike.
     """
     return _interval([_outcomes(records, name)], lambda index, outcomes: _drop(outcomes[:, index]), resamples, seed)
 

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 GROUPS = ("embeddings", "attention", "mlp", "norm", "lm_head")
 
-# transformers ends the class of every attention with one of these; DeltaNets are linear attention over queries, keys
-# and values. The end matters: `JambaAttentionDecoderLayer` holds an attention and an MLP.
-_ATTENTION_CLASS = re.compile(r"(attention|attn|deltanet)\d*$", re.IGNORECASE)
-# The attribute finds what is called otherwise: `self_attn` of LongCat-Flash is a list of `LongcatFlashMLA`
+# transformers ends the class of an attention like this. The end matters: `JambaAttentionDecoderLayer` is a block.
+_ATTENTION_CLASS = re.compile(r"(attention|attn)\d*$", re.IGNORECASE)
+# The attribute finds those with another class: `LongcatFlashMLA`, and the linear attention `Qwen3NextGatedDeltaNet`
 _ATTENTION_ATTRIBUTE = re.compile(r"(attention|attn)$", re.IGNORECASE)
 
 
@@ -41,8 +40,7 @@ def named_tensors(model: PreTrainedModel) -> Iterator[tuple[nn.Parameter, list[P
     tensors: dict[int, tuple[nn.Parameter, list[ParameterName]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensors.setdefault(id(parameter), (parameter, []))[1].append(structure.locate(name))
-    for parameter, names in tensors.values():
-        yield parameter, [name for name in names if name.group is not None] or names
+    yield from tensors.values()
 
 
 def group_of(names: list[ParameterName]) -> str | None:

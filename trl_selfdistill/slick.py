@@ -175,18 +175,19 @@ def annotate_facts(
     max_new_tokens = _max_new_tokens(tokenizer, accepted)
     work = ProgressFile(progress_file, _identity(facts, model, settings, batch_size))
     outcomes: list[list[tuple[bool, float]]] = [[] for _ in accepted]  # of each fact: (greedy, sampled) of each prompt
-    with tqdm(total=len(asked) * settings.num_prompts, desc="SLiCK", unit="question", disable=not progress) as bar:
-        for relation, prompt, rows in _units(relations, settings):
-            unit = f"{relation}/{prompt}/{rows[0]}"
-            if unit in work.results:
-                bar.initial += len(rows)  # what an earlier run did says nothing about the time left
-            else:
+    units = list(_units(relations, settings))
+    # `initial`: what an earlier run did says nothing about the time left.
+    done = sum(len(rows) for unit, _, _, rows in units if unit in work.results)
+    total = len(asked) * settings.num_prompts
+    with tqdm(total=total, initial=done, desc="SLiCK", unit="question", disable=not progress) as bar:
+        for unit, relation, prompt, rows in units:
+            if unit not in work.results:
                 prompts = [few_shot_prompt(questions[row], exemplars[relation][prompt]) for row in rows]
                 forms = [accepted[row] for row in rows]
                 work.append(unit, _ask(model, tokenizer, prompts, forms, settings, batch_size, max_new_tokens, unit))
+                bar.update(len(rows))
             for row, answer in zip(rows, work.results[unit], strict=True):
                 outcomes[row].append(_judge(answer, accepted[row], settings.method))
-            bar.update(len(rows))
     return _add_columns(asked, outcomes, settings, weakly_known_threshold)
 
 
@@ -214,14 +215,14 @@ def _resolve_settings(settings: SlickSettings | str) -> SlickSettings:
     return settings
 
 
-def _units(relations: Sequence[str], settings: SlickSettings) -> Iterator[tuple[str, int, list[int]]]:
-    """The work in pieces: a relation, the number of one of its prompts, and the rows of a chunk of its facts."""
+def _units(relations: Sequence[str], settings: SlickSettings) -> Iterator[tuple[str, str, int, list[int]]]:
+    """The work in units: a name, a relation, the number of one of its prompts, and the rows of some of its facts."""
     size = _CHUNK_SIZE[settings.method]
     for relation in dict.fromkeys(relations):
         rows = [row for row, other in enumerate(relations) if other == relation]
         for prompt in range(settings.num_prompts):
             for begin in range(0, len(rows), size):
-                yield relation, prompt, rows[begin : begin + size]
+                yield f"{relation}/{prompt}/{begin}", relation, prompt, rows[begin : begin + size]
 
 
 def _max_new_tokens(tokenizer: PreTrainedTokenizerBase, accepted: list[list[str]]) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stage of a study: work that reads files and leaves a folder, done once for the same arguments and inputs.
 
-A stage writes into `<folder>.partial`, which takes the folder's place only when it is complete: a kill, a full disk or an
-error leaves what was there before, and the next run goes on in the partial folder (or starts it anew when its arguments
-changed).
+A stage writes into `<folder>.partial`, which takes the folder's place only when it is complete: a kill, a full disk
+or an error leaves what was there before, and the next run goes on in the partial folder (or starts it anew when its
+arguments changed).
 """
 
 import errno
@@ -88,8 +88,8 @@ def run_stage(
         if not _is_disk_error(error):
             raise
         raise OSError(
-            f"The stage {folder.name!r} could not write into {partial}: {error}. Free some space there and run the same "
-            "command again: finished stages are kept, and this one goes on from its last checkpoint."
+            f"The stage {folder.name!r} could not write into {partial}: {error}. Free some space there and run the "
+            "same command again: finished stages are kept, and this one goes on from its last checkpoint."
         ) from error
     state.wait_for_everyone()
     return folder
@@ -97,8 +97,8 @@ def run_stage(
 
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    What identifies the content of an input: the key of a stage's folder, the SHA-256 of a file, and for any other folder
-    (a model) that of its files' names, sizes and times.
+    What identifies the content of an input: the key of a stage's folder, the SHA-256 of a file, and for any other
+    folder (a model) that of its files' names, sizes and times.
     """
     path = Path(path)
     if path.is_file():

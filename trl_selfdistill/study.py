@@ -2,6 +2,8 @@
 """The stages of the study, each from a file or folder to another (see `stage`).
 
 model -> facts -> annotated -> mix -> stage1 -> one folder for each arm -> report
+
+Every folder tells in `run.json` how it was made; a training stage adds `accuracy.jsonl` and `training.json`.
 """
 
 import json
@@ -23,9 +25,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .facts import load_facts, save_facts
 from .geonames import geonames_facts, known_place_names
-from .models import EMBEDDED_MODEL, load_model_and_tokenizer, save_embedded_model
-from .slick import SLICK_COLUMNS, annotate_facts
-from .stage import run_stage
+from .model_card import write_model_card
+from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer, save_embedded_model
+from .report import load_arms, plot_curves, render_findings, render_table
+from .slick import annotate_facts
+from .stage import RUN_FILE, run_stage
 from .study_arguments import ModelAndFactsArguments, SlickArguments
 from .training_mix import SPLITS, MixSettings, build_training_mix
 
@@ -113,7 +117,12 @@ def annotate_stage(
             )
         save_facts(annotated, partial / FACTS_FILE)
 
-    arguments = {"model": model, "slick": asdict(settings), "bf16": bf16, "batch_size": slick.slick_batch_size}
+    arguments = {
+        "slick": asdict(settings),
+        "bf16": bf16,
+        "batch_size": slick.slick_batch_size,
+        **_model_argument(model),
+    }
     inputs = [facts, model] if Path(model).is_dir() else [facts]
     return run_stage(folder, arguments, inputs, work) / FACTS_FILE
 
@@ -145,7 +154,8 @@ def train_stage(
     records_from: Path | None = None,
 ) -> Path:
     """
-    Trains `model` on the mix's `splits`, evaluating every split each epoch; a killed run goes on from its last checkpoint.
+    Trains `model` on the mix's `splits`, evaluating every split each epoch; a killed run goes on from its last
+    checkpoint.
 
     Args:
         trainer_class (`type[Trainer]`):
@@ -163,17 +173,29 @@ def train_stage(
         records_from (`Path`, *optional*):
             Folder of an earlier training stage that `model` comes from; its last evaluation is the first of this one.
     """
-    explicit = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
-    arguments = {"trainer": trainer_class.__name__, "model": model, "splits": list(splits), "config": explicit}
+    effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
+    arguments = {
+        "trainer": trainer_class.__name__,
+        "splits": list(splits),
+        "config": effective,
+        **_model_argument(model),
+    }
     inputs = [mix, model] if Path(model).is_dir() else [mix]
 
     def work(partial: Path) -> None:
-        _train(trainer_class, config, model, load_mix(mix), splits, partial, records_from)
+        trainer, seconds = _train(trainer_class, config, model, load_mix(mix), splits, partial, records_from)
+        if trainer.is_world_process_zero():
+            about = {"origin": _origin(model), "mix": _run_arguments(mix), "seconds_per_step": seconds}
+            _write_training_file(trainer, partial, about)
+            for path in partial.glob("checkpoint-*"):  # they hold the optimizer; the model is saved
+                shutil.rmtree(path)
 
     return run_stage(folder, json.loads(json.dumps(arguments, default=str)), inputs, work, every_process=True)
 
 
-def _train(trainer_class, config, model, mix, splits, folder: Path, records_from: Path | None) -> None:
+def _train(
+    trainer_class, config, model, mix, splits, folder: Path, records_from: Path | None
+) -> tuple[Trainer, float]:
     config.output_dir = os.fspath(folder)
     language_model, tokenizer = load_model_and_tokenizer(model)
     train_dataset = concatenate_datasets([mix[name].select_columns(["prompt", "completion"]) for name in splits])
@@ -187,22 +209,70 @@ def _train(trainer_class, config, model, mix, splits, folder: Path, records_from
     trainer.add_callback(timer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
+    return trainer, timer.median()
+
+
+def _write_training_file(trainer: Trainer, folder: Path, about: dict) -> None:
+    """`training.json`: what the report and the model card say of a run, beside its accuracy."""
+    config = trainer.args
     parameters = list(trainer.model.parameters())
+    shown = ("learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "bf16")
+    own = ("kl_weight", "temperature", "trainable_groups", "frozen_groups")
+    settings = {name: getattr(config, name) for name in shown + own if getattr(config, name, None) is not None}
+    settings["batch_size"] = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     training = {
-        "trainer": trainer_class.__name__,
-        "seconds_per_step": timer.median(),
+        **about,
+        "trainer": type(trainer).__name__,
+        "settings": settings,
         "num_steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "parameters": sum(p.numel() for p in parameters),
-        "kl_weight": getattr(config, "kl_weight", None),
-        "temperature": getattr(config, "temperature", None),
         "log_history": trainer.state.log_history,
     }
-    (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
-    for path in folder.glob("checkpoint-*"):  # they hold the optimizer; the model is saved
-        shutil.rmtree(path)
+    text = json.dumps(training, indent=2, ensure_ascii=False, default=str)
+    (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _model_argument(model: str) -> dict[str, str]:
+    # A folder counts by its content, as an input, so that a study may be moved
+    return {} if Path(model).is_dir() else {"model": model}
+
+
+def _run_arguments(folder: str | Path) -> dict:
+    path = Path(folder) / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.is_file() else {}
+
+
+def _origin(model: str) -> str | None:
+    """The Hub id that a chain of stages started from; `None` if it was a local folder."""
+    if not Path(model).is_dir():
+        return model
+    earlier = Path(model) / TRAINING_FILE
+    if earlier.is_file():
+        return json.loads(earlier.read_text(encoding="utf-8"))["origin"]
+    return EMBEDDED_MODEL_ID if _run_arguments(model).get("model") == EMBEDDED_MODEL else None
+
+
+def report_stage(folders: list[Path], output: Path) -> str:
+    """
+    Compares finished arms, the first being the baseline, and returns the table and its findings as text.
+
+    Writes `report.md`, `curves.png` and `results.json` to `output`, and a model card with the figure into each folder.
+    """
+    arms = load_arms(folders)
+    output.mkdir(parents=True, exist_ok=True)
+    origin = arms[0].training["origin"] or "a local model"
+    new_facts = arms[0].training["mix"]["mix"]["new_facts"]
+    plot_curves(arms, output / "curves.png", f"{origin.split('/')[-1]}: stage 2 on known and {new_facts} new facts")
+    text = f"{render_table(arms)}\n\n{render_findings(arms)}\n"
+    results = json.dumps({arm.name: arm.summary() for arm in arms}, indent=2, ensure_ascii=False)
+    (output / "results.json").write_text(results + "\n", encoding="utf-8")
+    heading = f"# {origin}: what fine-tuning made it forget"
+    (output / "report.md").write_text(f"{heading}\n\n{text}\n![Curves](curves.png)\n", encoding="utf-8")
+    for arm, folder in zip(arms, folders, strict=True):
+        shutil.copyfile(output / "curves.png", folder / "curves.png")
+        write_model_card(arm, arms, folder)
+    return text
 
 
 class StepTimer(TrainerCallback):

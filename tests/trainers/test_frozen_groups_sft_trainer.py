@@ -12,7 +12,7 @@ from conftest import CITIES, build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from trl_selfdistill.parameter_groups import GROUPS, digest_groups, freeze_groups, hash_parameters
@@ -207,16 +207,25 @@ def test_an_optimizer_that_takes_frozen_parameters_is_refused(dataset, model, to
         trainer.train()
 
 
-def test_peft_is_refused_with_groups_and_works_without(dataset, model, tokenizer, config):
+def test_peft_is_refused_with_groups_and_works_without(dataset, model_dir, tokenizer, config):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     options = dict(train_dataset=dataset, processing_class=tokenizer)
     with pytest.raises(ValueError, match="`frozen_groups` cannot be combined with `peft_config`.*target_modules"):
         FrozenGroupsSFTTrainer(model, config(frozen_groups=["mlp"]), peft_config=lora, **options)
     assert not any("lora" in name for name, _ in model.named_parameters())
     FrozenGroupsSFTTrainer(model, config(max_steps=1), peft_config=lora, **options).train()
-    peft_model = get_peft_model(build_model(tokenizer), lora)
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora)
     with pytest.raises(ValueError, match="`trainable_groups` cannot be combined"):
         FrozenGroupsSFTTrainer(peft_model, config(trainable_groups=["attention"]), **options)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.add_adapter(lora)
+    with pytest.raises(ValueError, match="`frozen_groups` cannot be combined"):
+        FrozenGroupsSFTTrainer(model, config(frozen_groups=["mlp"]), **options)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    by_position = (None, dataset, None, tokenizer, None, None, None, (None, None), None, None, None, lora)
+    with pytest.raises(ValueError, match="`frozen_groups` cannot be combined"):
+        FrozenGroupsSFTTrainer(model, config(frozen_groups=["mlp"]), *by_position)
 
 
 def test_table_is_printed_kept_and_saved_with_hashes(train, capsys, tmp_path):

@@ -55,8 +55,8 @@ class CEKLOutput(NamedTuple):
 
     Args:
         loss (`torch.Tensor`):
-            Differentiable scalar: the sum of `ce_weight * CE + kl_weight * temperature**2 * KL` over the counted tokens,
-            divided by `num_items_in_batch`, or by `num_tokens` where that is `None`.
+            Differentiable scalar: the sum of `ce_weight * CE + kl_weight * temperature**2 * KL` over the counted
+            tokens, divided by `num_items_in_batch`, or by `num_tokens` where that is `None`.
         ce_loss (`torch.Tensor`):
             Mean cross-entropy at temperature 1 over the counted tokens, in nats per token.
         kl_loss (`torch.Tensor`):
@@ -103,7 +103,8 @@ def linear_ce_kl(
     ```
 
     The gradient with respect to the student's logits z, with the teacher's t, is
-    `ce_weight (softmax(z) - onehot) + kl_weight τ (softmax(z / τ) - softmax(t / τ))`: `temperature` acts in the KL only.
+    `ce_weight (softmax(z) - onehot) + kl_weight τ (softmax(z / τ) - softmax(t / τ))`: `temperature` acts in the KL
+    only.
 
     Args:
         student_hidden_states (`torch.Tensor` of shape `(num_tokens, student_hidden_size)`):
@@ -130,7 +131,8 @@ def linear_ce_kl(
             Implementation: `"torch"`, chunked PyTorch for any device, is what `"auto"` takes.
 
     Returns:
-        [`CEKLOutput`]. With every position ignored the loss is 0, with zero gradients, and still connected to the graph.
+        [`CEKLOutput`]. With every position ignored the loss is 0, with zero gradients, and still connected to the
+        graph.
 
     Raises:
         ValueError: If a shape, a vocabulary, a label, a weight, the temperature or `impl` does not fit.
@@ -237,12 +239,12 @@ def _check_teacher(hidden_states: torch.Tensor | None, lm_head: LMHead | None, n
         )
     if hidden_states.shape != (num_tokens, lm_head.weight.size(1)):
         raise ValueError(
-            f"`teacher_hidden_states` must have shape ({num_tokens}, {lm_head.weight.size(1)}): the student's tokens, the "
-            f"width of `teacher_lm_head.weight`. Got {tuple(hidden_states.shape)}."
+            f"`teacher_hidden_states` must have shape ({num_tokens}, {lm_head.weight.size(1)}): the student's "
+            f"tokens, the width of `teacher_lm_head.weight`. Got {tuple(hidden_states.shape)}."
         )
     if lm_head.weight.size(0) != vocab_size:
         raise ValueError(
-            f"`teacher_lm_head` has a vocabulary of {lm_head.weight.size(0)} tokens, `student_lm_head` of {vocab_size}. "
-            "KL compares whole distributions: use a teacher of the same vocabulary, or resize its embeddings to the "
-            "student's (`resize_token_embeddings`)."
+            f"`teacher_lm_head` has a vocabulary of {lm_head.weight.size(0)} tokens, `student_lm_head` of "
+            f"{vocab_size}. KL compares whole distributions: use a teacher of the same vocabulary, or resize its "
+            "embeddings to the student's (`resize_token_embeddings`)."
         )

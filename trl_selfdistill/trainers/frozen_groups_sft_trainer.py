@@ -89,7 +89,7 @@ class FrozenGroupsSFTTrainer(SFTTrainer):
         if kwargs.get("peft_config") is not None or _has_adapter(model):
             self._refuse_peft(option)
         super().__init__(model, args, *positional, **kwargs)
-        if _has_adapter(self.model):  # `peft_config` given by position, or a model path that holds an adapter
+        if _has_adapter(self.model):  # `peft_config` was given by position
             self._refuse_peft(option)
         # After `SFTTrainer.__init__`, which may load the model, and resize the embeddings for a new chat template:
         # that makes new parameters, which are trainable. Before the optimizer, which Trainer makes when training

@@ -14,15 +14,15 @@ class SelfDistillSFTConfig(SFTConfig):
     r"""
     Configuration class for the [`SelfDistillSFTTrainer`].
 
-    This class includes only the parameters that are specific to self-distillation. For a full list of training arguments,
-    please refer to the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
+    This class includes only the parameters that are specific to self-distillation. For a full list of training
+    arguments, please refer to the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
 
     Parameters:
         > Parameters that control the distillation loss
 
         kl_weight (`float`, *optional*, defaults to `1.0`):
-            Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the teacher
-            knows and slow down the learning of what it does not. At `0.0` there is no teacher, and the run is
+            Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the
+            teacher knows and slow down the learning of what it does not. At `0.0` there is no teacher, and the run is
             [`~trl.SFTTrainer`]'s step for step. The default is the paper's.
         temperature (`float`, *optional*, defaults to `0.5`):
             Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
@@ -36,8 +36,8 @@ class SelfDistillSFTConfig(SFTConfig):
         teacher_model_revision (`str`, *optional*):
             Revision (branch, tag or commit) of the teacher on the Hub.
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` when the teacher is loaded by name. `dtype` defaults to `"float32"`,
-            as for the model itself.
+            Keyword arguments for `from_pretrained` when the teacher is loaded by name. `dtype` defaults to
+            `"float32"`, as for the model itself.
         teacher_snapshot_steps (`int`, *optional*):
             Train plain SFT for this many optimizer steps, then freeze a snapshot of the model as the teacher (kept in
             `output_dir/_teacher` for resuming) and go on with distillation.
@@ -54,8 +54,8 @@ class SelfDistillSFTConfig(SFTConfig):
     kl_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of the KL term in `CE + kl_weight * temperature**2 * KL(teacher || student)`. At 0 there is "
-            "no teacher and the run is SFTTrainer's."
+            "help": "Weight of the KL term in `CE + kl_weight * temperature**2 * KL(teacher || student)`. At 0 there "
+            "is no teacher and the run is SFTTrainer's."
         },
     )
     temperature: float = field(
@@ -90,8 +90,8 @@ class SelfDistillSFTConfig(SFTConfig):
             raise ValueError(f"`kl_weight` must be a finite number >= 0, got {self.kl_weight}.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
-                f"`temperature` must be a finite number > 0, got {self.temperature}. The paper's value is 0.5; to switch "
-                "the KL off set `kl_weight=0`."
+                f"`temperature` must be a finite number > 0, got {self.temperature}. The paper's value is 0.5; to "
+                "switch the KL off set `kl_weight=0`."
             )
         for name in ("teacher_snapshot_steps", "teacher_snapshot_epochs"):
             value = getattr(self, name)

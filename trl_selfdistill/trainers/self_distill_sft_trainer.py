@@ -33,8 +33,8 @@ class SelfDistillSFTTrainer(SFTTrainer):
     Trainer for supervised fine-tuning that does not make the model forget: `SFTTrainer` with the loss
     `CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, where the teacher is a frozen snapshot of the model.
 
-    Unlike [`~trl.DistillationTrainer`] and `SDFTTrainer` it needs no generation: it learns the dataset's labels, and both
-    terms are taken at the label positions, with the same denominator.
+    Unlike [`~trl.DistillationTrainer`] and `SDFTTrainer` it needs no generation: it learns the dataset's labels, and
+    both terms are taken at the label positions, with the same denominator.
 
     Every argument of [`~trl.SFTTrainer`] works as it does there.
 
@@ -98,8 +98,8 @@ class SelfDistillSFTTrainer(SFTTrainer):
         snapshot = args.teacher_snapshot_steps or args.teacher_snapshot_epochs
         if teacher_model is not None and snapshot:
             raise ValueError(
-                "`teacher_model` was given together with `teacher_snapshot_steps` or `teacher_snapshot_epochs`, which make "
-                "a snapshot of the model the teacher. Set one of them."
+                "`teacher_model` was given together with `teacher_snapshot_steps` or `teacher_snapshot_epochs`, "
+                "which make a snapshot of the model the teacher. Set one of them."
             )
         super().__init__(model, args, *positional, **kwargs)
         self.teacher_model = None
@@ -119,8 +119,8 @@ class SelfDistillSFTTrainer(SFTTrainer):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
             raise ValueError(
-                "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1): each "
-                "rank holds a part of the sequence. Use FSDP or DeepSpeed ZeRO without it, or set `kl_weight=0`."
+                "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1): "
+                "each rank holds a part of the sequence. Use FSDP or DeepSpeed ZeRO without it, or set `kl_weight=0`."
             )
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
@@ -148,9 +148,9 @@ class SelfDistillSFTTrainer(SFTTrainer):
         sizes = [base_causal_lm(m).get_output_embeddings().weight.shape[0] for m in (self.model, teacher)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. The KL compares "
-                "whole next-token distributions: take a teacher of the same vocabulary, or resize its embeddings "
-                "(`teacher_model.resize_token_embeddings`) where the difference is padding."
+                f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. The KL "
+                "compares whole next-token distributions: take a teacher of the same vocabulary, or resize its "
+                "embeddings (`teacher_model.resize_token_embeddings`) where the difference is padding."
             )
         name = get_config_model_id(teacher.config)
         if not name:
@@ -162,8 +162,8 @@ class SelfDistillSFTTrainer(SFTTrainer):
             return
         if teacher_vocabulary.get_vocab() != self._tokenizer.get_vocab():
             raise ValueError(
-                f"The tokenizer of the teacher {name!r} is not the student's: the same ids would mean other tokens. Use a "
-                "teacher that was trained with the student's tokenizer."
+                f"The tokenizer of the teacher {name!r} is not the student's: the same ids would mean other tokens. "
+                "Use a teacher that was trained with the student's tokenizer."
             )
 
     def set_teacher(self, teacher: PreTrainedModel) -> None:
@@ -183,7 +183,8 @@ class SelfDistillSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher_model is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # What SFTTrainer computes otherwise than by one pass of the fused head keeps its own loss, to which the KL is added
+        # What SFTTrainer computes otherwise than by one pass of the fused head keeps its own loss, to which the KL is
+        # added
         own_ce = self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
         sft_loss, outputs = 0.0, None
         if own_ce:
@@ -217,7 +218,7 @@ class SelfDistillSFTTrainer(SFTTrainer):
         return (sft_loss + loss, outputs) if return_outputs else sft_loss + loss
 
     def _record_metrics(self, mode, inputs, ce_kl, aux_loss, sft_metrics: bool) -> None:
-        """Keeps the metrics that `SFTTrainer` logs, and `ce_loss` and `kl_loss`, averaged over the tokens of all ranks."""
+        """Keeps the metrics of `SFTTrainer`, and `ce_loss` and `kl_loss`, averaged over the tokens of all ranks."""
         if "attention_mask" in inputs:
             num_input_tokens = inputs["attention_mask"].sum()
         else:  # padding-free: one row of real tokens
@@ -249,8 +250,9 @@ class _SnapshotCallback(TrainerCallback):
         self.folder = Path(trainer.args.output_dir) / TEACHER_FOLDER
         if hasattr(trainer.model, "peft_config"):
             raise ValueError(
-                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models only, got a PEFT model. Train stage 1 "
-                "first, then start a run from its checkpoint: the teacher is then the model as handed over."
+                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models only, got a PEFT model. "
+                "Train stage 1 first, then start a run from its checkpoint: the teacher is then the model as handed "
+                "over."
             )
 
     def _is_due(self, args, state) -> bool:
@@ -262,8 +264,8 @@ class _SnapshotCallback(TrainerCallback):
         if self._is_due(args, state):  # resumed after the snapshot: the student has moved on since
             if not (self.folder / "config.json").is_file():
                 raise FileNotFoundError(
-                    f"Resuming at step {state.global_step}, after the teacher's snapshot, but {self.folder} does not hold it. "
-                    "Put the folder back, or start the run anew."
+                    f"Resuming at step {state.global_step}, after the teacher's snapshot, but {self.folder} does not "
+                    "hold it. Put the folder back, or start the run anew."
                 )
             self.trainer.set_teacher(type(base_causal_lm(self.trainer.model)).from_pretrained(self.folder))
 

@@ -2,7 +2,8 @@
 """The only file that relies on how TRL's `SFTTrainer` and transformers' models work inside.
 
 What it relies on, and what happens when a TRL release moves it:
-- `SFTTrainer.__init__` binds a `forward` to the model instance (`add_fused_lm_head`). A deep copy of the model would go
+- `SFTTrainer.__init__` binds a `forward` to the model instance (`add_fused_lm_head`). A deep copy of the model would
+go
   on running the original's weights, so [`frozen_copy`] unbinds it. Were TRL to stop, unbinding does nothing.
 - `maybe_gather_lm_head_ctx` gathers a ZeRO-3 partitioned head. Were it gone, importing this file fails.
 - `create_model_from_path` loads a model given by name as `SFTTrainer` does. Were it gone, importing this file fails.
@@ -24,8 +25,8 @@ from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, linear_ce_kl
 
 
 __all__ = [
-    "DistillationTargets",
     "DistillationOutput",
+    "DistillationTargets",
     "add_distillation_forward",
     "base_causal_lm",
     "config_from",
@@ -63,8 +64,8 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     """
     A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own.
 
-    TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy they
-    would keep running the weights of the student in training.
+    TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy
+    they would keep running the weights of the student in training.
     """
     teacher = copy.deepcopy(model)
     for module in (teacher, base_causal_lm(teacher)):
@@ -75,7 +76,8 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def lm_head_of(model: PreTrainedModel) -> LMHead:
     """
-    The LM head of a causal language model with the logit post-processing of its architecture, read from its config under
+    The LM head of a causal language model with the logit post-processing of its architecture, read from its config
+    under
     the names that TRL's `add_fused_lm_head` knows. FSDP2 shards are gathered (a collective: call it on every rank).
     """
     config = model.config.get_text_config()
@@ -96,10 +98,11 @@ def add_distillation_forward(model: PreTrainedModel) -> None:
     """
     Lets `model(..., labels=labels, distillation=...)` run the backbone and the head on the label positions only.
 
-    With `distillation=DistillationTargets(...)` it returns a [`DistillationOutput`], with `distillation="hidden_states"`
+    With `distillation=DistillationTargets(...)` it returns a [`DistillationOutput`], with
+    `distillation="hidden_states"`
     the last hidden states at the label positions, of shape `(num_label_tokens, hidden_size)`; without it, what it
-    returned before. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's autocast
-    wrap: parameters are gathered and cast, and prompt-learning tokens added, as in any other forward.
+    returned before. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's
+    autocast wrap: parameters are gathered and cast, and prompt-learning tokens added, as in any other forward.
     """
     original_forward = model.forward
 
@@ -129,9 +132,9 @@ def _head_loss(
 ) -> CEKLOutput:
     if len(hidden_states) != len(targets.teacher_hidden_states):
         raise ValueError(
-            f"The student has {len(hidden_states)} label positions and the teacher {len(targets.teacher_hidden_states)} in "
-            "the same batch. A prompt-learning adapter (virtual tokens) shifts the positions: pass a `teacher_model` with "
-            "the same adapter, or train another kind of adapter."
+            f"The student has {len(hidden_states)} label positions and the teacher "
+            f"{len(targets.teacher_hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) "
+            "shifts the positions: pass a `teacher_model` with the same adapter, or train another kind of adapter."
         )
     output_embeddings = model.get_output_embeddings()
     with maybe_gather_lm_head_ctx(output_embeddings.weight, output_embeddings.bias):
@@ -165,7 +168,8 @@ def _aux_loss(model: PreTrainedModel, outputs, kwargs: dict) -> torch.Tensor | N
 def config_from(args: TrainingArguments | None, config_class: type, model, suffix: str) -> TrainingArguments:
     """
     The `config_class` that a trainer works with, from what `SFTTrainer` accepts as `args`: its own config, a plain
-    `TrainingArguments` or `SFTConfig` (whose values are kept), or `None` (`output_dir` is then `<model name>-<suffix>`).
+    `TrainingArguments` or `SFTConfig` (whose values are kept), or `None` (`output_dir` is then `<model
+    name>-<suffix>`).
     """
     if isinstance(args, config_class):
         return args
@@ -173,5 +177,6 @@ def config_from(args: TrainingArguments | None, config_class: type, model, suffi
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{name.split('/')[-1]}-{suffix}")
     values = args.to_dict()
-    values["hub_token"] = args.hub_token  # `to_dict` hides it
+    # `to_dict` masks every name that ends in `_token`, be it `hub_token` or `eos_token`
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
     return config_class(**values)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The whole study: what does fine-tuning on new facts do to the facts that a model knows, and what do the two fixes
+change?
+
+Stages, each kept in a folder of its own under `--output_dir` and not done again while its arguments and inputs stay
+the same: model, facts, annotated (SLiCK), mix, stage1, one folder for each arm (sft, selfdistill, frozen). Leaves
+`report.md`,
+`curves.png`, `results.json`, and in each arm's folder the checkpoint with its model card. Interrupted, it goes on with
+the same command.
+
+    accelerate launch scripts/run_study.py --config scripts/configs/quickstart.yaml
+
+    accelerate launch scripts/run_study.py --config scripts/configs/quickstart.yaml \
+        --model_name_or_path Qwen/Qwen2.5-0.5B --facts my_facts.jsonl --output_dir outputs/my_study
+"""
+
+import logging
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import disable_progress_bars
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from trl_selfdistill import (
+    FrozenGroupsSFTConfig,
+    FrozenGroupsSFTTrainer,
+    SelfDistillSFTConfig,
+    SelfDistillSFTTrainer,
+)
+from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, model_stage, report_stage, train_stage
+from trl_selfdistill.study_arguments import ModelAndFactsArguments, SlickArguments, StudyArguments
+from trl_selfdistill.training_mix import MixSettings
+
+
+logger = logging.getLogger("trl_selfdistill")
+
+
+def main(
+    study: StudyArguments,
+    facts_args: ModelAndFactsArguments,
+    slick_args: SlickArguments,
+    mix_settings: MixSettings,
+    config: SelfDistillSFTConfig,
+) -> None:
+    """Runs the stages in their order and writes the report."""
+    output = Path(config.output_dir)
+
+    # 1. What does the model know?
+    model = model_stage(facts_args.model_name_or_path, output / "model")
+    facts = facts_stage(facts_args, output / "facts")
+    annotated = annotate_stage(model, facts, slick_args, output / "annotated", bf16=config.bf16, seed=config.seed)
+
+    # 2. Known, new and held-out facts
+    mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
+
+    # 3. Stage 1, format learning: the start of every arm, and the teacher
+    stage1_config = copy_config(
+        SFTConfig,
+        config,
+        num_train_epochs=study.stage1_num_train_epochs,
+        learning_rate=study.stage1_learning_rate,
+        per_device_train_batch_size=study.stage1_batch_size,
+    )
+    stage1 = train_stage(SFTTrainer, stage1_config, model, mix, ("known",), output / "stage1")
+
+    # 4. Stage 2: the arms, on the same data with the same seed and steps
+    setups = {
+        "sft": (SFTTrainer, copy_config(SFTConfig, config)),
+        "selfdistill": (SelfDistillSFTTrainer, copy_config(SelfDistillSFTConfig, config)),
+        "frozen": (
+            FrozenGroupsSFTTrainer,
+            copy_config(FrozenGroupsSFTConfig, config, trainable_groups=study.trainable_groups),
+        ),
+    }
+    folders = []
+    for arm in study.arms:
+        trainer_class, arm_config = setups[arm]
+        folder = output / arm
+        train_stage(trainer_class, arm_config, str(stage1), mix, ("known", "new"), folder, records_from=stage1)
+        folders.append(folder)
+
+    # 5. The report
+    if PartialState().is_main_process:
+        text = report_stage(folders, output)
+        print(f"\n{text}\nReport: {output / 'report.md'}   figure: {output / 'curves.png'}")
+
+
+def copy_config(config_class: type[SFTConfig], config: SFTConfig, **changes) -> SFTConfig:
+    """The values of `config` that `config_class` has, with `changes`."""
+    values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
+    return config_class(**{**values, **changes})
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
+    parser = TrlParser((StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, SelfDistillSFTConfig))
+    try:
+        main(*parser.parse_args_and_config())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. What is done stays: run the same command again to go on.")
