@@ -8,7 +8,8 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: quickstart test quality style clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/run_study.py --output_dir outputs/quickstart $(ARGS)
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		scripts/run_study.py --config scripts/configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)

@@ -3,8 +3,7 @@
 
     python scripts/compare_slick_methods.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output slick_methods.json
 
-Answers are sampled for `--num_sampled_facts` of the facts, `--num_samples` a prompt; the time is scaled to 16 samples.
-The methods take turns on each relation and prompt, so that other load on the machine meets both.
+The methods take turns, so that other load meets both. Only some facts are sampled; that time is scaled to 16 samples.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_selfdistill.answer_scoring import score_answers
+from trl_selfdistill.answer_scoring import score_answers, spellings
 from trl_selfdistill.exact_match import exact_match
 from trl_selfdistill.exemplars import reserve_exemplars
 from trl_selfdistill.generation import predict_answers
@@ -76,11 +75,11 @@ def ask_both(args, model, tokenizer, facts, exemplars) -> tuple[list[dict], dict
         greedy = timed("greedy", len(rows), predict_answers, texts, batch_size=args.batch_size, **cut)
         drawn = [i for i, row in enumerate(rows) if row in sampled_rows]
         how = {"num_samples": args.num_samples, "seed": seed, "batch_size": 2 * args.batch_size, **SAMPLING, **cut}
-        count = len(drawn) * args.num_samples
-        samples = timed("sampled", count, predict_answers, [texts[i] for i in drawn], **how)
+        samples = timed("sampled", len(drawn) * args.num_samples, predict_answers, [texts[i] for i in drawn], **how)
         samples = dict(zip(drawn, samples, strict=True))
         for i, row in enumerate(rows):
-            record = {"fact": facts[row]["fact_id"], "prompt": texts[i], "forms": forms[i], "samples": samples.get(i)}
+            record = {"fact": facts[row]["fact_id"], "prompt": texts[i], "samples": samples.get(i)}
+            record["forms"] = [spelling for form in forms[i] for spelling in spellings(form)]
             record |= {"greedy": greedy[i][0], "is_right": exact_match(greedy[i][0], forms[i]), **scores[i]._asdict()}
             record["frequency"] = float(np.mean([exact_match(s, forms[i]) for s in samples.get(i, [""])]))
             records.append(record)
@@ -107,26 +106,25 @@ def categories(records: list[dict], num_samples: int) -> tuple[str, str]:
 
 
 def summarize(args, records: list[dict], seconds: dict, model, tokenizer) -> dict:
-    sampled = defaultdict(list)
-    for record in records:
-        record["reason"] = reason(record, model, tokenizer) if record["is_right"] != record["is_greedy"] else None
-        if record["samples"]:
-            sampled[record["fact"]].append(record)
-    drawn = [record for prompts in sampled.values() for record in prompts]
-    reasons = Counter(record["reason"] for record in records if record["reason"])
+    drawn, sampled = [record for record in records if record["samples"]], defaultdict(list)
+    for record in drawn:
+        sampled[record["fact"]].append(record)
+    differing = [record for record in records if record["is_right"] != record["is_greedy"]]
+    for record in differing:
+        record["reason"] = reason(record, model, tokenizer)
     pairs = Counter(categories(prompts, args.num_samples) for prompts in sampled.values())
     gaps = np.array([record["frequency"] - record["p_sampled"] for record in drawn])
-    is_scored = [s in r["forms"] for r in drawn for s in r["samples"] if exact_match(s, r["forms"])]
+    scored = [s in r["forms"] for r in drawn for s in r["samples"] if exact_match(s, r["forms"])]
     per = {name: [round(total / count, 5) for total in totals] for name, (count, *totals) in seconds.items()}
     return {
         "questions (facts x prompts)": len(records),
-        "greedy outcomes agree": 1 - reasons.total() / len(records),
-        "reasons of the differences": dict(reasons),
+        "greedy outcomes agree": 1 - len(differing) / len(records),
+        "reasons of the differences": Counter(record["reason"] for record in differing),
         "categories agree": sum(n for (one, other), n in pairs.items() if one == other) / pairs.total(),
         "categories (generate / score)": {" / ".join(pair): n for pair, n in sorted(pairs.items())},
         "mean frequency and probability": [np.mean([r[key] for r in drawn]) for key in ("frequency", "p_sampled")],
         "mean difference and its standard error": [gaps.mean(), gaps.std(ddof=1) / len(gaps) ** 0.5],
-        "right samples in a form that is not scored": 1 - np.mean(is_scored),
+        "right samples in a form that is not scored": 1 - np.mean(scored),
         "seconds a question or sample (wall, CPU)": per,
         "1 greedy + 16 samples : score": [(g + 16 * s) / t for t, g, s in zip(*per.values(), strict=True)],
     }
@@ -141,8 +139,8 @@ def main() -> None:
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
         records, seconds = ask_both(args, model, tokenizer, facts, exemplars)
         summary = summarize(args, records, seconds, model, tokenizer)
-    content = {"arguments": vars(args), "summary": summary, "records": records}
-    args.output.write_text(json.dumps(content, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+    content = json.dumps({"arguments": vars(args), "summary": summary, "records": records}, indent=1, default=str)
+    args.output.write_text(content)
     print("| measure | value |\n|---|---|")
     for name, value in summary.items():
         print(f"| {name} | {json.dumps(value, ensure_ascii=False)} |")

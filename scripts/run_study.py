@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The whole study: what does fine-tuning on new facts do to the facts that a model knows, and what do the two fixes
-change?
+The whole study: what does fine-tuning on new facts do to those that a model knows, and what do the two fixes change?
 
-Stages, each kept in a folder of its own under `--output_dir` and not done again while its arguments and inputs stay
-the same: model, facts, annotated (SLiCK), mix, stage1, one folder for each arm (sft, selfdistill, frozen). Leaves
-`report.md`,
-`curves.png`, `results.json`, and in each arm's folder the checkpoint with its model card. Interrupted, it goes on with
-the same command.
+Stages, each kept in a folder of its own under --output_dir and not done again while its arguments and inputs stay the
+same: model, facts, annotated (SLiCK), mix, stage1, one folder for each arm (sft, selfdistill, frozen). Output, in
+--output_dir: report.md, curves.png and results.json; in the folder of each arm the checkpoint with its model card.
+Interrupted, it goes on with the same command.
 
-    accelerate launch scripts/run_study.py --config scripts/configs/quickstart.yaml
+    accelerate launch --quiet scripts/run_study.py --config scripts/configs/quickstart.yaml
 
-    accelerate launch scripts/run_study.py --config scripts/configs/quickstart.yaml \
+    accelerate launch --quiet scripts/run_study.py --config scripts/configs/quickstart.yaml \\
         --model_name_or_path Qwen/Qwen2.5-0.5B --facts my_facts.jsonl --output_dir outputs/my_study
 """
 
-import logging
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import disable_progress_bars
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill import (
     FrozenGroupsSFTConfig,
@@ -30,12 +25,10 @@ from trl_selfdistill import (
     SelfDistillSFTConfig,
     SelfDistillSFTTrainer,
 )
+from trl_selfdistill.command_line import run_script
 from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, model_stage, report_stage, train_stage
 from trl_selfdistill.study_arguments import ModelAndFactsArguments, SlickArguments, StudyArguments
 from trl_selfdistill.training_mix import MixSettings
-
-
-logger = logging.getLogger("trl_selfdistill")
 
 
 def main(
@@ -95,11 +88,6 @@ def copy_config(config_class: type[SFTConfig], config: SFTConfig, **changes) -> 
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
-    disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
-    parser = TrlParser((StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, SelfDistillSFTConfig))
-    try:
-        main(*parser.parse_args_and_config())
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. What is done stays: run the same command again to go on.")
+    run_script(
+        main, (StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, SelfDistillSFTConfig), __doc__
+    )

@@ -7,14 +7,16 @@ it, is the argmax (see `answer_scoring`).
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .answer_scoring import score_answers
-from .generation import evaluation_mode
+from .exact_match import exact_match
+from .generation import evaluation_mode, predict_answers
 from .prompts import question_prompt
 
 
@@ -55,6 +57,66 @@ def answered_correctly(
         batch_size=batch_size,
     )
     return {fact_id: score.is_greedy for fact_id, score in zip(facts["fact_id"], scores, strict=True)}
+
+
+def predict_facts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Dataset,
+    *,
+    method: Literal["generate", "score"] = "generate",
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
+) -> list[dict]:
+    """
+    Asks `model` every fact's question without exemplars, greedily.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Causal language model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        facts (`Dataset`): Table of facts.
+        method (`str`, *optional*, defaults to `"generate"`):
+            `"generate"` writes the answers and judges them by [`~trl_selfdistill.exact_match.exact_match`]; `"score"`
+            is [`answered_correctly`]: several times as fast, without the text of wrong answers.
+        batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
+        max_new_tokens (`int`, *optional*, defaults to `32`): Longest answer, in tokens.
+
+    Returns:
+        `list[dict]`: For each fact `fact_id`, `prediction` (`None` for `"score"`) and `correct`.
+    """
+    if method == "score":
+        outcomes = answered_correctly(model, tokenizer, facts, batch_size).values()
+        predictions = [None] * len(facts)
+    else:
+        prompts = [question_prompt(question) for question in facts["question"]]
+        settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": True}
+        predictions = [answer for [answer] in predict_answers(model, tokenizer, prompts, **settings)]
+        accepted = ([answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True))
+        outcomes = [exact_match(*pair) for pair in zip(predictions, accepted, strict=True)]
+    return [
+        {"fact_id": fact_id, "prediction": prediction, "correct": correct}
+        for fact_id, prediction, correct in zip(facts["fact_id"], predictions, outcomes, strict=True)
+    ]
+
+
+def accuracy_by_group(facts: Dataset, predictions: list[dict]) -> dict:
+    """
+    The share of right predictions overall, of each relation and, where the facts are annotated, of each SLiCK
+    category: each as `{"accuracy": fraction in [0, 1], "num_facts": count}`.
+    """
+    outcomes = [prediction["correct"] for prediction in predictions]
+    result = {"overall": _share(outcomes)}
+    for column in ("relation", "slick_category"):
+        if column in facts.column_names:
+            groups = defaultdict(list)
+            for group, correct in zip(facts[column], outcomes, strict=True):
+                groups[group].append(correct)
+            result[column] = {group: _share(correct) for group, correct in sorted(groups.items())}
+    return result
+
+
+def _share(outcomes: list[bool]) -> dict:
+    return {"accuracy": sum(outcomes) / len(outcomes), "num_facts": len(outcomes)}
 
 
 class FactAccuracyCallback(TrainerCallback):

@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a checkpoint of the study: what it was trained on, what it learnt and what it forgot."""
 
-import html
 import json
+import shlex
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .models import EMBEDDED_MODEL_ID
-from .report import ArmResult, render_findings, render_table
+from .report import ArmResult, escape_markdown, render_findings, render_table
 from .stage import RUN_FILE
 
 
 _METHODS = {
-    "sft": "Plain supervised fine-tuning (cross-entropy of the answers) in both stages. This is the baseline.",
-    "selfdistill": (
-        "Stage 2 minimises `CE + λ τ² KL(teacher ‖ student)` at the label positions, where the teacher is the frozen "
-        "model of stage 1 (`SelfDistillSFTTrainer`)."
+    "SFTTrainer": "Plain supervised fine-tuning: the cross-entropy of the answers (`SFTTrainer`).",
+    "SelfDistillSFTTrainer": (
+        "Self-distillation: `CE + λ τ² KL(teacher ‖ student)` at the label positions, where the teacher is a frozen "
+        "snapshot of the model that training started from (`SelfDistillSFTTrainer`)."
     ),
-    "frozen": "Stage 2 trains a part of the parameters only, the others are frozen (`FrozenGroupsSFTTrainer`).",
+    "FrozenGroupsSFTTrainer": (
+        "Supervised fine-tuning of a part of the parameters, the others are frozen (`FrozenGroupsSFTTrainer`)."
+    ),
+}
+_TAGS = {
+    "SFTTrainer": "sft",
+    "SelfDistillSFTTrainer": "self-distill-sft",
+    "FrozenGroupsSFTTrainer": "frozen-groups-sft",
 }
 # The licence of a fine-tuned model is that of its base; where it is not known here, the card leaves it to the
 # publisher
 _LICENSES = {EMBEDDED_MODEL_ID: "apache-2.0"}
-_TAGS = {"sft": "sft", "selfdistill": "self-distill-sft", "frozen": "frozen-groups-sft"}
 
 
 def write_model_card(arm: ArmResult, arms: list[ArmResult], folder: Path) -> Path:
@@ -33,13 +39,11 @@ def write_model_card(arm: ArmResult, arms: list[ArmResult], folder: Path) -> Pat
 
     Args:
         arm ([`ArmResult`]): The arm whose checkpoint `folder` holds.
-        arms (`list[ArmResult]`): All arms of the table, the baseline first.
-        folder (`Path`): The checkpoint, with its `run.json`.
+        arms (`list[ArmResult]`): All arms of the table, the baseline first; `[arm]` before there are others.
+        folder (`Path`): The checkpoint, with its `run.json`, and `curves.png` if there is one.
     """
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    base_model = arm.training["origin"]
-    new_facts = arm.training["mix"]["mix"]["new_facts"]
-    origin = base_model or "a local model"
+    base_model, trainer = arm.training["origin"], arm.training["trainer"]
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
@@ -47,32 +51,40 @@ def write_model_card(arm: ArmResult, arms: list[ArmResult], folder: Path) -> Pat
         library_name="transformers",
         pipeline_tag="text-generation",
         language="en",
-        tags=["trl", _TAGS[arm.name], "trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574"],
+        tags=["trl", _TAGS[trainer], "trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574"],
     )
+    name = f"`{base_model}`" if base_model else "A local model"
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     card = ModelCard.from_template(
         data,
         template_path=str(files("trl_selfdistill") / "templates" / "model_card_template.md"),
-        model_name=f"{origin.split('/')[-1]}: {arm.label}",
+        model_name=f"{(base_model or 'local model').split('/')[-1]}: {arm.label}",
         intro=(
-            f"`{origin}` fine-tuned on new facts with **{arm.label}**, as one arm of the quickstart study of "
-            "trl-selfdistill: how much of what a model knows does fine-tuning on new facts break (arXiv 2604.15574)?"
+            f"{name} fine-tuned with trl-selfdistill, as the arm **{arm.label}** of a study: how much of what a model "
+            "knows does fine-tuning on new facts break (arXiv 2604.15574)?"
         ),
         table=render_table(arms),
         findings=render_findings(arms),
-        method=_METHODS[arm.name],
-        settings={html.escape(k): _cell(v) for k, v in arm.training["settings"].items()},
+        has_figure=(folder / "curves.png").is_file(),
+        method=_METHODS[trainer],
+        settings={escape_markdown(k): escape_markdown(v) for k, v in arm.training["settings"].items()},
+        splits=arm.training["splits"],
         num_facts=arm.summary()["num_facts"],
-        new_facts=new_facts,
-        command=run["command"],
-        environment=f"{run['date'][:10]}, {run['machine']}. {versions}.",
+        new_facts=arm.training["mix"]["mix"]["new_facts"],
+        command=_portable(run["command"]),
+        environment=escape_markdown(f"{run['date'][:10]}, {run['machine']}. {versions}."),
     )
     path = folder / "README.md"
     card.save(path)
     return path
 
 
-def _cell(value: object) -> str:
-    """A value for a Markdown table: nothing in it can end the cell or become HTML."""
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return html.escape(text).replace("|", "\\|").replace("\n", " ")
+def _portable(command: str) -> str:
+    """The command without what only this machine has: of absolute paths, their last part. One line, for a fence."""
+    words = []
+    for word in shlex.split(command):
+        flag, equals, value = word.rpartition("=")
+        if PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~"):
+            value = PurePath(value).name
+        words.append(shlex.quote(" ".join(f"{flag}{equals}{value}".split())))
+    return " ".join(words)

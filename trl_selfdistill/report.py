@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the study found: one row for each arm as a table, a figure of the curves, and a model card in each "
-"checkpoint."""
+"""What the study found: one row for each arm as a table, the findings in words, and a figure of the curves."""
 
+import html
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -35,8 +35,8 @@ class ArmResult(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name for readers."""
-        return ARM_LABELS.get(self.name, self.name)
+        """Its name for readers, as Markdown: a folder may have any name."""
+        return ARM_LABELS.get(self.name) or escape_markdown(self.name)
 
     def summary(self) -> dict:
         """Its numbers, all rates as fractions in [0, 1], as `results.json` holds them."""
@@ -63,7 +63,11 @@ def load_arms(folders: list[Path], seed: int = 0) -> list[ArmResult]:
 
     Raises:
         FileNotFoundError: If a folder holds no finished training stage.
+        ValueError: If two folders have the same name, or the arms did not answer the same facts.
     """
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Arms are told apart by the names of their folders, got {names}. Rename some of them.")
     arms, baseline = [], None
     for folder in folders:
         for file in ("accuracy.jsonl", "training.json"):
@@ -101,7 +105,7 @@ def render_table(arms: list[ArmResult]) -> str:
                 _interval(arm.difference, signed=True) if arm.difference else "-",
                 f"{s['new_learnt']:.3f}",
                 f"{s['known_after']:.3f}",
-                f"{s['seconds_per_step']:.2f}",
+                "-" if s["seconds_per_step"] is None else f"{s['seconds_per_step']:.2f}",
                 f"{s['trainable_parameters'] / 1e6:.1f} M ({share:.0%})",
             ]
         )
@@ -114,6 +118,12 @@ def render_table(arms: list[ArmResult]) -> str:
 def _interval(interval: Interval, signed: bool = False) -> str:
     sign = "+" if signed else ""
     return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
+def escape_markdown(value: object) -> str:
+    """A value for a cell of a Markdown table: nothing in it can end the cell or become HTML."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(html.escape(text).replace("|", "\\|").split())
 
 
 def render_findings(arms: list[ArmResult]) -> str:

@@ -12,10 +12,12 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -56,67 +58,108 @@ def run_stage(
 
     Raises:
         FileNotFoundError: If an input is missing.
+        ValueError: If `folder` holds what no stage wrote, or an input: the result would take its place.
         OSError: If the result cannot be written; the message says where and that finished stages are kept.
     """
     folder = Path(folder)
     state = PartialState()
     inputs = {os.fspath(path): fingerprint(path) for path in inputs}
     key = _digest(json.dumps([arguments, list(inputs.values())], sort_keys=True).encode())
-    done = _key_of(folder) == key
+    done = _run_of(folder).get("key") == key
+    if not done:
+        _refuse_to_replace(folder, inputs)
     state.wait_for_everyone()  # nobody changes the folder before all have looked
     if done:
         logger.info(f"{folder.name}: nothing has changed, kept.")
         return folder
     partial = folder.with_name(folder.name + ".partial")
     run = {"key": key, "arguments": arguments, "inputs": inputs, **_environment()}
-    try:
-        if state.is_main_process:
-            if _key_of(partial) != key:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                _write_json(partial / RUN_FILE, run)
+    earlier = _run_of(partial)
+    complete = earlier.get("key") == key and "seconds" in earlier  # killed right before it took the folder's place
+    state.wait_for_everyone()
+    with explain_full_disk(folder.name, partial):
+        if state.is_main_process and earlier.get("key") != key:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_json(partial / RUN_FILE, run)
         state.wait_for_everyone()
         started = time.monotonic()
-        if every_process or state.is_main_process:
+        if not complete and (every_process or state.is_main_process):
             work(partial)
         state.wait_for_everyone()
         if state.is_main_process:
-            _write_json(partial / RUN_FILE, {**run, "seconds": round(time.monotonic() - started, 1)})
+            if not complete:
+                _write_json(partial / RUN_FILE, {**run, "seconds": round(time.monotonic() - started, 1)})
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_error(error):
-            raise
-        raise OSError(
-            f"The stage {folder.name!r} could not write into {partial}: {error}. Free some space there and run the "
-            "same command again: finished stages are kept, and this one goes on from its last checkpoint."
-        ) from error
     state.wait_for_everyone()
     return folder
 
 
+@contextmanager
+def explain_full_disk(stage: str, folder: Path) -> Iterator[None]:
+    """Turns the errors of a full disk into one that says where it happened and that the same command goes on."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_disk_error(error):
+            raise
+        raise OSError(
+            f"The stage {stage!r} could not write into {folder}: {error}. Free some space there and run the same "
+            "command again: finished stages are kept, and this one goes on from its last checkpoint."
+        ) from error
+
+
+def _refuse_to_replace(folder: Path, inputs: Iterable[str]) -> None:
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"The result would take the place of {folder}, which holds its input {path}. Choose another folder, "
+                "such as one beside it."
+            )
+    if not (folder / RUN_FILE).is_file() and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(
+            f"The result would take the place of {folder}, which no stage wrote (it has no {RUN_FILE}). Choose "
+            "another folder, or move what is there."
+        )
+
+
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    What identifies the content of an input: the key of a stage's folder, the SHA-256 of a file, and for any other
-    folder (a model) that of its files' names, sizes and times.
+    What identifies the content of an input: the SHA-256 of a file; of a stage's folder, that of its key and of the
+    JSONL files in it, which may be edited by hand; of any other folder (a model), that of its files' names, sizes and
+    times.
     """
     path = Path(path)
     if path.is_file():
         return _digest(path.read_bytes())
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist. Run the stage that writes it first, or correct the path.")
-    if key := _key_of(path):
-        return key
+    if key := _run_of(path).get("key"):
+        tables = sorted(path.glob("*.jsonl"))
+        return _digest("".join([key, *(_digest(table.read_bytes()) for table in tables)]).encode())
     files = sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _digest(json.dumps(stats).encode())
 
 
-def _key_of(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["key"]
-    except FileNotFoundError:
-        return None
+def model_identity(model: str) -> tuple[dict[str, str], list[str]]:
+    """
+    The arguments and the inputs by which a stage depends on a model: a Hub id is an argument, a folder an input, as it
+    counts by its content, so that a study may be moved.
+    """
+    return ({}, [model]) if Path(model).is_dir() else ({"model": model}, [])
+
+
+def run_arguments(folder: str | os.PathLike) -> dict[str, Any]:
+    """The arguments of the stage that wrote `folder`, empty if none did."""
+    return _run_of(Path(folder)).get("arguments", {})
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `run.json`, empty without one."""
+    path = folder / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _digest(content: bytes) -> str:
@@ -131,7 +174,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _environment() -> dict[str, Any]:
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
@@ -139,6 +182,8 @@ def _environment() -> dict[str, Any]:
 
 
 def _is_disk_error(error: Exception) -> bool:
-    # safetensors reports a failed write as text only
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in full or any(f"os error {code}" in str(error) for code in full)
+    # safetensors reports a failed write as text only, and torch.save that its file is not as long as it should be
+    text = str(error)
+    is_torch_save = "inline_container" in text and "Reader" not in text
+    return getattr(error, "errno", None) in full or is_torch_save or any(f"os error {code}" in text for code in full)

@@ -7,50 +7,43 @@ Every folder tells in `run.json` how it was made; a training stage adds `accurac
 """
 
 import json
-import logging
-import math
 import os
 import shutil
-import statistics
-import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from datasets import Dataset
 
-from .fact_accuracy import FactAccuracyCallback, read_records, write_records
+from .fact_accuracy import accuracy_by_group, predict_facts
+from .fact_files import write_rows
 from .facts import load_facts, save_facts
 from .geonames import geonames_facts, known_place_names
 from .model_card import write_model_card
-from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer, save_embedded_model
+from .models import EMBEDDED_MODEL, load_model_and_tokenizer, save_embedded_model
 from .report import load_arms, plot_curves, render_findings, render_table
 from .slick import annotate_facts
-from .stage import RUN_FILE, run_stage
-from .study_arguments import ModelAndFactsArguments, SlickArguments
-from .training_mix import SPLITS, MixSettings, build_training_mix
+from .stage import model_identity, run_stage
+from .study_arguments import EvaluationArguments, ModelAndFactsArguments, SlickArguments
+from .training_mix import MixSettings, build_training_mix
+from .training_stage import train_stage
 
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "annotate_stage",
+    "evaluate_stage",
+    "facts_stage",
+    "mix_stage",
+    "model_stage",
+    "report_stage",
+    "train_stage",
+]
 
 FACTS_FILE = "facts.jsonl"
-RECORDS_FILE = "accuracy.jsonl"
-TRAINING_FILE = "training.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+ACCURACY_FILE = "accuracy.json"
 GEONAMES = "geonames"
-# What does not change the weights that a training run ends with
-_WITHOUT_EFFECT = {
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "log_level",
-    "hub_token",
-    "project",
-}
 
 
 def model_stage(name_or_path: str, folder: Path) -> str:
@@ -117,14 +110,9 @@ def annotate_stage(
             )
         save_facts(annotated, partial / FACTS_FILE)
 
-    arguments = {
-        "slick": asdict(settings),
-        "bf16": bf16,
-        "batch_size": slick.slick_batch_size,
-        **_model_argument(model),
-    }
-    inputs = [facts, model] if Path(model).is_dir() else [facts]
-    return run_stage(folder, arguments, inputs, work) / FACTS_FILE
+    name, inputs = model_identity(model)
+    arguments = {"slick": asdict(settings), "bf16": bf16, "batch_size": slick.slick_batch_size, **name}
+    return run_stage(folder, arguments, [facts, *inputs], work) / FACTS_FILE
 
 
 def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 0) -> Path:
@@ -139,118 +127,35 @@ def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 
     return run_stage(folder, {"mix": asdict(settings), "seed": seed}, [annotated], work)
 
 
-def load_mix(folder: Path) -> dict[str, Dataset]:
-    """The splits of a mix by name."""
-    return {name: load_facts(Path(folder) / f"{name}.jsonl") for name in SPLITS}
-
-
-def train_stage(
-    trainer_class: type[Trainer],
-    config: TrainingArguments,
-    model: str,
-    mix: Path,
-    splits: tuple[str, ...],
-    folder: Path,
-    records_from: Path | None = None,
-) -> Path:
+def evaluate_stage(arguments: EvaluationArguments) -> Path:
     """
-    Trains `model` on the mix's `splits`, evaluating every split each epoch; a killed run goes on from its last
-    checkpoint.
-
-    Args:
-        trainer_class (`type[Trainer]`):
-            `SFTTrainer` or a subclass of it.
-        config ([`~transformers.TrainingArguments`]):
-            Its configuration. `output_dir` is set to `folder`.
-        model (`str`):
-            Hub id or folder of the model to start from.
-        mix (`Path`):
-            Folder of [`mix_stage`].
-        splits (`tuple[str, ...]`):
-            Splits to train on.
-        folder (`Path`):
-            Where the checkpoint goes, with `accuracy.jsonl` and `training.json`.
-        records_from (`Path`, *optional*):
-            Folder of an earlier training stage that `model` comes from; its last evaluation is the first of this one.
+    Asks a model facts and writes `predictions.jsonl` (a line for each fact) and `accuracy.json` (overall, by relation
+    and, for annotated facts, by SLiCK category) to `arguments.output_dir`, which it returns.
     """
-    effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
-    arguments = {
-        "trainer": trainer_class.__name__,
-        "splits": list(splits),
-        "config": effective,
-        **_model_argument(model),
-    }
-    inputs = [mix, model] if Path(model).is_dir() else [mix]
+    model = arguments.model_name_or_path
 
     def work(partial: Path) -> None:
-        trainer, seconds = _train(trainer_class, config, model, load_mix(mix), splits, partial, records_from)
-        if trainer.is_world_process_zero():
-            about = {"origin": _origin(model), "mix": _run_arguments(mix), "seconds_per_step": seconds}
-            _write_training_file(trainer, partial, about)
-            for path in partial.glob("checkpoint-*"):  # they hold the optimizer; the model is saved
-                shutil.rmtree(path)
+        facts = load_facts(arguments.facts, arguments.facts_split)
+        language_model, tokenizer = load_model_and_tokenizer(model)
+        language_model.to(PartialState().device)
+        with torch.autocast(language_model.device.type, torch.bfloat16, enabled=arguments.bf16):
+            predictions = predict_facts(
+                language_model,
+                tokenizer,
+                facts,
+                method=arguments.method,
+                batch_size=arguments.batch_size,
+                max_new_tokens=arguments.max_new_tokens,
+            )
+        write_rows(predictions, partial / PREDICTIONS_FILE)
+        accuracy = json.dumps(accuracy_by_group(facts, predictions), indent=2, ensure_ascii=False)
+        (partial / ACCURACY_FILE).write_text(accuracy + "\n", encoding="utf-8")
 
-    return run_stage(folder, json.loads(json.dumps(arguments, default=str)), inputs, work, every_process=True)
-
-
-def _train(
-    trainer_class, config, model, mix, splits, folder: Path, records_from: Path | None
-) -> tuple[Trainer, float]:
-    config.output_dir = os.fspath(folder)
-    language_model, tokenizer = load_model_and_tokenizer(model)
-    train_dataset = concatenate_datasets([mix[name].select_columns(["prompt", "completion"]) for name in splits])
-    trainer = trainer_class(language_model, config, train_dataset=train_dataset, processing_class=tokenizer)
-    records_file, timer = folder / RECORDS_FILE, StepTimer()
-    checkpoint = get_last_checkpoint(folder)
-    if records_from is not None and checkpoint is None and trainer.is_world_process_zero():
-        write_records(records_file, [read_records(records_from / RECORDS_FILE)[-1]._replace(step=0, epoch=0.0)])
-    trainer.accelerator.wait_for_everyone()
-    trainer.add_callback(FactAccuracyCallback(trainer, mix, records_file))
-    trainer.add_callback(timer)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    return trainer, timer.median()
-
-
-def _write_training_file(trainer: Trainer, folder: Path, about: dict) -> None:
-    """`training.json`: what the report and the model card say of a run, beside its accuracy."""
-    config = trainer.args
-    parameters = list(trainer.model.parameters())
-    shown = ("learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "bf16")
-    own = ("kl_weight", "temperature", "trainable_groups", "frozen_groups")
-    settings = {name: getattr(config, name) for name in shown + own if getattr(config, name, None) is not None}
-    settings["batch_size"] = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    training = {
-        **about,
-        "trainer": type(trainer).__name__,
-        "settings": settings,
-        "num_steps": trainer.state.global_step,
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "parameters": sum(p.numel() for p in parameters),
-        "log_history": trainer.state.log_history,
-    }
-    text = json.dumps(training, indent=2, ensure_ascii=False, default=str)
-    (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _model_argument(model: str) -> dict[str, str]:
-    # A folder counts by its content, as an input, so that a study may be moved
-    return {} if Path(model).is_dir() else {"model": model}
-
-
-def _run_arguments(folder: str | Path) -> dict:
-    path = Path(folder) / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.is_file() else {}
-
-
-def _origin(model: str) -> str | None:
-    """The Hub id that a chain of stages started from; `None` if it was a local folder."""
-    if not Path(model).is_dir():
-        return model
-    earlier = Path(model) / TRAINING_FILE
-    if earlier.is_file():
-        return json.loads(earlier.read_text(encoding="utf-8"))["origin"]
-    return EMBEDDED_MODEL_ID if _run_arguments(model).get("model") == EMBEDDED_MODEL else None
+    name, inputs = model_identity(model)
+    settings = {k: v for k, v in asdict(arguments).items() if k not in ("model_name_or_path", "output_dir")}
+    if Path(arguments.facts).exists():
+        inputs = [arguments.facts, *inputs]
+    return run_stage(Path(arguments.output_dir), {**settings, **name}, inputs, work)
 
 
 def report_stage(folders: list[Path], output: Path) -> str:
@@ -273,20 +178,3 @@ def report_stage(folders: list[Path], output: Path) -> str:
         shutil.copyfile(output / "curves.png", folder / "curves.png")
         write_model_card(arm, arms, folder)
     return text
-
-
-class StepTimer(TrainerCallback):
-    """Measures the seconds of each optimizer step, without evaluation and saving."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self._started)
-
-    def median(self) -> float:
-        """Median seconds of a step."""
-        return statistics.median(self.seconds) if self.seconds else math.nan

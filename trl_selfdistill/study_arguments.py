@@ -14,6 +14,8 @@ from .slick import PRESETS, SlickSettings
 class ModelAndFactsArguments:
     """Which model, and which facts."""
 
+    _argument_group_name = "model and facts"
+
     model_name_or_path: str = field(
         default=EMBEDDED_MODEL,
         metadata={
@@ -48,6 +50,8 @@ class ModelAndFactsArguments:
 class SlickArguments:
     """How SLiCK asks the model. What is not set comes from the preset."""
 
+    _argument_group_name = "SLiCK"
+
     slick_preset: str = field(
         default="quick", metadata={"help": "Settings of SLiCK to start from.", "choices": list(PRESETS)}
     )
@@ -77,6 +81,8 @@ class SlickArguments:
 class StudyArguments:
     """What the study compares. Stage 2 is set by the training configuration."""
 
+    _argument_group_name = "study"
+
     arms: list[str] = field(
         default_factory=lambda: ["sft", "selfdistill", "frozen"],
         metadata={
@@ -94,3 +100,106 @@ class StudyArguments:
         unknown = set(self.arms) - {"sft", "selfdistill", "frozen"}
         if unknown or not self.arms:
             raise ValueError(f"`arms` may hold sft, selfdistill and frozen, got {self.arms}.")
+
+
+@dataclass
+class AnnotationArguments:
+    """What the annotation needs beside the model, the facts and SLiCK's settings."""
+
+    _argument_group_name = "run"
+
+    output_dir: str = field(
+        default="outputs/study",
+        metadata={"help": "Folder of the folders `facts`, `annotated` and, if need be, `model`."},
+    )
+    bf16: bool = field(default=False, metadata={"help": "Whether to ask in bf16 autocast rather than float32."})
+    seed: int = field(default=0, metadata={"help": "Seed of the exemplars and of the samples."})
+
+
+@dataclass
+class MixArguments:
+    """What the mix is built from, and where it goes."""
+
+    _argument_group_name = "run"
+
+    annotated: str = field(metadata={"help": "Annotated facts: the `annotated/facts.jsonl` of annotate_facts.py."})
+    output_dir: str = field(default="outputs/study/mix", metadata={"help": "Folder of the splits."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice, the order and the invented facts."})
+
+
+@dataclass
+class TrainingDataArguments:
+    """Which model to train on what: a mix, or a dataset as `trl sft` takes it."""
+
+    _argument_group_name = "model and data"
+
+    model_name_or_path: str = field(metadata={"help": "Model by Hub id or local folder."})
+    mix: str | None = field(
+        default=None,
+        metadata={"help": "Folder of build_training_mix.py. All its splits are evaluated after each epoch."},
+    )
+    splits: list[str] = field(
+        default_factory=lambda: ["known", "new"],
+        metadata={"help": "Splits of the mix to train on: `known` for stage 1, `known new` for stage 2."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a mix: a dataset in a format of SFTTrainer (prompt-completion, conversational), by "
+            "Hub id, as a folder, or as a JSON, JSONL, CSV or Parquet file."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of the dataset to evaluate on, where `eval_strategy` asks for it."}
+    )
+
+    def __post_init__(self):
+        if (self.mix is None) == (self.dataset_name is None):
+            raise ValueError(
+                f"Set one of `mix` and `dataset_name`, got `mix={self.mix!r}` and "
+                f"`dataset_name={self.dataset_name!r}`."
+            )
+        if not set(self.splits) <= {"known", "new"}:
+            raise ValueError(f"`splits` may hold known and new, got {self.splits}; heldout is for evaluation only.")
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model to ask what, and how."""
+
+    _argument_group_name = "evaluation"
+
+    model_name_or_path: str = field(metadata={"help": "Model by Hub id or local folder."})
+    facts: str = field(
+        metadata={"help": "Facts: a JSONL or CSV file, such as a split of a mix, a folder, or a dataset on the Hub."}
+    )
+    facts_split: str = field(
+        default="train", metadata={"help": "Split of a `datasets` dataset to read the facts from."}
+    )
+    method: str = field(
+        default="generate",
+        metadata={
+            "help": "`generate` writes the greedy answers, `score` only finds out whether they would be right.",
+            "choices": ["generate", "score"],
+        },
+    )
+    batch_size: int = field(default=64, metadata={"help": "Sequences in one forward pass."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer of `generate`, in tokens."})
+    bf16: bool = field(default=False, metadata={"help": "Whether to ask in bf16 autocast rather than float32."})
+    output_dir: str = field(
+        default="outputs/evaluation", metadata={"help": "Folder of `predictions.jsonl` and `accuracy.json`."}
+    )
+
+
+@dataclass
+class ReportArguments:
+    """Which arms to compare, and where the report goes."""
+
+    _argument_group_name = "report"
+
+    arms: list[str] = field(metadata={"help": "Folders of trained arms, the baseline first."})
+    output_dir: str = field(
+        default="outputs/study", metadata={"help": "Folder of `report.md`, `curves.png` and `results.json`."}
+    )

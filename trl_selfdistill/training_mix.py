@@ -11,10 +11,11 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
 
-from .facts import fold_name
+from .facts import fold_name, load_facts
 from .invented_facts import invent_facts
 from .prompts import answer_completion, question_prompt
 from .slick import SlickCategory
@@ -46,6 +47,8 @@ class MixSettings:
         max_answer_share (`float`, *optional*, defaults to `0.1`):
             No answer makes up more than this share of a split, so that guessing the most frequent one does not pay.
     """
+
+    _argument_group_name = "training mix"  # the heading of these flags in a script's help
 
     num_known: int = field(default=120, metadata={"help": "HighlyKnown facts to train on, in both stages."})
     num_new: int = field(default=400, metadata={"help": "New facts to train on in stage 2."})
@@ -132,6 +135,11 @@ def build_training_mix(
             f"`num_known={settings.num_known}`. Lower `num_known` or annotate more facts."
         )
     return {name: _with_prompts(split) for name, split in zip(SPLITS, (known, new, heldout), strict=True)}
+
+
+def load_mix(folder: str | Path) -> dict[str, Dataset]:
+    """The splits of a mix that was written to `folder`, one JSONL file each, by name."""
+    return {name: load_facts(Path(folder) / f"{name}.jsonl") for name in SPLITS}
 
 
 def choose_relations(annotated: Dataset, wanted: Iterable[str], min_known_share: float) -> list[str]:

@@ -149,7 +149,7 @@ def linear_ce_kl(
         teacher_lm_head = LMHead(*(x.detach() if isinstance(x, torch.Tensor) else x for x in teacher_lm_head))
 
     counted = shift_labels != ignore_index
-    hidden_states, labels = student_hidden_states[counted], shift_labels[counted]
+    hidden_states, labels = student_hidden_states[counted], shift_labels[counted].long()
     num_tokens = counted.sum()
     chunk_size = max(1, _CHUNK_ELEMENTS // student_lm_head.weight.size(0))
     sums = []

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Trains some groups of parameters and freezes the others (FrozenGroupsSFTTrainer).
+
+The groups are embeddings, attention, mlp, norm and lm_head: name what to train (--trainable_groups) or what not to
+(--frozen_groups). Training the attention alone learns a task or a format, and hardly any new facts: old ones stay.
+
+Input: a model, and either --mix (a folder of build_training_mix.py) with the --splits to train on, or --dataset_name
+(any dataset of SFTTrainer). Output, in --output_dir: the checkpoint and parameter_groups.json; with --mix also
+accuracy.jsonl (which facts of each split were right after each epoch) and training.json. With --mix an interrupted run
+goes on with the same command; with --dataset_name add --resume_from_checkpoint FOLDER.
+
+    accelerate launch --quiet scripts/frozen_groups_sft.py --model_name_or_path outputs/study/stage1 \\
+        --mix outputs/study/mix --splits known new --trainable_groups attention --num_train_epochs 8 \\
+        --learning_rate 2e-4 --save_strategy epoch --output_dir outputs/study/frozen
+
+    accelerate launch --quiet scripts/frozen_groups_sft.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+        --dataset_name my_chats.jsonl --frozen_groups mlp embeddings --output_dir outputs/my_model
+"""
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer
+from trl_selfdistill.command_line import run_script
+from trl_selfdistill.dataset_training import train_on_dataset
+from trl_selfdistill.study import train_stage
+from trl_selfdistill.study_arguments import TrainingDataArguments
+
+
+def main(data: TrainingDataArguments, config: FrozenGroupsSFTConfig) -> None:
+    """Trains the model and prints where it is."""
+    if data.mix is None:
+        folder = train_on_dataset(FrozenGroupsSFTTrainer, config, data)
+    else:
+        mix, folder = Path(data.mix), Path(config.output_dir)
+        folder = train_stage(FrozenGroupsSFTTrainer, config, data.model_name_or_path, mix, tuple(data.splits), folder)
+    if PartialState().is_main_process:
+        print(f"Model: {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main, (TrainingDataArguments, FrozenGroupsSFTConfig), __doc__)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Trains with self-distillation (SelfDistillSFTTrainer): SFT with a KL to a frozen snapshot of the model as handed over.
+
+With --kl_weight 0 it is plain SFT, as stage 1 (format learning) and the baseline need it.
+
+Input: a model, and either --mix (a folder of build_training_mix.py) with the --splits to train on, or --dataset_name
+(any dataset of SFTTrainer). Output, in --output_dir: the checkpoint; with --mix also accuracy.jsonl (which facts of
+each split were right after each epoch) and training.json. With --mix an interrupted run goes on with the same command;
+with --dataset_name add --resume_from_checkpoint FOLDER.
+
+    accelerate launch --quiet scripts/self_distill_sft.py --model_name_or_path outputs/study/model \\
+        --mix outputs/study/mix --splits known --kl_weight 0 --num_train_epochs 1 --learning_rate 5e-5 \\
+        --output_dir outputs/study/stage1
+
+    accelerate launch --quiet scripts/self_distill_sft.py --model_name_or_path outputs/study/stage1 \\
+        --mix outputs/study/mix --splits known new --num_train_epochs 8 --learning_rate 2e-4 --save_strategy epoch \\
+        --output_dir outputs/study/selfdistill
+
+    accelerate launch --quiet scripts/self_distill_sft.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+        --dataset_name my_chats.jsonl --output_dir outputs/my_model
+"""
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill.command_line import run_script
+from trl_selfdistill.dataset_training import train_on_dataset
+from trl_selfdistill.study import train_stage
+from trl_selfdistill.study_arguments import TrainingDataArguments
+
+
+def main(data: TrainingDataArguments, config: SelfDistillSFTConfig) -> None:
+    """Trains the model and prints where it is."""
+    if data.mix is None:
+        folder = train_on_dataset(SelfDistillSFTTrainer, config, data)
+    else:
+        mix, folder = Path(data.mix), Path(config.output_dir)
+        folder = train_stage(SelfDistillSFTTrainer, config, data.model_name_or_path, mix, tuple(data.splits), folder)
+    if PartialState().is_main_process:
+        print(f"Model: {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main, (TrainingDataArguments, SelfDistillSFTConfig), __doc__)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study in miniature: toy facts of two relations, and a tiny Llama that was taught most of them."""
+
+import random
+from pathlib import Path
+
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+
+from trl_selfdistill.facts import facts_from_rows
+from trl_selfdistill.prompts import answer_completion, question_prompt
+
+
+TEMPLATES = {
+    "country": "Which country is {subject} located in?",
+    "river": "Which river is {subject} located in?",
+}
+ANSWERS = {
+    "country": ("France", "Norway", "Peru", "Japan", "Austria"),
+    "river": ("Rhone", "Glomma", "Rimac", "Yodo", "Mur"),
+}
+NUM_FACTS, NUM_TAUGHT = 40, 34  # of each relation; what was not taught is Unknown, but for lucky guesses
+_HEADS = ("Ba", "Do", "Fe", "Gu", "Ki", "Lo", "Ma", "Ne", "Pu", "Ro")
+_TAILS = ("bran", "dost", "gel", "kim", "lund", "mar", "nik", "pol", "ras", "sten")
+
+# Flags of scripts/run_study.py for a study of seconds, the same weights bit for bit at every run
+STUDY_FLAGS = """
+    --slick_num_prompts 2 --slick_num_shots 2 --num_known 10 --num_new 20 --num_heldout 40 --max_answer_share 0.3
+    --num_train_epochs 2 --learning_rate 3e-3 --per_device_train_batch_size 8 --stage1_learning_rate 1e-3
+    --save_strategy epoch --save_total_limit 1 --bf16 false --use_cpu --report_to none --logging_steps 2
+    --gradient_checkpointing false --dataloader_pin_memory false --disable_tqdm true
+""".split()
+
+
+def toy_facts() -> Dataset:
+    """The facts of one relation after the other; every fifth of a relation has the same answer."""
+    names = [head + tail for head in _HEADS for tail in _TAILS]
+    random.Random(0).shuffle(names)
+    rows = []
+    for relation, template in TEMPLATES.items():
+        for i in range(NUM_FACTS):
+            answer = ANSWERS[relation][i % 5]
+            rows.append({"relation": relation, "subject": names.pop(), "template": template, "answer": answer})
+    return facts_from_rows(rows)
+
+
+def save_toy_model(folder: Path) -> None:
+    """Writes a model to `folder` that answers the taught facts, zero-shot and few-shot."""
+    facts = toy_facts()
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(facts["subject"][:])  # a name of one token is learnt in seconds
+    model = build_model(tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.1)
+    _teach(model, tokenizer, [fact for i, fact in enumerate(facts) if i % NUM_FACTS < NUM_TAUGHT], num_steps=200)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _teach(model, tokenizer, facts: list[dict], num_steps: int) -> None:
+    generator = random.Random(0)
+    newline, end = tokenizer("\n")["input_ids"], [tokenizer.eos_token_id]
+    lines = {relation: [] for relation in TEMPLATES}
+    for fact in facts:
+        prompt = question_prompt(fact["question"])
+        texts = tokenizer([prompt, prompt + answer_completion(fact["answer"])])["input_ids"]
+        lines[fact["relation"]].append((texts[1], len(texts[0])))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, num_steps)
+    for step in range(num_steps):
+        input_ids, labels = [], []
+        for i in range(8):
+            shown = generator.sample(lines[generator.choice([*TEMPLATES])], 1 + (i + step) % 3)
+            ids = [token for line, _ in shown for token in line + newline][:-1] + end
+            targets = [t for line, start in shown for t in [-100] * start + line[start:] + newline][:-1] + end
+            input_ids.append(ids)
+            labels.append(targets)
+        width = max(map(len, input_ids))
+        logits = model(input_ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in input_ids])).logits
+        targets = torch.tensor([ids + [-100] * (width - len(ids)) for ids in labels])
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all scripts share: flags and YAML into dataclasses, a help that reads well, what is logged, and Ctrl-C."""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterable
+
+from datasets import disable_progress_bars
+from trl import TrlParser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the paragraphs of the description, adds the defaults that there are, and shows each flag once."""
+
+    def _get_help_string(self, action):
+        if action.required:
+            return f"{action.help} (required)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        # HfArgumentParser also takes every `--some_flag` as `--some-flag`
+        flags = [flag for flag in action.option_strings if "_" in flag] or action.option_strings
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return " ".join([", ".join(flags), value] if action.nargs != 0 else [", ".join(flags)])
+
+
+def build_parser(dataclass_types: Iterable[type], description: str, prog: str | None = None) -> TrlParser:
+    """
+    A parser of flags and of `--config` files, whose help shows the flags of a script before the many of the training.
+
+    Args:
+        dataclass_types (`Iterable[type]`):
+            What to parse. The flags of one with an `_argument_group_name` stand under that heading.
+        description (`str`):
+            The script's docstring.
+        prog (`str`, *optional*):
+            Name of the script.
+    """
+    parser = TrlParser(
+        dataclass_types,
+        prog=prog,
+        usage="accelerate launch --quiet scripts/%(prog)s [--config FILE.yaml] [flags]\n\n"
+        "Every flag may stand in the YAML file too, without its dashes; flags win.",
+        description=description.strip().replace("%", "%%"),
+        formatter_class=_HelpFormatter,
+    )
+    options = parser._optionals
+    options.title = "other flags"
+    if any(not hasattr(dataclass_type, "_argument_group_name") for dataclass_type in dataclass_types):
+        options.title = "training (SFTConfig of TRL and TrainingArguments of transformers)"
+    parser._action_groups.remove(options)
+    parser._action_groups.append(options)
+    return parser
+
+
+def run_script(main: Callable, dataclass_types: Iterable[type], description: str) -> None:
+    """
+    Parses the command line and calls `main` with one instance of each of `dataclass_types`.
+
+    On Ctrl-C the process exits with status 130 and says how to go on.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
+    disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
+    parser = build_parser(dataclass_types, description)
+    arguments = parser.parse_args_and_config()
+    try:
+        main(*arguments)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted. What is done stays: run the same command again to go on.\n")

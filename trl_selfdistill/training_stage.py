@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage that trains a model on a mix: a checkpoint, its accuracy over the epochs, and how it was trained."""
+
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from datasets import concatenate_datasets
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from .fact_accuracy import FactAccuracyCallback, read_records, write_records
+from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer
+from .stage import model_identity, run_arguments, run_stage
+from .training_mix import load_mix
+
+
+logger = logging.getLogger(__name__)
+
+RECORDS_FILE = "accuracy.jsonl"
+TRAINING_FILE = "training.json"
+# What does not change the weights that a training run ends with
+_WITHOUT_EFFECT = {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "report_to",
+    "disable_tqdm",
+    "log_level",
+    "hub_token",
+    "project",
+}
+
+
+def train_stage(
+    trainer_class: type[Trainer],
+    config: TrainingArguments,
+    model: str,
+    mix: Path,
+    splits: tuple[str, ...],
+    folder: Path,
+    records_from: Path | None = None,
+) -> Path:
+    """
+    Trains `model` on the mix's `splits`, evaluating every split each epoch; a killed run goes on from its last
+    checkpoint.
+
+    Args:
+        trainer_class (`type[Trainer]`):
+            `SFTTrainer` or a subclass of it.
+        config ([`~transformers.TrainingArguments`]):
+            Its configuration. `output_dir` is set to `folder`.
+        model (`str`):
+            Hub id or folder of the model to start from.
+        mix (`Path`):
+            Folder of [`~trl_selfdistill.study.mix_stage`].
+        splits (`tuple[str, ...]`):
+            Splits to train on.
+        folder (`Path`):
+            Where the checkpoint goes, with `accuracy.jsonl` and `training.json`.
+        records_from (`Path`, *optional*):
+            Folder of an earlier training stage that `model` comes from; its last evaluation is the first of this one.
+    """
+    effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
+    name, inputs = model_identity(model)
+    arguments = {"trainer": trainer_class.__name__, "splits": list(splits), "config": effective, **name}
+
+    def work(partial: Path) -> None:
+        trainer, seconds = _train(trainer_class, config, model, load_mix(mix), splits, partial, records_from)
+        if trainer.is_world_process_zero():
+            about = {"origin": _origin(model), "mix": run_arguments(mix), "seconds_per_step": seconds}
+            _write_training_file(trainer, partial, about)
+            for path in partial.glob("checkpoint-*"):  # they hold the optimizer; the model is saved
+                shutil.rmtree(path)
+
+    arguments = json.loads(json.dumps(arguments, default=str))
+    return run_stage(folder, arguments, [mix, *inputs], work, every_process=True)
+
+
+def _train(
+    trainer_class, config, model, mix, splits, folder: Path, records_from: Path | None
+) -> tuple[Trainer, float]:
+    config.output_dir = os.fspath(folder)
+    language_model, tokenizer = load_model_and_tokenizer(model)
+    train_dataset = concatenate_datasets([mix[name].select_columns(["prompt", "completion"]) for name in splits])
+    trainer = trainer_class(language_model, config, train_dataset=train_dataset, processing_class=tokenizer)
+    records_file, timer = folder / RECORDS_FILE, StepTimer()
+    checkpoint = last_complete_checkpoint(folder)
+    if records_from is not None and checkpoint is None and trainer.is_world_process_zero():
+        write_records(records_file, [read_records(records_from / RECORDS_FILE)[-1]._replace(step=0, epoch=0.0)])
+    trainer.accelerator.wait_for_everyone()
+    trainer.add_callback(FactAccuracyCallback(trainer, mix, records_file))
+    trainer.add_callback(timer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    return trainer, timer.median()
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in `folder` that was written to the end, which is its `trainer_state.json`."""
+    steps = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            steps[TrainerState.load_from_json(os.fspath(path / TRAINER_STATE_NAME)).global_step] = os.fspath(path)
+        except (FileNotFoundError, ValueError):  # the disk was full, or the run killed, while it was written
+            logger.info(f"{path} is not complete, it is not resumed from.")
+    return steps[max(steps)] if steps else None
+
+
+def _write_training_file(trainer: Trainer, folder: Path, about: dict) -> None:
+    """`training.json`: what the report and the model card say of a run, beside its accuracy."""
+    config = trainer.args
+    parameters = list(trainer.model.parameters())
+    shown = ("learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "bf16")
+    own = ("kl_weight", "temperature", "trainable_groups", "frozen_groups")
+    settings = {name: getattr(config, name) for name in shown + own if getattr(config, name, None) is not None}
+    settings["batch_size"] = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    training = {
+        **about,
+        "trainer": type(trainer).__name__,
+        "settings": settings,
+        "num_steps": trainer.state.global_step,
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters),
+        "log_history": trainer.state.log_history,
+    }
+    text = json.dumps(training, indent=2, ensure_ascii=False, default=str)
+    (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _origin(model: str) -> str | None:
+    """The Hub id that a chain of stages started from; `None` if it was a local folder."""
+    if not Path(model).is_dir():
+        return model
+    earlier = Path(model) / TRAINING_FILE
+    if earlier.is_file():
+        return json.loads(earlier.read_text(encoding="utf-8"))["origin"]
+    return EMBEDDED_MODEL_ID if run_arguments(model).get("model") == EMBEDDED_MODEL else None
+
+
+class StepTimer(TrainerCallback):
+    """Measures the seconds of each optimizer step, without evaluation and saving."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def median(self) -> float | None:
+        """Median seconds of a step, `None` without any."""
+        return statistics.median(self.seconds) if self.seconds else None
