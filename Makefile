@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
+# Threads that wait should sleep: spinning, two busy processes on two cores slow each other down many times over
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: quickstart test quality style clean
 

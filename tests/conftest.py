@@ -2,6 +2,8 @@
 """Tiny offline models and a tiny tokenizer. Nothing here needs the Hub."""
 
 import os
+import pickle
+import shutil
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,3 +81,25 @@ def model_dir(tokenizer, tmp_path_factory):
     build_model(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def toy_study(tmp_path_factory, worker_id):
+    """A finished study on a tiny model (see toy_study.py), run once for all processes of `pytest -n`."""
+    from toy_study import ToyStudy, run_toy_study
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared if worker_id == "master" else shared.parent) / "toy-study"
+    result = shared.with_suffix(".pickle")
+    with FileLock(f"{shared}.lock"):
+        if not result.exists():
+            shared.mkdir(exist_ok=True)
+            result.write_bytes(pickle.dumps(tuple(run_toy_study(shared))))
+    return ToyStudy(*pickle.loads(result.read_bytes()))
+
+
+@pytest.fixture
+def copied_study(toy_study, tmp_path):
+    """A copy of `toy_study` that a test may go on with."""
+    shutil.copytree(toy_study.output, tmp_path / "study")
+    return toy_study._replace(output=tmp_path / "study")

@@ -2,16 +2,23 @@
 """A study in miniature: toy facts of two relations, and a tiny Llama that was taught most of them."""
 
 import random
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
-from trl_selfdistill.facts import facts_from_rows
+from trl_selfdistill.facts import facts_from_rows, save_facts
 from trl_selfdistill.prompts import answer_completion, question_prompt
 
 
+ARMS = ("sft", "selfdistill", "frozen")
+STAGES = ("facts", "annotated", "mix", "stage1", *ARMS)
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEMPLATES = {
     "country": "Which country is {subject} located in?",
     "river": "Which river is {subject} located in?",
@@ -27,7 +34,7 @@ _TAILS = ("bran", "dost", "gel", "kim", "lund", "mar", "nik", "pol", "ras", "ste
 # Flags of scripts/run_study.py for a study of seconds, the same weights bit for bit at every run
 STUDY_FLAGS = """
     --slick_num_prompts 2 --slick_num_shots 2 --num_known 10 --num_new 20 --num_heldout 40 --max_answer_share 0.3
-    --num_train_epochs 2 --learning_rate 3e-3 --per_device_train_batch_size 8 --stage1_learning_rate 1e-3
+    --num_train_epochs 2 --learning_rate 1e-2 --per_device_train_batch_size 8 --stage1_learning_rate 1e-3
     --save_strategy epoch --save_total_limit 1 --bf16 false --use_cpu --report_to none --logging_steps 2
     --gradient_checkpointing false --dataloader_pin_memory false --disable_tqdm true
 """.split()
@@ -81,3 +88,52 @@ def _teach(model, tokenizer, facts: list[dict], num_steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+
+
+class ToyStudy(NamedTuple):
+    """A finished run of scripts/run_study.py; tests copy what they change."""
+
+    model: Path
+    facts: Path
+    output: Path
+    stdout: str
+
+    def flags(self, output: Path) -> list[str]:
+        """Flags that run the same study in another folder."""
+        paths = ["--model_name_or_path", self.model, "--facts", self.facts, "--output_dir", output]
+        return [*map(str, paths), *STUDY_FLAGS]
+
+
+def run_toy_study(root: Path) -> ToyStudy:
+    """Trains the toy model and runs the whole study on it, as a user would."""
+    study = ToyStudy(root / "toy-model", root / "facts.jsonl", root / "study", "")
+    save_toy_model(study.model)
+    save_facts(toy_facts(), study.facts)
+    launch = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*map(str, launch), str(SCRIPTS / "run_study.py"), *study.flags(study.output)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr
+    return study._replace(stdout=run.stdout)
+
+
+def run_script(name: str, *flags) -> None:
+    """Runs a script in this process."""
+    argv, sys.argv = sys.argv, [str(SCRIPTS / name), *map(str, flags)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+def runs(study: ToyStudy) -> dict[str, bytes]:
+    """The `run.json` of each stage, which every run of the stage writes anew."""
+    return {name: (study.output / name / "run.json").read_bytes() for name in STAGES}
+
+
+def rerun(study: ToyStudy, *flags) -> set[str]:
+    """Runs the study again in this process; returns the stages that were run."""
+    before = runs(study)
+    run_script("run_study.py", *study.flags(study.output), *flags)
+    after = runs(study)
+    return {name for name in STAGES if before[name] != after[name]}

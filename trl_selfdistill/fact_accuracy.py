@@ -150,7 +150,8 @@ class FactAccuracyCallback(TrainerCallback):
         records = [record for record in records if record.step <= state.global_step]
         if state.is_world_process_zero:
             write_records(self.path, records)
-        if not any(record.step == state.global_step for record in records):
+        # A resumed run has its first evaluation on file, and one at the step of a checkpoint would be none of an epoch's
+        if state.global_step == 0 and not records:
             self._evaluate(state)
 
     def on_epoch_end(self, args, state, control, **kwargs):

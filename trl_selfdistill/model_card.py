@@ -43,7 +43,8 @@ def write_model_card(arm: ArmResult, arms: list[ArmResult], folder: Path) -> Pat
         folder (`Path`): The checkpoint, with its `run.json`, and `curves.png` if there is one.
     """
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    base_model, trainer = arm.training["origin"], arm.training["trainer"]
+    base_model = arm.training["origin"]
+    trainer = arm.training["trainer"] if arm.training["settings"].get("kl_weight") != 0 else "SFTTrainer"
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
@@ -53,16 +54,12 @@ def write_model_card(arm: ArmResult, arms: list[ArmResult], folder: Path) -> Pat
         language="en",
         tags=["trl", _TAGS[trainer], "trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574"],
     )
-    name = f"`{base_model}`" if base_model else "A local model"
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     card = ModelCard.from_template(
         data,
         template_path=str(files("trl_selfdistill") / "templates" / "model_card_template.md"),
-        model_name=f"{(base_model or 'local model').split('/')[-1]}: {arm.label}",
-        intro=(
-            f"{name} fine-tuned with trl-selfdistill, as the arm **{arm.label}** of a study: how much of what a model "
-            "knows does fine-tuning on new facts break (arXiv 2604.15574)?"
-        ),
+        origin=escape_markdown(base_model) if base_model else None,
+        arm=arm.label,
         table=render_table(arms),
         findings=render_findings(arms),
         has_figure=(folder / "curves.png").is_file(),
@@ -84,7 +81,7 @@ def _portable(command: str) -> str:
     words = []
     for word in shlex.split(command):
         flag, equals, value = word.rpartition("=")
-        if PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~"):
-            value = PurePath(value).name
+        if PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith(("~", "..")):
+            value = PureWindowsPath(value).name  # takes both kinds of slashes
         words.append(shlex.quote(" ".join(f"{flag}{equals}{value}".split())))
-    return " ".join(words)
+    return " ".join(["accelerate", "launch", *words] if words[0].endswith(".py") else words)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -46,7 +47,7 @@ def load_model_and_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:  # nothing there; no config; weights cut off
         where = (
             "a folder without a loadable model"
             if Path(name).is_dir()
@@ -54,7 +55,7 @@ def load_model_and_tokenizer(
         )
         raise FileNotFoundError(
             f"`model_name_or_path` got {name!r}, which is {where}. Pass a folder written by `save_pretrained` or a "
-            f"Hub id (log in with `hf auth login` for a gated one). The cause: {str(error).splitlines()[0]}"
+            f"Hub id (log in with `hf auth login` for a gated one). The cause: {' '.join(str(error).split())}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

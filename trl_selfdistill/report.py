@@ -34,9 +34,14 @@ class ArmResult(NamedTuple):
     difference: Interval | None
 
     @property
+    def title(self) -> str:
+        """Its name for readers, as plain text."""
+        return ARM_LABELS.get(self.name, self.name)
+
+    @property
     def label(self) -> str:
         """Its name for readers, as Markdown: a folder may have any name."""
-        return ARM_LABELS.get(self.name) or escape_markdown(self.name)
+        return escape_markdown(self.title)
 
     def summary(self) -> dict:
         """Its numbers, all rates as fractions in [0, 1], as `results.json` holds them."""
@@ -123,7 +128,7 @@ def _interval(interval: Interval, signed: bool = False) -> str:
 def escape_markdown(value: object) -> str:
     """A value for a cell of a Markdown table: nothing in it can end the cell or become HTML."""
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return " ".join(html.escape(text).replace("|", "\\|").split())
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def render_findings(arms: list[ArmResult]) -> str:
@@ -159,8 +164,9 @@ def plot_curves(arms: list[ArmResult], path: Path, title: str) -> None:
             colour, marker = _ARM_STYLES.get(arm.name, (None, "D"))
             epochs = [record.epoch for record in arm.records]
             values = [record.accuracy(name) for record in arm.records]
-            axis.plot(epochs, values, color=colour, marker=marker, label=arm.label, linewidth=2)
-        axis.set(title=f"{heading} (n = {sizes[name]})", xlabel="epochs of stage 2", ylabel="accuracy (exact match)")
+            label = arm.title.replace("$", r"\$")  # between dollars, matplotlib sets formulas
+            axis.plot(epochs, values, color=colour, marker=marker, label=label, linewidth=2)
+        axis.set(title=f"{heading} (n = {sizes[name]})", xlabel="epochs", ylabel="accuracy (exact match)")
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     axes[1].set_ylim(-0.03, 1.03)

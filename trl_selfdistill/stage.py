@@ -173,8 +173,10 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _environment() -> dict[str, Any]:
+    program = Path(sys.argv[0]).absolute()
+    program = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else Path(program.name)
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([program.as_posix(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},

@@ -22,9 +22,9 @@ from .facts import load_facts, save_facts
 from .geonames import geonames_facts, known_place_names
 from .model_card import write_model_card
 from .models import EMBEDDED_MODEL, load_model_and_tokenizer, save_embedded_model
-from .report import load_arms, plot_curves, render_findings, render_table
+from .report import escape_markdown, load_arms, plot_curves, render_findings, render_table
 from .slick import annotate_facts
-from .stage import model_identity, run_stage
+from .stage import explain_full_disk, model_identity, run_stage
 from .study_arguments import EvaluationArguments, ModelAndFactsArguments, SlickArguments
 from .training_mix import MixSettings, build_training_mix
 from .training_stage import train_stage
@@ -120,7 +120,8 @@ def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 
 
     def work(partial: Path) -> None:
         facts = load_facts(annotated)
-        places = known_place_names() if {"P17", "P131"} & set(facts["relation"]) else ()
+        has_places = settings.new_facts == "invented" and {"P17", "P131"} & set(facts["relation"])
+        places = known_place_names() if has_places else ()
         for name, split in build_training_mix(facts, settings, seed, exclude=places).items():
             save_facts(split, partial / f"{name}.jsonl")
 
@@ -166,15 +167,18 @@ def report_stage(folders: list[Path], output: Path) -> str:
     """
     arms = load_arms(folders)
     output.mkdir(parents=True, exist_ok=True)
-    origin = arms[0].training["origin"] or "a local model"
+    origin = escape_markdown(arms[0].training["origin"] or "a local model")
     new_facts = arms[0].training["mix"]["mix"]["new_facts"]
-    plot_curves(arms, output / "curves.png", f"{origin.split('/')[-1]}: stage 2 on known and {new_facts} new facts")
     text = f"{render_table(arms)}\n\n{render_findings(arms)}\n"
     results = json.dumps({arm.name: arm.summary() for arm in arms}, indent=2, ensure_ascii=False)
-    (output / "results.json").write_text(results + "\n", encoding="utf-8")
     heading = f"# {origin}: what fine-tuning made it forget"
-    (output / "report.md").write_text(f"{heading}\n\n{text}\n![Curves](curves.png)\n", encoding="utf-8")
-    for arm, folder in zip(arms, folders, strict=True):
-        shutil.copyfile(output / "curves.png", folder / "curves.png")
-        write_model_card(arm, arms, folder)
+    with explain_full_disk("report", output):
+        plot_curves(
+            arms, output / "curves.png", f"{origin.split('/')[-1]}: training on known and {new_facts} new facts"
+        )
+        (output / "results.json").write_text(results + "\n", encoding="utf-8")
+        (output / "report.md").write_text(f"{heading}\n\n{text}\n![Curves](curves.png)\n", encoding="utf-8")
+        for arm, folder in zip(arms, folders, strict=True):
+            shutil.copyfile(output / "curves.png", folder / "curves.png")
+            write_model_card(arm, arms, folder)
     return text

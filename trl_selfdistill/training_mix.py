@@ -42,6 +42,9 @@ class MixSettings:
             `"invented"` for a fictitious atlas that no model can know ([`invent_facts`]), `"real"` for Unknown facts.
         relations (`list[str]`, *optional*):
             Relations to use. By default all of which the model knows enough.
+        new_relations (`list[str]`, *optional*):
+            Relations, among those used, that the new facts are of. By default all, in the proportions of the Known
+            facts.
         min_known_share (`float`, *optional*, defaults to `0.3`):
             Least share of Known facts (in any of SLiCK's three Known categories) of a relation: the paper's 30 %.
         max_answer_share (`float`, *optional*, defaults to `0.1`):
@@ -63,6 +66,9 @@ class MixSettings:
     relations: list[str] | None = field(
         default=None, metadata={"help": "Relations to use. By default all of which the model knows enough."}
     )
+    new_relations: list[str] | None = field(
+        default=None, metadata={"help": "Relations of the new facts, among those used. By default all."}
+    )
     min_known_share: float = field(default=0.3, metadata={"help": "Least share of Known facts of a relation."})
     max_answer_share: float = field(default=0.1, metadata={"help": "Largest share of a split with the same answer."})
 
@@ -81,7 +87,7 @@ def build_training_mix(
     annotated: Dataset, settings: MixSettings, seed: int = 0, exclude: Iterable[str] = ()
 ) -> dict[str, Dataset]:
     """
-    Chooses relations and facts, balanced over relations and answers.
+    Chooses relations, and facts of them at random, of which no answer makes up more than its share.
 
     Args:
         annotated (`Dataset`):
@@ -116,19 +122,20 @@ def build_training_mix(
             f"HighlyKnown facts with at most {settings.max_answer_share:.0%} of one answer. Lower `num_known`, raise "
             "`max_answer_share`, or annotate more facts."
         )
-    if settings.new_facts == "real":
-        unknown = [fact for fact in facts if fact["slick_category"] == SlickCategory.UNKNOWN]
-        new = _balanced(unknown, settings.num_new, settings.max_answer_share)
-    else:
-        new = _invented(annotated, known, settings.num_new, seed, exclude)
-    if len(new) < settings.num_new:
+    if unused := set(settings.new_relations or ()) - set(relations):
         raise ValueError(
-            f"`num_new={settings.num_new}`, but there are {len(new)} {settings.new_facts} facts to be had with at "
-            f"most {settings.max_answer_share:.0%} of one answer. Lower `num_new` or use `new_facts='invented'`."
+            f"`new_relations` asks for {', '.join(sorted(unused))}, which is not among the relations used: "
+            f"{', '.join(relations)}."
         )
+    new_relations = settings.new_relations or relations
+    if settings.new_facts == "real":
+        new = _real([fact for fact in facts if fact["relation"] in new_relations], settings)
+    else:
+        per_relation = Counter(fact["relation"] for fact in known if fact["relation"] in new_relations)
+        new = _invented(annotated, per_relation, settings, seed, exclude)
     trained = {fold_name(fact["subject"]) for fact in known + new}
     rest = [fact for fact in highly_known if fold_name(fact["subject"]) not in trained]
-    heldout = _balanced(rest, settings.num_heldout, settings.max_answer_share)
+    heldout = _balanced_at_most(rest, settings.num_heldout, settings.max_answer_share)
     if not heldout:
         raise ValueError(
             f"No HighlyKnown fact of {', '.join(relations)} is left to hold out beside "
@@ -187,19 +194,55 @@ def _balanced(facts: list[dict], num_facts: int, max_answer_share: float) -> lis
     return chosen
 
 
-def _invented(annotated: Dataset, known: list[dict], num_new: int, seed: int, exclude: Iterable[str]) -> list[dict]:
-    """Invented facts, spread over the relations as the Known facts are."""
-    per_relation = Counter(fact["relation"] for fact in known)
+def _balanced_at_most(facts: list[dict], num_facts: int, max_answer_share: float) -> list[dict]:
+    """As many of `facts` as can be had up to `num_facts`, no answer above its share of those that are chosen."""
+    chosen = _balanced(facts, num_facts, max_answer_share)
+    while len(chosen) < num_facts:  # fewer facts make the share of an answer a smaller number
+        num_facts = len(chosen)
+        chosen = _balanced(facts, num_facts, max_answer_share)
+    return chosen
+
+
+def _real(facts: list[dict], settings: MixSettings) -> list[dict]:
+    """Unknown facts."""
+    unknown = [fact for fact in facts if fact["slick_category"] == SlickCategory.UNKNOWN]
+    new = _balanced(unknown, settings.num_new, settings.max_answer_share)
+    if len(new) < settings.num_new:
+        raise ValueError(
+            f"`num_new={settings.num_new}`, but there are {len(new)} Unknown facts to be had with at most "
+            f"{settings.max_answer_share:.0%} of one answer. Lower `num_new`, raise `max_answer_share`, or use "
+            "`new_facts='invented'`."
+        )
+    return new
+
+
+def _invented(
+    annotated: Dataset, per_relation: Counter[str], settings: MixSettings, seed: int, exclude: Iterable[str]
+) -> list[dict]:
+    """Invented facts, spread over the relations in the proportions of `per_relation`."""
+    num_new = settings.num_new
     exclude = set(exclude) | set(annotated["subject"])
-    invented, given = [], 0
+    invented = []
     for i, (relation, count) in enumerate(sorted(per_relation.items()), start=1):
-        last = i == len(per_relation)
-        num_facts = num_new - given if last else round(num_new * count / len(known))
-        given += num_facts
-        if num_facts:
+        rest = num_new - len(invented)
+        num_facts = rest if i == len(per_relation) else min(rest, round(num_new * count / per_relation.total()))
+        if not num_facts:
+            continue
+        try:
             facts = invent_facts(annotated, relation, num_facts, seed=seed, exclude=exclude)
-            exclude |= set(facts["subject"])
-            invented.extend({**fact, "slick_category": SlickCategory.UNKNOWN.value} for fact in facts.to_list())
+        except ValueError as error:
+            raise ValueError(
+                f"`num_new={num_new}` asks for {num_facts} invented facts of the relation {relation!r}: {error}. "
+                "Lower `num_new`, leave the relation out of `relations`, or use `new_facts='real'`."
+            ) from error
+        exclude |= set(facts["subject"])
+        invented.extend({**fact, "slick_category": SlickCategory.UNKNOWN.value} for fact in facts.to_list())
+    if len(_balanced(invented, num_new, settings.max_answer_share)) < num_new:
+        raise ValueError(
+            f"`num_new={num_new}`, but the relations {', '.join(per_relation)} have too few answers for that many "
+            f"invented facts with at most {settings.max_answer_share:.0%} of one answer. Raise `max_answer_share` or "
+            "add relations."
+        )
     return invented
 
 

@@ -15,7 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
+from .model_card import write_model_card
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer
+from .report import load_arms
 from .stage import model_identity, run_arguments, run_stage
 from .training_mix import load_mix
 
@@ -66,6 +68,7 @@ def train_stage(
         records_from (`Path`, *optional*):
             Folder of an earlier training stage that `model` comes from; its last evaluation is the first of this one.
     """
+    folder = Path(folder)
     effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
     name, inputs = model_identity(model)
     arguments = {"trainer": trainer_class.__name__, "splits": list(splits), "config": effective, **name}
@@ -73,8 +76,11 @@ def train_stage(
     def work(partial: Path) -> None:
         trainer, seconds = _train(trainer_class, config, model, load_mix(mix), splits, partial, records_from)
         if trainer.is_world_process_zero():
-            about = {"origin": _origin(model), "mix": run_arguments(mix), "seconds_per_step": seconds}
-            _write_training_file(trainer, partial, about)
+            about = {"origin": _origin(model), "mix": run_arguments(mix), "splits": list(splits)}
+            _write_training_file(trainer, partial, {**about, "seconds_per_step": seconds})
+            [arm] = load_arms([partial])
+            arm = arm._replace(name=folder.name)
+            write_model_card(arm, [arm], partial)  # in place of TRL's draft; `report_stage` adds the other arms
             for path in partial.glob("checkpoint-*"):  # they hold the optimizer; the model is saved
                 shutil.rmtree(path)
 

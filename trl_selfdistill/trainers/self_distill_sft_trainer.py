@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -101,6 +102,13 @@ class SelfDistillSFTTrainer(SFTTrainer):
                 "`teacher_model` was given together with `teacher_snapshot_steps` or `teacher_snapshot_epochs`, "
                 "which make a snapshot of the model the teacher. Set one of them."
             )
+        by_name = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+            if getattr(args, name) is not None and not isinstance(by_name, str):
+                raise ValueError(
+                    f"`{name}` is for a teacher that is loaded by name, and no teacher is. Name it in `teacher_model` "
+                    f"or `args.teacher_model_name_or_path`, or leave `{name}` unset."
+                )
         super().__init__(model, args, *positional, **kwargs)
         self.teacher_model = None
         if args.kl_weight == 0:
@@ -131,15 +139,10 @@ class SelfDistillSFTTrainer(SFTTrainer):
                 init_kwargs.setdefault("revision", self.args.teacher_model_revision)
             init_kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
             teacher = create_model_from_path(teacher, **init_kwargs)
-        elif self.args.teacher_model_init_kwargs is not None:
+        if not set(teacher.parameters()).isdisjoint(self.model.parameters()):
             raise ValueError(
-                "`teacher_model_init_kwargs` is for a teacher that is loaded by name, but `teacher_model` is already "
-                f"instantiated ({type(teacher).__name__}). Drop one of them."
-            )
-        if base_causal_lm(teacher) is base_causal_lm(self.model):
-            raise ValueError(
-                "`teacher_model` is the model in training itself, which would make it its own, moving teacher. Leave "
-                "`teacher_model` unset to take a frozen copy of it."
+                "`teacher_model` is the model in training itself, or shares parameters with it, which would make it a "
+                "moving teacher. Leave `teacher_model` unset to take a frozen copy of the model."
             )
         self._check_vocabulary(teacher)
         return frozen_copy(teacher) if "forward" in base_causal_lm(teacher).__dict__ else teacher
@@ -156,11 +159,13 @@ class SelfDistillSFTTrainer(SFTTrainer):
         if not name:
             return  # built in memory: there is no tokenizer to compare with
         try:
-            teacher_vocabulary = AutoTokenizer.from_pretrained(name, trust_remote_code=self.args.trust_remote_code)
+            teacher_tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=self.args.teacher_model_revision, trust_remote_code=self.args.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
             return
-        if teacher_vocabulary.get_vocab() != self._tokenizer.get_vocab():
+        if teacher_tokenizer.get_vocab() != self._tokenizer.get_vocab():
             raise ValueError(
                 f"The tokenizer of the teacher {name!r} is not the student's: the same ids would mean other tokens. "
                 "Use a teacher that was trained with the student's tokenizer."
@@ -174,7 +179,6 @@ class SelfDistillSFTTrainer(SFTTrainer):
         self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _teacher_targets(self, inputs: dict, **weights) -> DistillationTargets:
-        inputs = {key: value for key, value in inputs.items() if key != "output_router_logits"}
         with torch.no_grad():
             hidden_states = self.teacher_model(**inputs, distillation="hidden_states")
             lm_head = lm_head_of(base_causal_lm(self.accelerator.unwrap_model(self.teacher_model)))
@@ -210,7 +214,7 @@ class SelfDistillSFTTrainer(SFTTrainer):
             # A mean over the micro-batch: with `num_items_in_batch`, Trainer leaves accumulation to the loss
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
-        self._record_metrics(mode, inputs, ce_kl, None if own_ce else aux_loss, sft_metrics=not own_ce)
+        self._record_metrics(mode, inputs, ce_kl, aux_loss, sft_metrics=not own_ce)
 
         if return_outputs and outputs is None:
             with torch.no_grad():  # for `compute_metrics`: the logits do not exist in the fused pass
@@ -222,10 +226,10 @@ class SelfDistillSFTTrainer(SFTTrainer):
         if "attention_mask" in inputs:
             num_input_tokens = inputs["attention_mask"].sum()
         else:  # padding-free: one row of real tokens
-            num_input_tokens = torch.tensor(inputs["position_ids"].size(1), device=ce_kl.num_tokens.device)
+            num_input_tokens = torch.tensor(inputs["position_ids"].size(1))
         means = torch.stack([ce_kl.ce_loss, ce_kl.kl_loss, ce_kl.entropy, ce_kl.top1_accuracy]).float()
-        counts = torch.stack([ce_kl.num_tokens.to(means.device), num_input_tokens.to(means.device)]).double()
-        local = torch.cat([means.double() * counts[0], counts]).unsqueeze(0)
+        counts = torch.stack([ce_kl.num_tokens.to(means.device), num_input_tokens.to(means.device)])
+        local = torch.cat([means * counts[0], counts]).unsqueeze(0)
         *sums, num_tokens, num_input_tokens = self.accelerator.gather_for_metrics(local).sum(0).tolist()
         ce_loss, kl_loss, entropy, accuracy = (total / max(num_tokens, 1.0) for total in sums)
         metrics = self._metrics[mode]
@@ -255,12 +259,28 @@ class _SnapshotCallback(TrainerCallback):
                 "over."
             )
 
+        if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
+            raise ValueError(
+                f"`teacher_snapshot_epochs={trainer.args.teacher_snapshot_epochs}` needs a `train_dataset` of known "
+                "length, got a stream. Set `teacher_snapshot_steps`."
+            )
+
     def _is_due(self, args, state) -> bool:
         if args.teacher_snapshot_steps is not None:
             return state.global_step >= args.teacher_snapshot_steps
         return state.epoch is not None and state.epoch >= args.teacher_snapshot_epochs - 1e-6
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.teacher_model = None
+        if (args.teacher_snapshot_steps or 0) >= state.max_steps or (
+            (args.teacher_snapshot_epochs or 0) >= state.num_train_epochs
+        ):
+            raise ValueError(
+                f"The teacher's snapshot would come after the last step, so that there would be no distillation: got "
+                f"`teacher_snapshot_steps={args.teacher_snapshot_steps}`, `teacher_snapshot_epochs="
+                f"{args.teacher_snapshot_epochs}` and {state.max_steps} steps in {state.num_train_epochs} epochs. "
+                "Train longer or take it earlier, or set `kl_weight=0` for plain SFT."
+            )
         if self._is_due(args, state):  # resumed after the snapshot: the student has moved on since
             if not (self.folder / "config.json").is_file():
                 raise FileNotFoundError(

@@ -11,6 +11,7 @@ go
 """
 
 import copy
+import dataclasses
 import functools
 import types
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     """
     teacher = copy.deepcopy(model)
     for module in (teacher, base_causal_lm(teacher)):
-        for name in ("forward", "_original_forward"):
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             module.__dict__.pop(name, None)
     return teacher.requires_grad_(False).eval()
 
@@ -111,7 +112,6 @@ def add_distillation_forward(model: PreTrainedModel) -> None:
         if distillation is None:
             return original_forward(*args, **kwargs)
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        kwargs["use_cache"] = False
         # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run
         outputs = self.base_model(*args, **kwargs)
         hidden_states = outputs.last_hidden_state
@@ -179,4 +179,8 @@ def config_from(args: TrainingArguments | None, config_class: type, model, suffi
     values = args.to_dict()
     # `to_dict` masks every name that ends in `_token`, be it `hub_token` or `eos_token`
     values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
-    return config_class(**values)
+    names = {field.name for field in dataclasses.fields(config_class)}
+    config = config_class(**{name: value for name, value in values.items() if name in names})
+    for name in values.keys() - names:  # of a config class of the user's own
+        setattr(config, name, getattr(args, name))
+    return config

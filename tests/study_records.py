@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluations of made-up runs, and the folders that they leave."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from trl_selfdistill.fact_accuracy import AccuracyRecord, write_records
+
+
+def make_records(heldout: np.ndarray, new: np.ndarray | None = None) -> list[AccuracyRecord]:
+    """Records of outcomes `(num_evaluations, num_facts)`, one an epoch of ten steps; one known fact, always right."""
+    new = heldout if new is None else new
+    return [
+        AccuracyRecord(
+            step=10 * epoch,
+            epoch=float(epoch),
+            correct={
+                "known": {"known/0": True},
+                "new": {f"new/{i}": bool(right) for i, right in enumerate(new[epoch])},
+                "heldout": {f"heldout/{i}": bool(right) for i, right in enumerate(heldout[epoch])},
+            },
+        )
+        for epoch in range(len(heldout))
+    ]
+
+
+def fading_outcomes(num_facts: int, accuracies: list[float], seed: int = 0) -> np.ndarray:
+    """Outcomes `(num_evaluations, num_facts)` in which the facts fade in a random order."""
+    ranks = np.random.default_rng(seed).permutation(num_facts)
+    return np.array([ranks < round(accuracy * num_facts) for accuracy in accuracies])
+
+
+def write_arm(folder: Path, records: list[AccuracyRecord], **training) -> Path:
+    """A folder as a training stage leaves it, without the weights."""
+    folder.mkdir(parents=True)
+    write_records(folder / "accuracy.jsonl", records)
+    content = {
+        "origin": "org/model",
+        "mix": {"mix": {"new_facts": "invented"}, "seed": 0},
+        "splits": ["known", "new"],
+        "seconds_per_step": 1.25,
+        "trainer": "SFTTrainer",
+        "settings": {"learning_rate": 1e-4, "seed": 0},
+        "num_steps": 20,
+        "trainable_parameters": 5_000_000,
+        "parameters": 20_000_000,
+        "log_history": [],
+        **training,
+    }
+    (folder / "training.json").write_text(json.dumps(content))
+    run = {"command": "scripts/run_study.py --output_dir outputs/study", "date": "2026-01-02T03:04:05+00:00"}
+    run |= {"machine": "x86_64, 2 cores, Linux", "versions": {"torch": "2.13.0"}}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder

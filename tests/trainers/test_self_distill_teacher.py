@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where SelfDistillSFTTrainer's teacher comes from, that it stays where it is, and that resuming finds it again."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
+
+from trl_selfdistill import SelfDistillSFTTrainer
+
+
+IDS = torch.arange(3, 23).reshape(2, 10)
+LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
+
+
+def other_model(**options):
+    return build_model(TOKENIZER, seed=1, **options)
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    other_model().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def trained_adapter():
+    torch.manual_seed(5)
+    return get_peft_model(build_model(TOKENIZER), LoraConfig(**LORA, init_lora_weights=False))
+
+
+SOURCES = {
+    "copy": lambda folder: ({}, {}, build_model(TOKENIZER)),
+    "copy of a PEFT model": lambda folder: (dict(model=trained_adapter()), {}, trained_adapter()),
+    "copy under a fresh adapter": lambda folder: (
+        dict(arguments=dict(peft_config=LoraConfig(**LORA))),
+        {},
+        build_model(TOKENIZER),
+    ),
+    "instance": lambda folder: (dict(arguments=dict(teacher_model=other_model())), {}, other_model()),
+    "path": lambda folder: (dict(arguments=dict(teacher_model=folder)), {}, other_model()),
+    "path in the config": lambda folder: ({}, dict(teacher_model_name_or_path=folder), other_model()),
+    "another architecture": lambda folder: (
+        dict(arguments=dict(teacher_model=other_model(hidden_size=32, num_hidden_layers=1))),
+        {},
+        other_model(hidden_size=32, num_hidden_layers=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_teacher_stays_while_the_student_trains(tmp_path, teacher_dir, source):
+    arguments, options, expected = SOURCES[source](teacher_dir)
+    run = trainer(tmp_path, **arguments, **options)
+    before, student = weights(run.teacher_model), weights(run.model)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(run.teacher_model(input_ids=IDS).logits, expected.eval()(input_ids=IDS).logits)
+        assert not run.teacher_model.training
+        if run.state.global_step == 0:
+            run.train()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.teacher_model.named_parameters())
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, student[name])}
+    assert moved == {name for name, p in run.model.named_parameters() if p.requires_grad} != set()
+    first, second = logs(run)[:2]
+    assert (first["kl_loss"] < 1e-6) == source.startswith("copy") and second["kl_loss"] > 1e-6
+
+
+def test_how_the_teacher_is_loaded(tmp_path, teacher_dir, monkeypatch):
+    extra = dict(teacher_model=teacher_dir)
+    run = train(tmp_path, None, extra, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    assert run.teacher_model.dtype == torch.bfloat16 and logs(run)[0]["kl_loss"] > 0
+    assert trainer(tmp_path, None, extra).teacher_model.dtype == torch.float32
+    loads = []
+    module = SelfDistillSFTTrainer.__module__
+    monkeypatch.setattr(f"{module}.create_model_from_path", lambda name, **kw: loads.append(kw) or other_model())
+    trainer(tmp_path, None, extra, teacher_model_revision="v1", trust_remote_code=True)
+    assert loads == [dict(revision="v1", trust_remote_code=True)]
+
+
+def test_the_model_of_another_trainer_as_teacher(tmp_path):
+    """TRL binds a forward to it, and it may be trained further: the teacher is a copy."""
+    other = train(tmp_path)
+    run = trainer(tmp_path, None, dict(teacher_model=other.model))
+    before = run.teacher_model(input_ids=IDS).logits
+    torch.testing.assert_close(before, other.model(input_ids=IDS).logits)
+    other.train()
+    assert torch.equal(run.teacher_model(input_ids=IDS).logits, before)
+    assert all(parameter.requires_grad for parameter in other.model.parameters())
+
+
+@pytest.mark.parametrize("rows", [FACTS, [{"text": row["prompt"] + row["completion"]} for row in FACTS]])
+def test_prompt_tuning(tmp_path, rows):
+    """Virtual tokens shift the positions, of the student and of its copy alike."""
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    extra = dict(peft_config=peft_config, train_dataset=Dataset.from_list(rows))
+    ours, theirs = (
+        logs(train(tmp_path, None, extra, c, learning_rate=1.0)) for c in (SelfDistillSFTTrainer, SFTTrainer)
+    )
+    assert ours[0] == pytest.approx({**ours[0], **theirs[0]}, rel=1e-5)
+    assert ours[0]["kl_loss"] < 1e-6 < ours[1]["kl_loss"]
+
+
+def test_positions_that_the_teacher_does_not_have_are_refused(tmp_path):
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    rows = Dataset.from_list([{"text": row["prompt"]} for row in FACTS])
+    run = trainer(tmp_path, None, dict(peft_config=peft_config, train_dataset=rows, teacher_model=other_model()))
+    with pytest.raises(ValueError, match="prompt-learning adapter .* pass a `teacher_model`"):
+        run.train()
+
+
+def other_tokenizer(folder):
+    tokenizer = build_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.add_tokens(["a token that the student has not"])
+    assert tokenizer.get_vocab() != vocabulary
+    other_model().save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    return str(folder / "other")
+
+
+model = build_model(TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "student, extra, options, message",
+    [
+        (None, dict(teacher_model="a"), dict(teacher_model_name_or_path="b"), "given twice: .*'b'.*Set one of them"),
+        (None, dict(teacher_model=other_model()), dict(teacher_snapshot_steps=1), "Set one of them"),
+        (None, dict(teacher_model=other_model()), dict(teacher_snapshot_epochs=1.0), "Set one of them"),
+        (model, dict(teacher_model=model), {}, "itself, .* Leave `teacher_model` unset"),
+        (model, dict(teacher_model=model, peft_config=LoraConfig(**LORA)), {}, "in training itself"),
+        (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary of 300 .* 320.* same vocabulary"),
+        (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Use a"),
+        (
+            None,
+            dict(teacher_model=other_model()),
+            dict(teacher_model_revision="main"),
+            "`teacher_model_revision` .* no teacher",
+        ),
+        (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* no teacher"),
+        (None, dict(peft_config=LoraConfig(**LORA)), dict(teacher_snapshot_steps=1), "full models only"),
+    ],
+)
+def test_teachers_that_are_refused(tmp_path, student, extra, options, message):
+    if extra.get("teacher_model") is other_tokenizer:
+        extra = dict(teacher_model=other_tokenizer(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, student, extra, **options)
+
+
+def test_a_teacher_without_a_tokenizer_is_not_compared(tmp_path):
+    other_model().save_pretrained(tmp_path / "teacher")
+    assert trainer(tmp_path, None, dict(teacher_model=str(tmp_path / "teacher"))).teacher_model is not None
+
+
+SNAPSHOTS = {
+    "2 steps": dict(teacher_snapshot_steps=2),
+    "1 epoch": dict(teacher_snapshot_epochs=2 / 3),
+    "1 epoch of accumulated steps": dict(teacher_snapshot_epochs=1.0, gradient_accumulation_steps=2),
+    "mixed precision": dict(teacher_snapshot_steps=2, bf16=True),
+}
+
+
+@pytest.mark.parametrize("snapshot", SNAPSHOTS)
+def test_before_the_snapshot_it_is_sft_trainer_and_after_it_there_is_a_kl(tmp_path, snapshot):
+    options = SNAPSHOTS[snapshot] | dict(max_steps=4, learning_rate=2e-2)
+    run = train(tmp_path, **options)
+    plain = {key: value for key, value in options.items() if not key.startswith("teacher")}
+    theirs = train(tmp_path, None, dict(callbacks=[StopAt(2)]), SFTTrainer, **plain)
+    assert logs(run)[:2] == logs(theirs)[:2]
+    assert_same_weights(run.teacher_model, theirs.model)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "_teacher"), theirs.model)
+    third, fourth = logs(run)[2:4]
+    assert abs(third["kl_loss"]) < 1e-8 < 1e-4 < fourth["kl_loss"]
+    assert fourth["loss"] == pytest.approx(fourth["ce_loss"] + 0.25 * fourth["kl_loss"], rel=1e-2)
+    run.train()  # anew: plain SFT comes first again
+    assert "kl_loss" not in logs(run)[0]
+
+
+def test_a_snapshot_that_never_comes(tmp_path, caplog):
+    stream = dict(train_dataset=Dataset.from_list(FACTS).to_iterable_dataset())
+    with pytest.raises(ValueError, match="`teacher_snapshot_epochs=1.0` .* `teacher_snapshot_steps`"):
+        trainer(tmp_path, None, stream, teacher_snapshot_epochs=1.0)
+    run = train(tmp_path, None, stream, teacher_snapshot_steps=1)
+    assert "kl_loss" in logs(run)[1]
+    for late in (dict(teacher_snapshot_steps=3), dict(teacher_snapshot_epochs=5.0)):
+        with pytest.raises(ValueError, match="after the last step, so that there would be no distillation"):
+            train(tmp_path, **late)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # the teacher is the model as handed over, not the student in the checkpoint
+        *(dict(teacher_snapshot_steps=steps) for steps in (2, 3, 4)),  # before, at and after the checkpoint
+        dict(teacher_snapshot_epochs=1.0),
+        dict(kl_weight=0),
+    ],
+)
+def test_resuming_is_the_uninterrupted_run(tmp_path, options):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=2e-2, **options)
+    whole = train(tmp_path / "whole", **options)
+    train(tmp_path, None, dict(callbacks=[StopAt(3)]), **options)
+    resumed = train(tmp_path, resume=True, **options)
+    assert resumed.state.global_step == 6
+    assert_same_weights(resumed.model, whole.model)
+    for row, expected in zip(logs(resumed)[:6], logs(whole)[:6], strict=True):
+        assert row == expected | {"num_tokens": row["num_tokens"]}  # SFTTrainer counts them anew
+    if whole.teacher_model is not None:
+        assert_same_weights(resumed.teacher_model, whole.teacher_model)
+
+
+def test_resuming_without_the_snapshot_is_refused(tmp_path):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3, teacher_snapshot_steps=2)
+    train(tmp_path, None, dict(callbacks=[StopAt(3)]), **options)
+    shutil.rmtree(tmp_path / "run" / "_teacher")
+    with pytest.raises(FileNotFoundError, match="step 3, after the teacher's snapshot.* Put the folder back"):
+        train(tmp_path, resume=str(tmp_path / "run" / "checkpoint-3"), **options)
+
+
+def test_without_kl_weight_no_teacher_is_loaded(tmp_path):
+    run = trainer(tmp_path, None, dict(teacher_model="no/such-model"), kl_weight=0)
+    assert run.teacher_model is None and config(tmp_path, kl_weight=0, teacher_snapshot_steps=1)

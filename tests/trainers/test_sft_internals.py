@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainers rely on inside TRL and transformers: forwards bound to instances, heads, config classes."""
+
+import pytest
+import torch
+from conftest import build_model
+from peft import LoraConfig, get_peft_model
+from sft_runs import ARCHITECTURES, TOKENIZER, architecture, config, trainer
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from trl_selfdistill import SelfDistillSFTConfig
+from trl_selfdistill.trainers.sft_internals import (
+    add_distillation_forward,
+    base_causal_lm,
+    config_from,
+    frozen_copy,
+    lm_head_of,
+)
+
+
+IDS = torch.arange(3, 23).reshape(2, 10)
+
+
+def patched_by_trl(folder, peft=False):
+    """The model of a trainer, with the forwards that TRL, this package and accelerate bind to it."""
+    arguments = dict(peft_config=LoraConfig(target_modules=["q_proj"])) if peft else {}
+    run = trainer(folder, None, arguments, bf16=True)
+    return run.accelerator.prepare_model(run.model)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_frozen_copy_runs_its_own_weights(tmp_path, peft):
+    model = patched_by_trl(tmp_path, peft).train()
+    copy = frozen_copy(model)
+    with torch.no_grad():
+        before = copy(input_ids=IDS).logits
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(copy(input_ids=IDS).logits, before) and before.abs().max() > 0
+    assert before.dtype == torch.float32  # not under the autocast that was bound to the original
+    assert model(input_ids=IDS).logits.abs().max() == 0
+    assert not copy.training and model.training
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    for module in (copy, base_causal_lm(copy)):  # accelerate would take a prepared model as it is, and restore these
+        assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & module.__dict__.keys()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_head_gives_the_models_own_logits(name):
+    model = architecture(name)
+    head = lm_head_of(model)
+    with torch.no_grad():
+        hidden_states = model.base_model(input_ids=IDS).last_hidden_state
+        torch.testing.assert_close(head.logits(hidden_states), model(input_ids=IDS).logits)
+    assert (head.logit_scale != 1.0) == (name in ("cohere", "granite", "falcon_h1"))
+    assert (head.logit_softcap is not None) == (name == "gemma2") and (head.bias is not None) == (name == "phi")
+
+
+def test_the_distillation_forward_gives_the_hidden_states_of_the_label_positions(model):
+    def generate(model, **options):
+        return model.generate(IDS, max_new_tokens=3, do_sample=False, logits_to_keep=1, **options)
+
+    logits, generated = model(input_ids=IDS).logits, generate(model)
+    labels = IDS.clone()
+    labels[0, :4] = labels[1, 5:] = -100
+    add_distillation_forward(model)
+    hidden_states = model(input_ids=IDS, labels=labels, distillation="hidden_states")
+    torch.testing.assert_close(lm_head_of(model).logits(hidden_states), logits[:, :-1][labels[:, 1:] != -100])
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # as context parallelism hands them over
+    assert torch.equal(model(input_ids=IDS, shift_labels=shifted, distillation="hidden_states"), hidden_states)
+    assert torch.equal(model(input_ids=IDS).logits, logits)
+    assert torch.equal(generate(model), generated)
+    with pytest.raises(ValueError, match="model_kwargs.* are not used"):  # `generate` still checks what it is given
+        generate(model, no_such_argument=1)
+
+
+@pytest.mark.parametrize("config_class", [TrainingArguments, SFTConfig])
+def test_config_from_keeps_every_value(tmp_path, config_class):
+    options = dict(hub_token="hf_x", lr_scheduler_kwargs={"num_cycles": 2}, eval_strategy="steps", eval_steps=7)
+    if config_class is SFTConfig:
+        options |= dict(eos_token="<|im_start|>", pad_token="<|im_end|>", model_init_kwargs={"dtype": "bfloat16"})
+    args = config(tmp_path, config_class, **options)
+    made = config_from(args, SelfDistillSFTConfig, None, "SelfDistillSFT")
+    assert type(made) is SelfDistillSFTConfig
+    values, expected = made.to_dict(), args.to_dict()
+    assert {name: values[name] for name in expected} == expected
+    for name in options:  # `to_dict` masks tokens
+        assert getattr(made, name) == getattr(args, name)
+    assert config_from(made, SelfDistillSFTConfig, None, "SelfDistillSFT") is made
+
+
+@pytest.mark.parametrize("name", ["org/some-model", "some-model"])
+def test_config_from_nothing_names_the_folder_after_the_model(name, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    model = build_model(TOKENIZER)
+    model.config._name_or_path = name
+    for source in (name, model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
+        assert config_from(None, SelfDistillSFTConfig, source, "X").output_dir == "some-model-X"
