@@ -9,8 +9,10 @@ export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: quickstart test quality style clean
 
+# accelerate gives a process one CPU thread unless it is told otherwise
 quickstart: $(VENV)/.installed
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $$($(BIN)/python -c 'import os; print(os.cpu_count())') \
 		scripts/run_study.py --config scripts/configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed

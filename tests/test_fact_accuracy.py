@@ -121,8 +121,9 @@ def test_callback_records_every_epoch_and_logs_it(toy_study, tmp_path):
 
 
 def test_callback_changes_nothing_in_the_training(toy_study, tmp_path):
-    with_callback = make_trainer(toy_study, tmp_path, tmp_path / "accuracy.jsonl")
-    without = make_trainer(toy_study, tmp_path, tmp_path / "accuracy.jsonl")
+    # Logging at step 3 has to find the metrics of steps 1 and 2, between which and it an epoch ends
+    with_callback = make_trainer(toy_study, tmp_path, tmp_path / "accuracy.jsonl", logging_steps=3)
+    without = make_trainer(toy_study, tmp_path, tmp_path / "accuracy.jsonl", logging_steps=3)
     without.callback_handler.callbacks = without.callback_handler.callbacks[:-1]
     logs = []
     for trainer in (with_callback, without):

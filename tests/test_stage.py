@@ -205,6 +205,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, table, work):
         (PermissionError(errno.EACCES, "no permission"), "no permission"),
         (RuntimeError("expected scalar type Float"), "scalar type"),
         (_error_of(lambda: torch.load(tmp_path / "broken.pt")), "archive"),
+        (RuntimeError("[enforce fail at inline_container.cc:197] . PytorchStreamReader failed"), "StreamReader"),
     ]:
         work.error = error
         with pytest.raises(type(error), match=text) as caught:

@@ -133,8 +133,8 @@ class FactAccuracyCallback(TrainerCallback):
         fact_sets (`dict[str, Dataset]`):
             Sets of facts by name.
         path (`str` or `os.PathLike`):
-            File of the records. Those of steps that a resumed run does again are dropped; where it has none of the
-            step at which training starts, the first evaluation is then.
+            File of the records. A run that starts without any evaluates before its first step; a resumed one drops
+            those of the steps that it does again.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompt-answer rows per forward pass.
     """
@@ -150,7 +150,7 @@ class FactAccuracyCallback(TrainerCallback):
         records = [record for record in records if record.step <= state.global_step]
         if state.is_world_process_zero:
             write_records(self.path, records)
-        # A resumed run has its first evaluation on file, and one at the step of a checkpoint would be none of an epoch's
+        # A resumed run has its first evaluation on file, and a checkpoint's step need not be the end of an epoch
         if state.global_step == 0 and not records:
             self._evaluate(state)
 

@@ -187,5 +187,5 @@ def _is_disk_error(error: Exception) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # safetensors reports a failed write as text only, and torch.save that its file is not as long as it should be
     text = str(error)
-    is_torch_save = "inline_container" in text and "Reader" not in text
+    is_torch_save = "inline_container" in text and ("unexpected pos" in text or "StreamWriter" in text)
     return getattr(error, "errno", None) in full or is_torch_save or any(f"os error {code}" in text for code in full)
