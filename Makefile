@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
-# Threads that wait should sleep: spinning, two busy processes on two cores slow each other down many times over
-export OMP_WAIT_POLICY = PASSIVE
+# glibc hands large tensors back to the kernel when they are freed, and gets them zeroed again at the next step: keeping
+# them makes a training step on the CPU 1.7 times as fast (0.93 s against 0.53 s, 8 rows of 20 tokens, two cores)
+export MALLOC_MMAP_THRESHOLD_ = 4294967296
+export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
 .PHONY: quickstart test quality style clean
 

@@ -117,11 +117,31 @@ def test_invented_facts_are_spread_over_the_relations_as_the_known_ones(annotate
     assert all(abs(new[relation] - 60 * known[relation] / 40) <= 2 for relation in known)
 
 
-@pytest.mark.parametrize("num_new", [1, 11, 12])
-def test_few_invented_facts_over_many_relations(num_new):
-    annotated = annotated_facts(num_relations=7, num_facts=40)
-    mix = build_training_mix(annotated, settings(num_new=num_new, max_answer_share=0.5))
-    assert len(mix["new"]) == num_new
+def test_rounding_the_shares_of_many_relations_gives_as_many_invented_facts_as_asked_for():
+    rows = annotated_facts(num_relations=7, num_facts=40).to_list()
+    for row in rows:
+        if row["slick_category"] == "HighlyKnown":
+            row["answer"] = f"The only one of {row['relation']}"  # one Known fact of each relation, therefore
+    asked = settings(num_known=7, num_new=11, max_answer_share=1 / 7)
+    mix = build_training_mix(Dataset.from_list(rows), asked)
+    assert {*Counter(mix["known"]["relation"]).values()} == {1}
+    assert len(mix["new"]) == 11  # not the 7 x 2 of rounding 11 / 7
+
+
+@pytest.mark.parametrize("new_facts", ["invented", "real"])
+def test_new_facts_of_chosen_relations(annotated, new_facts):
+    asked = settings(new_relations=["R2", "R0"], num_new=30, new_facts=new_facts)
+    mix = build_training_mix(annotated, asked)
+    assert set(mix["new"]["relation"]) == {"R0", "R2"}
+    assert set(mix["known"]["relation"]) == set(mix["heldout"]["relation"]) == {"R0", "R1", "R2"}
+
+
+def test_new_facts_of_a_relation_without_a_known_fact_in_the_mix():
+    annotated = annotated_facts()
+    known = build_training_mix(annotated, settings(num_known=1))["known"]["relation"][0]
+    (other,) = {"R0", "R1", "R2"} - {known} - {"R1" if known != "R1" else "R2"}
+    new = build_training_mix(annotated, settings(num_known=1, num_new=20, new_relations=[other]))["new"]
+    assert new["relation"][:] == [other] * 20
 
 
 def test_relations_below_the_share_of_known_facts_are_left_out():
@@ -149,6 +169,8 @@ def test_relations_below_the_share_of_known_facts_are_left_out():
         ({"num_new": 500, "new_facts": "real"}, r"`num_new=500`, but there are \d+ Unknown facts.*Lower `num_new`"),
         ({"num_new": 100_000}, r"`num_new=100000` asks for \d+ invented facts of .*Lower `num_new`"),
         ({"num_new": 300, "max_answer_share": 0.015}, "too few answers for that many invented.*`max_answer_share`"),
+        ({"new_relations": ["R9"]}, "`new_relations` asks for R9, which is not among .*R0, R1, R2"),
+        ({"relations": ["R0"], "new_relations": ["R1"], "num_known": 9}, "asks for R1, which is not among .*: R0"),
         ({"relations": ["R9"]}, r"`relations` asks for 'R9'.*They have: R0 \(\d+% Known\)"),
         ({"relations": ["R0"], "min_known_share": 0.95}, "'R0' has too few Known facts.*lower `min_known_share`"),
         ({"min_known_share": 0.95}, "No relation has enough Known facts.*R0.*R1.*another model"),

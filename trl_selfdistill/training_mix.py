@@ -132,7 +132,7 @@ def build_training_mix(
         new = _real([fact for fact in facts if fact["relation"] in new_relations], settings)
     else:
         per_relation = Counter(fact["relation"] for fact in known if fact["relation"] in new_relations)
-        new = _invented(annotated, per_relation, settings, seed, exclude)
+        new = _invented(annotated, per_relation or Counter(new_relations), settings, seed, exclude)
     trained = {fold_name(fact["subject"]) for fact in known + new}
     rest = [fact for fact in highly_known if fold_name(fact["subject"]) not in trained]
     heldout = _balanced_at_most(rest, settings.num_heldout, settings.max_answer_share)

@@ -2,6 +2,7 @@
 """Where SelfDistillSFTTrainer's teacher comes from, that it stays where it is, and that resuming finds it again."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTTrainer
+from trl_selfdistill.trainers.self_distill_sft_trainer import _SnapshotCallback
 
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -146,7 +148,12 @@ model = build_model(TOKENIZER)
             "`teacher_model_revision` .* no teacher",
         ),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* no teacher"),
-        (None, dict(peft_config=LoraConfig(**LORA)), dict(teacher_snapshot_steps=1), "full models only"),
+        (
+            None,
+            dict(peft_config=LoraConfig(**LORA)),
+            dict(teacher_snapshot_steps=1),
+            "got a PEFT model. Train stage 1",
+        ),
     ],
 )
 def test_teachers_that_are_refused(tmp_path, student, extra, options, message):
@@ -224,6 +231,38 @@ def test_resuming_without_the_snapshot_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "run" / "_teacher")
     with pytest.raises(FileNotFoundError, match="step 3, after the teacher's snapshot.* Put the folder back"):
         train(tmp_path, resume=str(tmp_path / "run" / "checkpoint-3"), **options)
+
+
+def test_what_cannot_be_distilled_is_refused():
+    """On stand-ins, as none of it runs on a CPU."""
+    plain = dict(is_fsdp_enabled=False, is_deepspeed_enabled=False, model=None)
+    for what in ("fsdp", "deepspeed"):
+        run = SimpleNamespace(**plain | {f"is_{what}_enabled": True}, args=SimpleNamespace(output_dir="run"))
+        with pytest.raises(ValueError, match=f"(?i)not sharded, got {what}. Train stage 1 first"):
+            _SnapshotCallback(run)
+
+    def refuse(stage, **parallelism):
+        sizes = SimpleNamespace(**{"sp_enabled": False, "cp_enabled": False, **parallelism})
+        args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        accelerator = SimpleNamespace(parallelism_config=sizes)
+        SelfDistillSFTTrainer._refuse_what_has_no_kl(SimpleNamespace(args=args, accelerator=accelerator))
+
+    refuse(2)
+    with pytest.raises(ValueError, match="ZeRO-3.* Use ZeRO-2, or FSDP"):
+        refuse(3)
+    for name in ("sp_enabled", "cp_enabled"):
+        with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
+            refuse(2, **{name: True})
+
+
+def test_under_fsdp_the_teacher_is_placed(tmp_path, monkeypatch):
+    """It is not sharded, so that accelerate has to move it to the device of the process."""
+    run = trainer(tmp_path)
+    calls = []
+    monkeypatch.setattr(run, "is_fsdp_enabled", True)
+    monkeypatch.setattr(run.accelerator, "prepare_model", lambda model, **kwargs: calls.append(kwargs))
+    run.set_teacher(other_model())
+    assert calls == [dict(device_placement=True, evaluation_mode=True)]
 
 
 def test_without_kl_weight_no_teacher_is_loaded(tmp_path):

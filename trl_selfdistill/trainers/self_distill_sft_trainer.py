@@ -124,11 +124,17 @@ class SelfDistillSFTTrainer(SFTTrainer):
         add_distillation_forward(base_causal_lm(self.model))
 
     def _refuse_what_has_no_kl(self) -> None:
+        plugin = self.args.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError(
+                "`kl_weight > 0` is not supported with DeepSpeed ZeRO-3: the teacher would be partitioned too. Use "
+                "ZeRO-2, or FSDP, which shards the student and leaves the teacher whole, or set `kl_weight=0`."
+            )
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
             raise ValueError(
                 "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1): "
-                "each rank holds a part of the sequence. Use FSDP or DeepSpeed ZeRO without it, or set `kl_weight=0`."
+                "each rank holds a part of the sequence. Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
             )
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
@@ -175,8 +181,10 @@ class SelfDistillSFTTrainer(SFTTrainer):
         """Makes `teacher` the frozen teacher from the next step on."""
         teacher.requires_grad_(False).eval()
         add_distillation_forward(base_causal_lm(teacher))
-        # For its place and its mixed precision the teacher is treated as the student
-        self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        # For its mixed precision the teacher is treated as the student. Under FSDP accelerate would leave it to the
+        # sharding to place a model, but the teacher is not sharded
+        placement = True if self.is_fsdp_enabled else None
+        self.teacher_model = self.accelerator.prepare_model(teacher, device_placement=placement, evaluation_mode=True)
 
     def _teacher_targets(self, inputs: dict, **weights) -> DistillationTargets:
         with torch.no_grad():
@@ -252,12 +260,18 @@ class _SnapshotCallback(TrainerCallback):
     def __init__(self, trainer: SelfDistillSFTTrainer):
         self.trainer = trainer
         self.folder = Path(trainer.args.output_dir) / TEACHER_FOLDER
-        if hasattr(trainer.model, "peft_config"):
-            raise ValueError(
-                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models only, got a PEFT model. "
-                "Train stage 1 first, then start a run from its checkpoint: the teacher is then the model as handed "
-                "over."
-            )
+        unsuited = {
+            "a PEFT model": hasattr(trainer.model, "peft_config"),
+            "FSDP": trainer.is_fsdp_enabled,
+            "DeepSpeed": trainer.is_deepspeed_enabled,
+        }
+        for what, applies in unsuited.items():
+            if applies:
+                raise ValueError(
+                    "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, got "
+                    f"{what}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the model "
+                    "as handed over."
+                )
 
         if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
             raise ValueError(

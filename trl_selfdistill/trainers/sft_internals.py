@@ -5,7 +5,6 @@ What it relies on, and what happens when a TRL release moves it:
 - `SFTTrainer.__init__` binds a `forward` to the model instance (`add_fused_lm_head`). A deep copy of the model would
 go
   on running the original's weights, so [`frozen_copy`] unbinds it. Were TRL to stop, unbinding does nothing.
-- `maybe_gather_lm_head_ctx` gathers a ZeRO-3 partitioned head. Were it gone, importing this file fails.
 - `create_model_from_path` loads a model given by name as `SFTTrainer` does. Were it gone, importing this file fails.
 - `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`.
 """
@@ -20,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, linear_ce_kl
 
@@ -66,7 +65,7 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own.
 
     TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy
-    they would keep running the weights of the student in training.
+    they would keep running the weights of the student in training, and accelerate would not prepare it anew.
     """
     teacher = copy.deepcopy(model)
     for module in (teacher, base_causal_lm(teacher)):
@@ -136,23 +135,20 @@ def _head_loss(
             f"{len(targets.teacher_hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) "
             "shifts the positions: pass a `teacher_model` with the same adapter, or train another kind of adapter."
         )
-    output_embeddings = model.get_output_embeddings()
-    with maybe_gather_lm_head_ctx(output_embeddings.weight, output_embeddings.bias):
-        lm_head = lm_head_of(model)
-        device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
-        teacher_lm_head = targets.teacher_lm_head
-        moved = (x.to(device) if isinstance(x, torch.Tensor) else x for x in teacher_lm_head)
-        return linear_ce_kl(
-            hidden_states.to(device),
-            lm_head,
-            targets.teacher_hidden_states.to(device),
-            LMHead(*moved),
-            shift_labels.to(device),
-            ce_weight=targets.ce_weight,
-            kl_weight=targets.kl_weight,
-            temperature=targets.temperature,
-            num_items_in_batch=targets.num_items_in_batch,
-        )
+    lm_head = lm_head_of(model)
+    device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
+    moved = (x.to(device) if isinstance(x, torch.Tensor) else x for x in targets.teacher_lm_head)
+    return linear_ce_kl(
+        hidden_states.to(device),
+        lm_head,
+        targets.teacher_hidden_states.to(device),
+        LMHead(*moved),
+        shift_labels.to(device),
+        ce_weight=targets.ce_weight,
+        kl_weight=targets.kl_weight,
+        temperature=targets.temperature,
+        num_items_in_batch=targets.num_items_in_batch,
+    )
 
 
 def _aux_loss(model: PreTrainedModel, outputs, kwargs: dict) -> torch.Tensor | None:
