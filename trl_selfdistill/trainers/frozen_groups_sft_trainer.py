@@ -2,7 +2,6 @@
 """SFT of some groups of parameters, the others proved unchanged (arXiv 2604.15574, section 3)."""
 
 import json
-import textwrap
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from trl import SFTTrainer
 
 from ..parameter_groups import digest_groups, freeze_groups, hash_parameters, parse_group_specs, verify_frozen
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig
+from .paper import PAPER
 from .sft_internals import config_from
 
 
@@ -59,18 +59,7 @@ class FrozenGroupsSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "frozen-groups-sft"]
     _name = "FrozenGroupsSFT"
-    _paper = {
-        "title": "Why Fine-Tuning Encourages Hallucinations and How to Fix It",
-        "id": "2604.15574",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{kaplan2026why,
-                title        = {{Why Fine-Tuning Encourages Hallucinations and How to Fix It}},
-                author       = {Kaplan and Gekhman and Zhu and Rozner and Reif and Swayamdipta and Hoiem and Schwartz},
-                year         = 2026,
-                eprint       = {arXiv:2604.15574},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-distillation: SFT with a KL to a frozen snapshot of the model itself (arXiv 2604.15574, section 4.1)."""
 
-import textwrap
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from .paper import PAPER
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     DistillationTargets,
@@ -69,18 +69,7 @@ class SelfDistillSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "self-distill-sft"]
     _name = "SelfDistillSFT"
-    _paper = {
-        "title": "Why Fine-Tuning Encourages Hallucinations and How to Fix It",
-        "id": "2604.15574",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{kaplan2026why,
-                title        = {{Why Fine-Tuning Encourages Hallucinations and How to Fix It}},
-                author       = {Kaplan and Gekhman and Zhu and Rozner and Reif and Swayamdipta and Hoiem and Schwartz},
-                year         = 2026,
-                eprint       = {arXiv:2604.15574},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -268,9 +257,9 @@ class _SnapshotCallback(TrainerCallback):
         for what, applies in unsuited.items():
             if applies:
                 raise ValueError(
-                    "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, got "
-                    f"{what}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the model "
-                    "as handed over."
+                    "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, "
+                    f"got {what}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the "
+                    "model as handed over."
                 )
 
         if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
