@@ -201,6 +201,12 @@ def test_unknown_arm():
         StudyArguments(arms=["sft", "lora"])
 
 
+def test_a_stage_is_not_pushed_while_it_is_unfinished(tmp_path):
+    config = FrozenGroupsSFTConfig(push_to_hub=True, bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="`push_to_hub` is not for stages.*hf upload .*frozen"):
+        train_stage(FrozenGroupsSFTTrainer, config, "org/model", tmp_path, ("known",), tmp_path / "frozen")
+
+
 def test_model_without_attention(toy_study, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(toy_study.model)
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
@@ -208,6 +214,6 @@ def test_model_without_attention(toy_study, tmp_path):
     tokenizer.save_pretrained(tmp_path / "mamba")
     config = FrozenGroupsSFTConfig(trainable_groups=["attention"], bf16=False, use_cpu=True, report_to="none")
     mix = toy_study.output / "mix"
-    with pytest.raises(ValueError, match="attention"):
+    with pytest.raises(ValueError, match="contains 'attention', but MambaForCausalLM has no attention modules"):
         train_stage(FrozenGroupsSFTTrainer, config, str(tmp_path / "mamba"), mix, ("known",), tmp_path / "frozen")
     assert not (tmp_path / "frozen").exists()

@@ -94,7 +94,9 @@ class StudyArguments:
     )
     stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
     stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})
-    stage1_batch_size: int = field(default=8, metadata={"help": "Facts in one optimizer step of format learning."})
+    stage1_batch_size: int = field(
+        default=8, metadata={"help": "Facts in one optimizer step of format learning, on each device."}
+    )
 
     def __post_init__(self):
         unknown = set(self.arms) - {"sft", "selfdistill", "frozen"}

@@ -67,7 +67,15 @@ def train_stage(
             Where the checkpoint goes, with `accuracy.jsonl` and `training.json`.
         records_from (`Path`, *optional*):
             Folder of an earlier training stage that `model` comes from; its last evaluation is the first of this one.
+
+    Raises:
+        ValueError: If the configuration asks for a push, which would publish unfinished work.
     """
+    if config.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` is not for stages, whose folder is complete at the end only. Leave it unset, and push what "
+            f"is finished: hf upload <your name>/<model> {folder}"
+        )
     folder = Path(folder)
     effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
     name, inputs = model_identity(model)

@@ -42,8 +42,8 @@ SOURCES = {
     "copy": lambda folder: ({}, {}, build_model(TOKENIZER)),
     "copy of a PEFT model": lambda folder: (dict(model=trained_adapter()), {}, trained_adapter()),
     "copy under a fresh adapter": lambda folder: (
-        dict(arguments=dict(peft_config=LoraConfig(**LORA))),
-        {},
+        dict(arguments=dict(peft_config=LoraConfig(**LORA, modules_to_save=["lm_head"]))),
+        dict(gradient_checkpointing=True),
         build_model(TOKENIZER),
     ),
     "instance": lambda folder: (dict(arguments=dict(teacher_model=other_model())), {}, other_model()),
@@ -85,6 +85,22 @@ def test_how_the_teacher_is_loaded(tmp_path, teacher_dir, monkeypatch):
     monkeypatch.setattr(f"{module}.create_model_from_path", lambda name, **kw: loads.append(kw) or other_model())
     trainer(tmp_path, None, extra, teacher_model_revision="v1", trust_remote_code=True)
     assert loads == [dict(revision="v1", trust_remote_code=True)]
+    run = trainer(tmp_path)
+    run.args.distributed_state = SimpleNamespace(distributed_type="MULTI_GPU")
+    run._load_teacher(teacher_dir)
+    assert loads[1] == dict(trust_remote_code=False, device_map=None)  # TRL's default would spread it over the GPUs
+
+
+def test_the_copy_has_the_tokens_of_a_new_chat_template(tmp_path, model_dir):
+    source = build_tokenizer()
+    source.chat_template += "{# as another model has it #}"
+    source.eos_token = "<|im_start|>"
+    source.add_special_tokens({"additional_special_tokens": [f"<|extra_{index}|>" for index in range(70)]})
+    source.save_pretrained(tmp_path / "template")
+    run = train(tmp_path, str(model_dir), dict(processing_class=None), chat_template_path=str(tmp_path / "template"))
+    sizes = [model.get_input_embeddings().num_embeddings for model in (run.model, run.teacher_model)]
+    assert sizes[0] == sizes[1] > len(TOKENIZER)
+    assert logs(run)[0]["kl_loss"] < 1e-6 < logs(run)[1]["kl_loss"]
 
 
 def test_the_model_of_another_trainer_as_teacher(tmp_path):

@@ -40,7 +40,8 @@ class SelfDistillSFTConfig(SFTConfig):
             `"float32"`, as for the model itself.
         teacher_snapshot_steps (`int`, *optional*):
             Train plain SFT for this many optimizer steps, then freeze a snapshot of the model as the teacher (kept in
-            `output_dir/_teacher` for resuming) and go on with distillation.
+            `output_dir/_teacher` for resuming) and go on with distillation. For full models that are not sharded: with
+            PEFT, FSDP or DeepSpeed train stage 1 by itself.
         teacher_snapshot_epochs (`float`, *optional*):
             The same in epochs: `1.0` is the paper's single run, one epoch of format learning before the snapshot.
 

@@ -133,6 +133,9 @@ class SelfDistillSFTTrainer(SFTTrainer):
             if self.args.teacher_model_revision is not None:
                 init_kwargs.setdefault("revision", self.args.teacher_model_revision)
             init_kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
+            # As `SFTTrainer` does for the model: each process holds the whole of it
+            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                init_kwargs["device_map"] = None
             teacher = create_model_from_path(teacher, **init_kwargs)
         if not set(teacher.parameters()).isdisjoint(self.model.parameters()):
             raise ValueError(

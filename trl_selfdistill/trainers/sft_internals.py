@@ -3,8 +3,7 @@
 
 What it relies on, and what happens when a TRL release moves it:
 - `SFTTrainer.__init__` binds a `forward` to the model instance (`add_fused_lm_head`). A deep copy of the model would
-go
-  on running the original's weights, so [`frozen_copy`] unbinds it. Were TRL to stop, unbinding does nothing.
+  go on running the original's weights, so [`frozen_copy`] unbinds it. Were TRL to stop, unbinding does nothing.
 - `create_model_from_path` loads a model given by name as `SFTTrainer` does. Were it gone, importing this file fails.
 - `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`.
 """
@@ -77,8 +76,8 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 def lm_head_of(model: PreTrainedModel) -> LMHead:
     """
     The LM head of a causal language model with the logit post-processing of its architecture, read from its config
-    under
-    the names that TRL's `add_fused_lm_head` knows. FSDP2 shards are gathered (a collective: call it on every rank).
+    under the names that TRL's `add_fused_lm_head` knows. FSDP2 shards are gathered (a collective: call it on every
+    rank).
     """
     config = model.config.get_text_config()
     logit_scale = None
@@ -98,10 +97,9 @@ def add_distillation_forward(model: PreTrainedModel) -> None:
     """
     Lets `model(..., labels=labels, distillation=...)` run the backbone and the head on the label positions only.
 
-    With `distillation=DistillationTargets(...)` it returns a [`DistillationOutput`], with
-    `distillation="hidden_states"`
-    the last hidden states at the label positions, of shape `(num_label_tokens, hidden_size)`; without it, what it
-    returned before. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's
+    With `distillation=DistillationTargets(...)` it returns a [`DistillationOutput`], with `"hidden_states"` the last
+    hidden states at the label positions, of shape `(num_label_tokens, hidden_size)`, without it what it returned
+    before. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's
     autocast wrap: parameters are gathered and cast, and prompt-learning tokens added, as in any other forward.
     """
     original_forward = model.forward
@@ -110,13 +108,11 @@ def add_distillation_forward(model: PreTrainedModel) -> None:
     def forward(self, *args, distillation=None, **kwargs):
         if distillation is None:
             return original_forward(*args, **kwargs)
-        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        shift_labels = kwargs.pop("labels")[:, 1:]
         # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run
         outputs = self.base_model(*args, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        if shift_labels is None:
-            hidden_states, shift_labels = hidden_states[:, :-1], labels[:, 1:]
         mask = shift_labels != IGNORE_INDEX
+        hidden_states = outputs.last_hidden_state[:, :-1]
         hidden_states = hidden_states[mask.to(hidden_states.device)]  # (num_label_tokens, hidden_size)
         if isinstance(distillation, str):
             return hidden_states
