@@ -91,7 +91,7 @@ def test_the_table_of_agents_md_names_these_layers():
     assert named == [*(modules for modules, _ in LAYERS), {"scripts"}]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_imports_from_its_own_layer_and_those_above(module):
     imported = graph()[module]
     assert imported <= set(MODULES), "a module imports the package itself"
@@ -99,7 +99,7 @@ def test_a_module_imports_from_its_own_layer_and_those_above(module):
     assert not below and not imported & FORBIDDEN.get(module, set())
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_does_not_import_what_its_layer_must_not_know(module):
     roots = {name.split(".")[0] for file in files_of(module) for name in imports_of(file)[1]}
     forbidden = LAYERS[MODULES[module]][1]
