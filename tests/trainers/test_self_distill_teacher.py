@@ -2,6 +2,7 @@
 """Where SelfDistillSFTTrainer's teacher comes from, that it stays where it is, and that resuming finds it again."""
 
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -75,20 +76,31 @@ def test_teacher_stays_while_the_student_trains(tmp_path, teacher_dir, source):
     assert (first["kl_loss"] < 1e-6) == source.startswith("copy") and second["kl_loss"] > 1e-6
 
 
-def test_how_the_teacher_is_loaded(tmp_path, teacher_dir, monkeypatch):
+def test_how_the_teacher_is_loaded(tmp_path, teacher_dir):
     extra = dict(teacher_model=teacher_dir)
     run = train(tmp_path, None, extra, teacher_model_init_kwargs={"dtype": "bfloat16"})
     assert run.teacher_model.dtype == torch.bfloat16 and logs(run)[0]["kl_loss"] > 0
     assert trainer(tmp_path, None, extra).teacher_model.dtype == torch.float32
+
+
+def test_with_which_arguments_the_teacher_is_loaded(tmp_path, teacher_dir, monkeypatch):
     loads = []
+
+    def load(result, name, **kwargs):
+        loads.append(kwargs)
+        return result
+
+    named = other_model()
+    named.config._name_or_path = teacher_dir
     module = SelfDistillSFTTrainer.__module__
-    monkeypatch.setattr(f"{module}.create_model_from_path", lambda name, **kw: loads.append(kw) or other_model())
-    trainer(tmp_path, None, extra, teacher_model_revision="v1", trust_remote_code=True)
-    assert loads == [dict(revision="v1", trust_remote_code=True)]
-    run = trainer(tmp_path)
+    monkeypatch.setattr(f"{module}.create_model_from_path", partial(load, named))
+    monkeypatch.setattr(f"{module}.AutoTokenizer.from_pretrained", partial(load, TOKENIZER))
+    extra = dict(teacher_model=teacher_dir)
+    run = trainer(tmp_path, None, extra, teacher_model_revision="v1", trust_remote_code=True)
+    assert loads == [dict(revision="v1", trust_remote_code=True)] * 2  # the model and the tokenizer
     run.args.distributed_state = SimpleNamespace(distributed_type="MULTI_GPU")
     run._load_teacher(teacher_dir)
-    assert loads[1] == dict(trust_remote_code=False, device_map=None)  # TRL's default would spread it over the GPUs
+    assert loads[2]["device_map"] is None  # TRL's default would spread it over the GPUs
 
 
 def test_the_copy_has_the_tokens_of_a_new_chat_template(tmp_path, model_dir):

@@ -257,14 +257,12 @@ class _SnapshotCallback(TrainerCallback):
             "FSDP": trainer.is_fsdp_enabled,
             "DeepSpeed": trainer.is_deepspeed_enabled,
         }
-        for what, applies in unsuited.items():
-            if applies:
-                raise ValueError(
-                    "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, "
-                    f"got {what}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the "
-                    "model as handed over."
-                )
-
+        if what := [name for name, applies in unsuited.items() if applies]:
+            raise ValueError(
+                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, got "
+                f"{what[0]}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the model "
+                "as handed over."
+            )
         if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
             raise ValueError(
                 f"`teacher_snapshot_epochs={trainer.args.teacher_snapshot_epochs}` needs a `train_dataset` of known "
