@@ -159,10 +159,12 @@ class FactAccuracyCallback(TrainerCallback):
 
     def _evaluate(self, state) -> None:
         tokenizer = self.trainer.processing_class
-        correct = {
-            name: answered_correctly(self.trainer.model, tokenizer, facts, self.batch_size)
-            for name, facts in self.fact_sets.items()
-        }
+        # One autocast around all forward passes: each by itself would cast all of the weights anew
+        with self.trainer.accelerator.autocast():
+            correct = {
+                name: answered_correctly(self.trainer.model, tokenizer, facts, self.batch_size)
+                for name, facts in self.fact_sets.items()
+            }
         record = AccuracyRecord(state.global_step, round(state.epoch or 0.0, 6), correct)
         if state.is_world_process_zero:
             write_records(self.path, [*read_records(self.path), record])
