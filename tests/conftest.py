@@ -11,6 +11,8 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # Tiny models gain nothing from threads, and the test processes (`pytest -n`) would fight over the cores
 os.environ["OMP_NUM_THREADS"] = "1"
+# The kernels for CUDA run in the interpreter of Triton
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -20,7 +20,8 @@ HEAVY = {"torch", "transformers", "trl", "accelerate", "peft"}
 # and from those above; `trainers` and `losses` are folders.
 LAYERS = [
     ({"exact_match", "prompts"}, None),  # None: nothing but the standard library
-    ({"losses"}, {"transformers", "trl", "datasets", "accelerate"}),
+    ({"kernels"}, {"transformers", "trl", "datasets", "accelerate"}),
+    ({"losses"}, {"transformers", "trl", "datasets", "accelerate", "triton"}),
     ({"model_structure", "parameter_groups"}, {"trl", "datasets"}),
     ({"facts", "fact_files", "geonames", "country_names", "currency_names", "invented_facts"}, HEAVY),
     ({"generation", "answer_scoring"}, {"trl", "datasets"}),
@@ -36,6 +37,7 @@ LAYERS = [
 ]  # fmt: skip
 # Where a layer above must not be imported all the same
 FORBIDDEN = {
+    "kernels": {"exact_match", "prompts"},
     "losses": {"exact_match", "prompts"},
     "model_structure": {"losses"},
     "parameter_groups": {"losses"},

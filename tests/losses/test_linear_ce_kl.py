@@ -2,7 +2,6 @@
 """linear_ce_kl is the formula of its docstring, in every precision, and keeps the laws of the KL divergence."""
 
 import math
-import sys
 from itertools import product
 
 import pytest
@@ -11,15 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_selfdistill import LMHead, linear_ce_kl
+from trl_selfdistill.kernels import ce_kl_torch, ce_kl_triton
 
 
-MODULE = sys.modules[linear_ce_kl.__module__]  # `losses.linear_ce_kl` is the function
+IMPLEMENTATIONS = ["torch", "triton", "reference"]
 NUM_TOKENS, HIDDEN_SIZE = 10, 8
 
 
+def naive_divergence(p, q, divergence):
+    def kl(a, b):
+        return (a * (a.log() - b.log())).sum()
+
+    if divergence == "forward_kl":
+        return kl(p, q)
+    if divergence == "reverse_kl":
+        return kl(q, p)
+    mixture = divergence * p + (1 - divergence) * q
+    return divergence * kl(p, mixture) + (1 - divergence) * kl(q, mixture)
+
+
 def naive_loss(
-    student_hidden, student_head, teacher_hidden, teacher_head, labels, ce_weight, kl_weight, temperature, items
-):
+    student_hidden, student_head, teacher_hidden, teacher_head, labels, items,
+    *, ce_weight, kl_weight, temperature, divergence,
+):  # fmt: skip
     """The loss as a textbook writes it: full logits, token by token, in the dtype of its inputs."""
 
     def logits(hidden, head):
@@ -32,7 +45,7 @@ def naive_loss(
     for i in (labels != -100).nonzero().flatten():
         ce = z[i].logsumexp(-1) - z[i, labels[i]]
         p, q = (t[i] / temperature).softmax(-1), (z[i] / temperature).softmax(-1)
-        loss = loss + ce_weight * ce + kl_weight * temperature**2 * (p * (p.log() - q.log())).sum()
+        loss = loss + ce_weight * ce + kl_weight * temperature**2 * naive_divergence(p, q, divergence)
     return loss / items
 
 
@@ -43,7 +56,7 @@ class Case:
         torch.manual_seed(seed)
         self.tied = tied
         self.head_options = {key: o.pop(key) for key in ("logit_scale", "logit_softcap") if key in o}
-        self.weights = {**dict(ce_weight=1.0, kl_weight=1.0, temperature=0.5), **o}
+        self.weights = {**dict(ce_weight=1.0, kl_weight=1.0, temperature=0.5, divergence="forward_kl"), **o}
         self.labels = torch.randint(vocab, (NUM_TOKENS,))
         self.labels[{"none": slice(0), "some": slice(None, None, 3), "all": slice(None)}[ignored]] = -100
         self.student = [torch.randn(NUM_TOKENS, HIDDEN_SIZE), torch.randn(vocab, HIDDEN_SIZE)]
@@ -74,7 +87,7 @@ class Case:
         if teacher_head is head:
             teacher_head = head._replace(weight=head.weight.detach())
         items = max(1, int((labels != -100).sum())) if items is None else items
-        loss = naive_loss(hidden, head, teacher_hidden, teacher_head, labels, *self.weights.values(), items)
+        loss = naive_loss(hidden, head, teacher_hidden, teacher_head, labels, items, **self.weights)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -83,12 +96,14 @@ def assert_close(results, expected, **tolerance):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [64, 507])  # a power of two, and a size that divides into nothing
 @pytest.mark.parametrize(
     "options",
     [
         *(dict(ce_weight=ce, kl_weight=kl, temperature=t) for ce, kl, t in product((0, 1), (0, 1), (0.5, 1, 2))),
+        *(dict(divergence=d, temperature=t) for d, t in product(("reverse_kl", 0.5, 0.1), (0.5, 1.5))),
         dict(ignored="none"),
         dict(ignored="all"),
         dict(bias=True),
@@ -100,13 +115,17 @@ def assert_close(results, expected, **tolerance):
     ],
     ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
 )
-def test_as_exact_as_the_naive_formula(dtype, vocab, options):
+def test_as_exact_as_the_naive_formula(dtype, vocab, options, impl):
     """Error against fp64 at most twice that of the naive formula in the same dtype, plus a tolerance."""
     case = Case(vocab=vocab, **options)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    for exact, naive, ours in zip(case.naive(), case.naive(dtype), case.ours(dtype), strict=True):
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    # The naive formula is all in its dtype, where fp16 has log(0) = -inf; the reference takes the softmax in fp32
+    same_dtype = case.ours(dtype, impl="reference") if dtype == torch.float16 else case.naive(dtype)
+    for exact, naive, ours in zip(case.naive(), same_dtype, case.ours(dtype, impl=impl), strict=True):
+        assert ours.dtype == dtype or ours.dim() == 0
         assert (ours - exact).abs().max() <= 2 * (naive - exact).abs().max() + tolerance
-    assert_close(case.ours(), case.naive(), rtol=1e-9, atol=1e-12)
+    if impl != "triton":
+        assert_close(case.ours(impl=impl), case.naive(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("items", [7, torch.tensor(7)])
@@ -181,16 +200,38 @@ def test_kl_is_never_negative(case):
     assert linear_ce_kl(*case.inputs(torch.float64)[1], **case.weights).kl_loss > 0
 
 
+def budget_of(num_tokens: int, vocab: int, dtype: torch.dtype) -> float:
+    """MiB that hold the logits of so many tokens, of both models."""
+    return 2 * num_tokens * vocab * dtype.itemsize / 2**20
+
+
 @laws
 @given(case=cases, chunk=st.integers(1, 2 * NUM_TOKENS))
 def test_result_does_not_depend_on_the_chunk_size(case, chunk):
-    def results():
-        return case.ours() + list(linear_ce_kl(*case.inputs(torch.float64)[1], **case.weights))
+    def results(**options):
+        inputs = case.inputs(torch.float64)[1]
+        return case.ours(**options) + list(linear_ce_kl(*inputs, **case.weights, **options))
 
-    whole = results()
+    budget = budget_of(chunk, case.student[1].size(0), torch.float64)
+    assert_close(results(memory_budget_mib=budget), results())
+
+
+@laws
+@given(case=cases, rows=st.integers(1, 2 * NUM_TOKENS))
+def test_result_does_not_depend_on_the_blocks_in_the_cache(case, rows):
+    whole = case.ours(impl="torch")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "_CHUNK_ELEMENTS", chunk * case.student[1].size(0))
-        assert_close(results(), whole)
+        patch.setitem(ce_kl_torch.BLOCK_ELEMENTS, "cpu", rows * case.student[1].size(0))
+        assert_close(case.ours(impl="torch"), whole)
+
+
+@laws
+@given(case=cases, block=st.sampled_from([16, 32, 64]))
+def test_result_does_not_depend_on_the_blocks_of_the_triton_kernel(case, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ce_kl_triton, "BLOCK_SIZE", block)
+        blocked = case.ours(torch.float32, impl="triton")
+    assert_close(blocked, case.ours(torch.float32, impl="torch"), rtol=1e-4, atol=1e-5)
 
 
 @laws
@@ -222,14 +263,16 @@ def test_the_gradient_is_that_of_the_docstring(case):
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])
-def test_gradcheck_and_upstream_gradient(monkeypatch, chunk):
-    case = Case(vocab=11, bias=True, logit_softcap=4.0)
-    monkeypatch.setattr(MODULE, "_CHUNK_ELEMENTS", chunk * 11)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.3])
+def test_gradcheck_and_upstream_gradient(divergence, chunk):
+    case = Case(vocab=11, bias=True, logit_softcap=4.0, divergence=divergence)
+    budget = budget_of(chunk, 11, torch.float64)
     leaves, (*_, teacher_hidden, teacher_head, labels) = case.inputs(torch.float64)
 
     def loss(hidden, weight, bias):
         head = LMHead(weight, bias, logit_softcap=4.0)
-        return linear_ce_kl(hidden, head, teacher_hidden, teacher_head, labels, **case.weights).loss
+        options = dict(memory_budget_mib=budget, **case.weights)
+        return linear_ce_kl(hidden, head, teacher_hidden, teacher_head, labels, **options).loss
 
     assert torch.autograd.gradcheck(loss, leaves)
     scaled = torch.autograd.grad(-3.0 * loss(*leaves), leaves)
@@ -261,27 +304,17 @@ def test_labels_of_another_type_and_another_ignore_index():
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])
-def test_under_autocast(monkeypatch, chunk):
-    """fp32 weights, products in bf16, softmax and loss in fp32; the recomputed chunks too."""
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_under_autocast(chunk, impl):
+    """fp32 weights, products in bf16, softmax and loss in fp32."""
     case = Case(vocab=40)
     exact, bf16 = case.naive(), case.naive(torch.bfloat16)
-    monkeypatch.setattr(MODULE, "_CHUNK_ELEMENTS", chunk * 40)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = case.ours(torch.float32)
+        ours = case.ours(torch.float32, impl=impl, memory_budget_mib=budget_of(chunk, 40, torch.bfloat16))
     assert all(x.dtype == torch.float32 for x in ours)
     for truth, naive, result in zip(exact, bf16, ours, strict=True):
         assert (result - truth).abs().max() <= 2 * (naive - truth).abs().max() + 1e-2
     assert not torch.equal(ours[0], case.ours(torch.float32)[0])  # the product did run in bf16
-
-
-def test_no_logits_of_all_tokens_are_kept(monkeypatch):
-    vocab, num_tokens = 100, 60
-    monkeypatch.setattr(MODULE, "_CHUNK_ELEMENTS", 10 * vocab)
-    hidden, weight = torch.randn(num_tokens, 4, requires_grad=True), torch.randn(vocab, 4)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        linear_ce_kl(hidden, LMHead(weight), hidden, LMHead(weight), torch.arange(num_tokens), kl_weight=1.0)
-    assert 0 < sum(sizes) < 10 * vocab
 
 
 HIDDEN, HEAD, LABELS = torch.zeros(4, 3), LMHead(torch.zeros(6, 3)), torch.tensor([0, 5, -100, 2])
@@ -290,19 +323,34 @@ HIDDEN, HEAD, LABELS = torch.zeros(4, 3), LMHead(torch.zeros(6, 3)), torch.tenso
 @pytest.mark.parametrize(
     "inputs, options, message",
     [
-        ({}, dict(impl="triton"), "`impl` must be .* got 'triton'"),
+        ({}, dict(impl="cuda"), "`impl` must be .* got 'cuda'"),
+        ({}, dict(divergence=1.5), r"`divergence` must be .*\(0, 1\).* got 1.5"),
+        ({}, dict(divergence="jsd"), "`divergence` must be .* got 'jsd'"),
+        ({}, dict(memory_budget_mib=0), "`memory_budget_mib` must be > 0.* got 0"),
+        ({}, dict(num_items_in_batch=torch.ones(2)), r"`num_items_in_batch` must be one number, got shape \(2,\)"),
+        ({1: LMHead(torch.zeros(6))}, {}, r"`student_lm_head.weight` must have shape .* got \(6,\)"),
+        ({1: LMHead(torch.zeros(6, 3), torch.zeros(3))}, {}, r"`student_lm_head.bias` must have shape \(6,\)"),
+        ({0: HIDDEN.bfloat16()}, {}, "`student_lm_head.weight` has dtype torch.float32.*bfloat16.* Cast one"),
+        ({0: HIDDEN.int()}, {}, "`student_hidden_states` must hold floating-point numbers, got torch.int32"),
+        ({2: HIDDEN.to("meta")}, {}, "`teacher_hidden_states` is on meta, `student_hidden_states` on cpu"),
+        (
+            {2: torch.tensor([[0.0] * 3, [0, 0, math.nan], [0] * 3, [math.inf] * 3])},
+            dict(check_finite=True),
+            r"`teacher_hidden_states` must be finite, got nan at token 1, dimension 2 \(2 of 4 tokens",
+        ),
         ({}, dict(ce_weight=-1.0), "`ce_weight` .* got -1.0"),
         ({}, dict(kl_weight=math.nan), "`kl_weight` .* got nan"),
         ({}, dict(kl_weight=math.inf), "`kl_weight` .* got inf"),
         ({}, dict(temperature=0.0), "`temperature` .* got 0.0"),
-        ({0: HIDDEN[None]}, {}, r"`student_hidden_states` must have shape \(num_tokens, 3\).* got \(1, 4, 3\)"),
-        ({0: HIDDEN[:, :2]}, {}, r"`student_hidden_states` .* got \(4, 2\)"),
+        ({0: HIDDEN[None]}, {}, r"`student_hidden_states` must have shape \(4, 3\).* Got \(1, 4, 3\)"),
+        ({0: HIDDEN[:, :2]}, {}, r"`student_hidden_states` .* Got \(4, 2\)"),
         ({2: None}, {}, "`teacher_hidden_states` and `teacher_lm_head` are needed .* `kl_weight=0`"),
         ({3: None}, {}, "`teacher_hidden_states` and `teacher_lm_head` are needed"),
         ({2: HIDDEN[:3]}, {}, r"`teacher_hidden_states` must have shape \(4, 3\).* Got \(3, 3\)"),
         ({2: HIDDEN[:, :2]}, {}, r"`teacher_hidden_states` must have shape \(4, 3\).* Got \(4, 2\)"),
         ({3: LMHead(torch.zeros(7, 3))}, {}, "`teacher_lm_head` has a vocabulary of 7 .* resize"),
-        ({4: LABELS[:3]}, {}, r"`shift_labels` must have shape \(4,\).* got \(3,\)"),
+        ({4: LABELS[:3]}, {}, r"`student_hidden_states` must have shape \(3, 3\): one row a label.* Got \(4, 3\)"),
+        ({4: LABELS[None]}, {}, r"`shift_labels` must have shape \(num_tokens,\), got \(1, 4\)"),
         ({4: LABELS.float()}, {}, "`shift_labels` must hold integers .* got torch.float32"),
         ({4: LABELS + 1}, {}, r"`shift_labels` must be -100 or in \[0, 6\).* got 6 at position 1"),
         ({4: LABELS - 1}, {}, r"`shift_labels` .* got -1 at position 0"),

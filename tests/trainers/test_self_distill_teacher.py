@@ -214,7 +214,7 @@ def test_before_the_snapshot_it_is_sft_trainer_and_after_it_there_is_a_kl(tmp_pa
     assert_same_weights(run.teacher_model, theirs.model)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "_teacher"), theirs.model)
     third, fourth = logs(run)[2:4]
-    assert abs(third["kl_loss"]) < 1e-8 < 1e-4 < fourth["kl_loss"]
+    assert abs(third["kl_loss"]) < 1e-6 < 1e-4 < fourth["kl_loss"]
     assert fourth["loss"] == pytest.approx(fourth["ce_loss"] + 0.25 * fourth["kl_loss"], rel=1e-2)
     run.train()  # anew: plain SFT comes first again
     assert "kl_loss" not in logs(run)[0]

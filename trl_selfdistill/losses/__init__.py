@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable functions of hidden states and LM heads."""
 
-from .linear_ce_kl import IGNORE_INDEX, CEKLOutput, LMHead, linear_ce_kl
+from .linear_ce_kl import IGNORE_INDEX, CEKLOutput, linear_ce_kl
+from .lm_head import LMHead
 
 
 __all__ = ["IGNORE_INDEX", "CEKLOutput", "LMHead", "linear_ce_kl"]

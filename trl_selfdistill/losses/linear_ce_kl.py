@@ -1,52 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy plus KL to a teacher, from hidden states and LM heads (arXiv 2604.15574, equations 1-2).
+"""Cross-entropy plus KL to a teacher, from hidden states and LM heads (arXiv 2604.15574, equations 1-2)."""
 
-The trainers call it with the label positions only. Tokens go through the heads in chunks that are recomputed in the
-backward pass, so that no `(num_tokens, vocab_size)` tensor is held, however long the sequences are.
-"""
-
+import importlib.util
+import os
 from typing import Literal, NamedTuple
 
 import torch
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from ..kernels import TileObjective
+from .checks import check_finite as refuse_not_finite
+from .checks import check_labels, check_options, check_side, check_teacher_is_given, check_vocabularies
+from .fused_head import HeadPass, fused_losses
+from .lm_head import LMHead, ModelSide
+from .reference import reference_losses
 
 
 IGNORE_INDEX = -100
 
-# Logits of one chunk, in elements: 2**27 fp32 values are 512 MiB, 1,024 tokens of a vocabulary of 128k.
-_CHUNK_ELEMENTS = 2**27
-
-
-class LMHead(NamedTuple):
-    """
-    The last layer of a causal language model: `softcap(logit_scale * (hidden_states @ weight.T + bias))`.
-
-    Args:
-        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`):
-            Output embedding, the same tensor as the input embedding where they are tied.
-        bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*):
-            Bias of the projection.
-        logit_scale (`float`, *optional*, defaults to `1.0`):
-            Multiplies the logits (Cohere, Granite, Falcon-H1 ...).
-        logit_softcap (`float`, *optional*):
-            If set, the scaled logits `z` become `logit_softcap * tanh(z / logit_softcap)` (Gemma 2).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """fp32 (fp64 for fp64 inputs) logits of shape `(num_tokens, vocab_size)`; the product honours autocast."""
-        logits = F.linear(hidden_states, self.weight, self.bias)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.logit_softcap is not None:
-            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-        return logits
+# For the logits of one chunk. On a GPU large products are fast ones; a CPU's cache and memory are smaller.
+_DEFAULT_BUDGET_MIB = {"cuda": 1024.0, "other": 192.0}
 
 
 class CEKLOutput(NamedTuple):
@@ -60,8 +32,8 @@ class CEKLOutput(NamedTuple):
         ce_loss (`torch.Tensor`):
             Mean cross-entropy at temperature 1 over the counted tokens, in nats per token.
         kl_loss (`torch.Tensor`):
-            Mean KL(teacher ‖ student) at `temperature` over the counted tokens, in nats per token, without the factors
-            `kl_weight` and `temperature**2`. Zero when `kl_weight` is zero.
+            Mean KL(teacher ‖ student), or the `divergence` asked for, at `temperature` over the counted tokens, in
+            nats per token, without the factors `kl_weight` and `temperature**2`. Zero when `kl_weight` is zero.
         entropy (`torch.Tensor`):
             Mean entropy of the student's next-token distribution at temperature 1, in nats.
         top1_accuracy (`torch.Tensor`):
@@ -90,7 +62,10 @@ def linear_ce_kl(
     temperature: float = 1.0,
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
-    impl: Literal["auto", "torch"] = "auto",
+    divergence: Literal["forward_kl", "reverse_kl"] | float = "forward_kl",
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
+    memory_budget_mib: float | None = None,
+    check_finite: bool = False,
 ) -> CEKLOutput:
     """
     Cross-entropy of the labels plus the KL divergence from a teacher, over the same tokens and the same denominator:
@@ -127,124 +102,80 @@ def linear_ce_kl(
             Denominator: the number of labels in the whole (accumulated, distributed) batch. Defaults to those counted.
         ignore_index (`int`, *optional*, defaults to `-100`):
             Label of the positions to leave out.
+        divergence (`str` or `float`, *optional*, defaults to `"forward_kl"`):
+            What stands for KL: `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` KL(student ‖ teacher), and a
+            number β in (0, 1) the generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649),
+            β KL(teacher ‖ m) + (1 - β) KL(student ‖ m) with m = β teacher + (1 - β) student.
         impl (`str`, *optional*, defaults to `"auto"`):
-            Implementation: `"torch"`, chunked PyTorch for any device, is what `"auto"` takes.
+            `"triton"` (CUDA) and `"torch"` (any device) form the gradients in the forward pass, in chunks of tokens;
+            `"reference"` is the formula above under autograd, with all logits in memory. `"auto"` takes the first of
+            these that runs.
+        memory_budget_mib (`float`, *optional*):
+            Memory for logits, in MiB: it sets how many tokens make a chunk. Defaults to 1024 on CUDA, 192 elsewhere.
+            The result does not depend on it.
+        check_finite (`bool`, *optional*, defaults to `False`):
+            Whether to refuse NaN and inf in the teacher's hidden states.
 
     Returns:
         [`CEKLOutput`]. With every position ignored the loss is 0, with zero gradients, and still connected to the
         graph.
 
     Raises:
-        ValueError: If a shape, a vocabulary, a label, a weight, the temperature or `impl` does not fit.
+        ValueError: If a shape, dtype, device, vocabulary, label or option does not fit.
     """
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"`impl` must be 'auto' or 'torch', got {impl!r}.")
-    _check_options(ce_weight, kl_weight, temperature)
-    _check_tensors(student_hidden_states, student_lm_head, shift_labels, ignore_index)
+    check_options(ce_weight, kl_weight, temperature, divergence, memory_budget_mib)
+    student, teacher = ModelSide(student_hidden_states, student_lm_head).gathered(), None
+    device, vocab_size = student_hidden_states.device, student.lm_head.weight.size(0)
+    autocast = torch.is_autocast_enabled(device.type)
+    counts = check_labels(shift_labels, ignore_index, vocab_size, num_items_in_batch)
+    check_side("student", student, len(shift_labels), device, autocast)
     if kl_weight:
-        _check_teacher(
-            teacher_hidden_states, teacher_lm_head, student_hidden_states.size(0), student_lm_head.weight.size(0)
-        )
-        teacher_hidden_states = teacher_hidden_states.detach()[shift_labels != ignore_index]
-        teacher_lm_head = LMHead(*(x.detach() if isinstance(x, torch.Tensor) else x for x in teacher_lm_head))
+        check_teacher_is_given(teacher_hidden_states, teacher_lm_head)
+        teacher = ModelSide(teacher_hidden_states, teacher_lm_head).detached().gathered()
+        check_side("teacher", teacher, len(shift_labels), device, autocast)
+        check_vocabularies(student.lm_head, teacher.lm_head)
+        if check_finite:
+            refuse_not_finite("teacher_hidden_states", teacher_hidden_states)
+    tile_kernel = _tile_kernel(impl, student_hidden_states)
 
-    counted = shift_labels != ignore_index
-    hidden_states, labels = student_hidden_states[counted], shift_labels[counted].long()
-    num_tokens = counted.sum()
-    chunk_size = max(1, _CHUNK_ELEMENTS // student_lm_head.weight.size(0))
-    sums = []
-    # At least one chunk, be it empty, so that a batch without labels gives a zero that is connected to the graph.
-    for start in range(0, max(1, len(labels)), chunk_size):
-        chunk = slice(start, start + chunk_size)
-        teacher_chunk = teacher_hidden_states[chunk] if kl_weight else None
-        inputs = (hidden_states[chunk], student_lm_head, teacher_chunk, teacher_lm_head, labels[chunk])
-        inputs += (ce_weight, kl_weight, temperature)
-        if len(labels) <= chunk_size:  # one chunk: its logits are smaller than the budget, nothing to recompute
-            sums.append(_chunk_sums(*inputs))
-        else:
-            sums.append(checkpoint(_chunk_sums, *inputs, use_reentrant=False))
-    loss_sum = torch.stack([s[0] for s in sums]).sum()
-    means = torch.stack([s[1] for s in sums]).sum(0) / num_tokens.clamp(min=1)
-    denominator = num_tokens if num_items_in_batch is None else num_items_in_batch
-    denominator = torch.as_tensor(denominator, device=loss_sum.device).clamp(min=1)
-    return CEKLOutput(loss_sum / denominator, *means.unbind(), num_tokens)
-
-
-def _chunk_sums(
-    student_hidden_states: torch.Tensor,  # (chunk, student_hidden_size)
-    student_lm_head: LMHead,
-    teacher_hidden_states: torch.Tensor | None,  # (chunk, teacher_hidden_size)
-    teacher_lm_head: LMHead | None,
-    labels: torch.Tensor,  # (chunk,), none ignored
-    ce_weight: float,
-    kl_weight: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over one chunk: the loss, and a detached vector (CE, KL, entropy, top-1)."""
-    student_logits = student_lm_head.logits(student_hidden_states)  # (chunk, vocab_size)
-    log_probs = F.log_softmax(student_logits, dim=-1)
-    ce_sum = F.nll_loss(log_probs, labels, reduction="sum")
-    kl_sum = torch.zeros_like(ce_sum)
-    if kl_weight:
-        teacher_logits = teacher_lm_head.logits(teacher_hidden_states)
-        kl_sum = F.kl_div(
-            F.log_softmax(student_logits / temperature, dim=-1),
-            F.log_softmax(teacher_logits / temperature, dim=-1),
-            reduction="sum",
-            log_target=True,
-        )
-    with torch.no_grad():
-        entropy_sum = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum()  # 0 * -inf of a masked token is 0
-        top1_sum = (student_logits.argmax(-1) == labels).sum().to(ce_sum.dtype)
-    loss_sum = ce_weight * ce_sum + kl_weight * temperature**2 * kl_sum
-    return loss_sum, torch.stack([ce_sum.detach(), kl_sum.detach(), entropy_sum, top1_sum])
+    labels = shift_labels.long()
+    if counts.num_tokens < len(labels):
+        kept = labels != ignore_index
+        labels, student = labels[kept], student._replace(hidden_states=student.hidden_states[kept])
+        teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[kept])
+    jsd_beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(divergence, divergence)
+    objective = TileObjective(ce_weight, kl_weight, temperature, jsd_beta, grad_scale=1 / counts.denominator)
+    if tile_kernel is None:
+        sums = reference_losses(student, teacher, labels, objective).sum(0)
+        loss = objective.total(sums)
+    else:
+        dtype = student_hidden_states.dtype
+        if autocast and dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(device.type)
+        budget_mib = memory_budget_mib or _DEFAULT_BUDGET_MIB.get(device.type, _DEFAULT_BUDGET_MIB["other"])
+        head_pass = HeadPass(tile_kernel, dtype, int(budget_mib * 2**20), torch.is_grad_enabled())
+        loss, sums = fused_losses(student, teacher, labels, objective, head_pass)
+    means = sums.detach() / max(1, counts.num_tokens)
+    return CEKLOutput(loss, *means.unbind(), torch.tensor(counts.num_tokens, device=device))
 
 
-def _check_options(ce_weight: float, kl_weight: float, temperature: float) -> None:
-    for name, weight in (("ce_weight", ce_weight), ("kl_weight", kl_weight)):
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"`{name}` must be a finite number >= 0, got {weight}.")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"`temperature` must be a finite number > 0, got {temperature}.")
-
-
-def _check_tensors(hidden_states: torch.Tensor, lm_head: LMHead, labels: torch.Tensor, ignore_index: int) -> None:
-    vocab_size = lm_head.weight.size(0)
-    if hidden_states.dim() != 2 or hidden_states.size(1) != lm_head.weight.size(1):
+def _tile_kernel(impl: str, hidden_states: torch.Tensor):
+    """The kernel behind `impl`, `None` for the reference."""
+    if impl not in ("auto", "triton", "torch", "reference"):
+        raise ValueError(f"`impl` must be 'auto', 'triton', 'torch' or 'reference', got {impl!r}.")
+    if impl == "reference":
+        return None
+    has_triton = importlib.util.find_spec("triton") is not None
+    on_cuda = hidden_states.is_cuda and torch.version.cuda is not None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    runs_triton = has_triton and (on_cuda or interpreted) and hidden_states.dtype != torch.float64
+    if impl == "triton" and not runs_triton:
         raise ValueError(
-            f"`student_hidden_states` must have shape (num_tokens, {lm_head.weight.size(1)}), the width of "
-            f"`student_lm_head.weight`, got {tuple(hidden_states.shape)}."
+            f"`impl='triton'` needs Triton (installed: {has_triton}) and fp32, bf16 or fp16 tensors on a CUDA device, "
+            f"got {hidden_states.dtype} on {hidden_states.device}. Take `impl='auto'`."
         )
-    if labels.shape != hidden_states.shape[:1]:
-        raise ValueError(
-            f"`shift_labels` must have shape ({hidden_states.size(0)},), one label for each row of "
-            f"`student_hidden_states`, got {tuple(labels.shape)}."
-        )
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"`shift_labels` must hold integers (token ids), got {labels.dtype}.")
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-    if outside.any():
-        position = int(outside.nonzero()[0])
-        raise ValueError(
-            f"`shift_labels` must be {ignore_index} or in [0, {vocab_size}), the vocabulary of `student_lm_head`, got "
-            f"{int(labels[position])} at position {position}."
-        )
-
-
-def _check_teacher(hidden_states: torch.Tensor | None, lm_head: LMHead | None, num_tokens: int, vocab_size: int):
-    if hidden_states is None or lm_head is None:
-        raise ValueError(
-            "`teacher_hidden_states` and `teacher_lm_head` are needed when `kl_weight` is not 0, got None. Pass both, "
-            "or set `kl_weight=0`."
-        )
-    if hidden_states.shape != (num_tokens, lm_head.weight.size(1)):
-        raise ValueError(
-            f"`teacher_hidden_states` must have shape ({num_tokens}, {lm_head.weight.size(1)}): the student's "
-            f"tokens, the width of `teacher_lm_head.weight`. Got {tuple(hidden_states.shape)}."
-        )
-    if lm_head.weight.size(0) != vocab_size:
-        raise ValueError(
-            f"`teacher_lm_head` has a vocabulary of {lm_head.weight.size(0)} tokens, `student_lm_head` of "
-            f"{vocab_size}. KL compares whole distributions: use a teacher of the same vocabulary, or resize its "
-            "embeddings to the student's (`resize_token_embeddings`)."
-        )
+    if impl == "triton" or (impl == "auto" and runs_triton and on_cuda):
+        from ..kernels.ce_kl_triton import ce_kl_tile_
+    else:
+        from ..kernels.ce_kl_torch import ce_kl_tile_
+    return ce_kl_tile_

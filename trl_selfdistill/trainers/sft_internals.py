@@ -15,7 +15,6 @@ import types
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import create_model_from_path, get_config_model_id
@@ -76,8 +75,7 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 def lm_head_of(model: PreTrainedModel) -> LMHead:
     """
     The LM head of a causal language model with the logit post-processing of its architecture, read from its config
-    under the names that TRL's `add_fused_lm_head` knows. FSDP2 shards are gathered (a collective: call it on every
-    rank).
+    under the names that TRL's `add_fused_lm_head` knows. FSDP2 shards stay shards: `linear_ce_kl` gathers them.
     """
     config = model.config.get_text_config()
     logit_scale = None
@@ -88,9 +86,8 @@ def lm_head_of(model: PreTrainedModel) -> LMHead:
         # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
         logit_scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
     head = model.get_output_embeddings()
-    weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
     softcap = getattr(config, "final_logit_softcapping", None)
-    return LMHead(weight, bias, 1.0 if logit_scale is None else logit_scale, softcap)
+    return LMHead(head.weight, head.bias, 1.0 if logit_scale is None else logit_scale, softcap)
 
 
 def add_distillation_forward(model: PreTrainedModel) -> None:
