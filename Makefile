@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
-.PHONY: quickstart test quality style clean
+.PHONY: quickstart test gpu quality style clean
 
 # accelerate gives a process one CPU thread unless it is told otherwise
 quickstart: $(VENV)/.installed
@@ -19,6 +19,13 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+# Builds, checks and times the kernels on a GPU, in the environment that is active (a CUDA build of torch, .[dev,benchmark])
+gpu:
+	CUDA_VISIBLE_DEVICES=0 TRITON_INTERPRET=0 python -m pytest tests/gpu
+	mkdir -p outputs
+	for shape in smollm2 qwen2.5-1.5b llama-3.1-8b; do python scripts/benchmark_linear_ce_kl.py --shape $$shape \
+		--num_tokens 8192 --dtype bfloat16 --output outputs/linear_ce_kl_$$shape || exit 1; done
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

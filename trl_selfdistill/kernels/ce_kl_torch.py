@@ -9,9 +9,9 @@ import torch
 from .tile import LogitTransform, TileObjective
 
 
-# Elements of a block of rows. On a CPU each of its five fp32 buffers is then 1 MiB, so that the dozen elementwise
+# Elements of a block of rows. On a CPU each of its five fp32 buffers is then 2 MiB, so that the dozen elementwise
 # passes run in the cache; elsewhere a pass over few elements would leave the device idle.
-BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**24}
+BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**24}
 
 
 class _Buffers(NamedTuple):

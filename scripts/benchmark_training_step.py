@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Times steps of `SelfDistillSFTTrainer` against `SFTTrainer` on the same batches, in alternating short runs.
+
+    python scripts/benchmark_training_step.py --model_name_or_path outputs/quickstart/model
+
+A step of SFT is one forward and two forwards' worth of backward; the teacher adds one forward, so 4/3 is the limit of
+the ratio without the optimizer.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+
+
+# Rows of a batch, tokens of a row, and how many of them at its end are labels
+WORKLOADS = {"questions": (8, 20, 4), "documents": (2, 256, 255)}
+WARMUP_STEPS = 3
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each step: forward and backward, and the whole step."""
+
+    def __init__(self):
+        self.forward_backward, self.whole = [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        synchronize()
+        self.forward_backward.append(time.perf_counter() - self.start)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        synchronize()
+        self.whole.append(time.perf_counter() - self.start)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def make_dataset(workload: str, num_batches: int, vocab_size: int) -> Dataset:
+    rows, length, num_labels = WORKLOADS[workload]
+    torch.manual_seed(0)
+    input_ids = torch.randint(10, vocab_size, (rows * num_batches, length)).tolist()
+    mask = [0] * (length - num_labels) + [1] * num_labels
+    return Dataset.from_dict({"input_ids": input_ids, "completion_mask": [mask] * len(input_ids)})
+
+
+def run(trainer_class, config_class, args, workload: str, folder: str, **options) -> StepTimes:
+    """One short training, from the same weights on the same batches each time."""
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    config = config_class(
+        folder, max_steps=args.steps + WARMUP_STEPS, per_device_train_batch_size=WORKLOADS[workload][0],
+        bf16=args.bf16, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to="none",
+        save_strategy="no", disable_tqdm=True, completion_only_loss=True, **options,
+    )  # fmt: skip
+    dataset = make_dataset(workload, args.steps + WARMUP_STEPS, model.config.vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    times = StepTimes()
+    trainer_class(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[times]).train()
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--workload", choices=WORKLOADS, default="questions")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bf16")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turns")
+    args = parser.parse_args()
+    arms = {
+        "SFTTrainer": (SFTTrainer, SFTConfig),
+        "SelfDistillSFTTrainer": (SelfDistillSFTTrainer, SelfDistillSFTConfig),
+    }
+    parts = {name: {"forward + backward": [], "whole step": []} for name in arms}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.rounds):
+            for name, classes in arms.items():
+                times = run(*classes, args, args.workload, folder)
+                parts[name]["forward + backward"] += times.forward_backward[WARMUP_STEPS:]
+                parts[name]["whole step"] += times.whole[WARMUP_STEPS:]
+    rows, length, num_labels = WORKLOADS[args.workload]
+    print(f"{args.workload}: {rows} x {length} tokens, {num_labels} labels a row; bf16 {args.bf16}; "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms, median [quartiles]")  # fmt: skip
+    print("| part | SFTTrainer | SelfDistillSFTTrainer | ratio |\n|---|---|---|---|")
+    for part in ("forward + backward", "whole step"):
+        medians = [statistics.median(parts[name][part]) for name in arms]
+        cells = []
+        for name, median in zip(arms, medians, strict=True):
+            low, _, high = statistics.quantiles(parts[name][part], n=4)
+            cells.append(f"{median * 1e3:.0f} [{low * 1e3:.0f}, {high * 1e3:.0f}]")
+        print(f"| {part} | {' | '.join(cells)} | {medians[1] / medians[0]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
