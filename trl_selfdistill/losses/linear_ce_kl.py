@@ -17,8 +17,10 @@ from .reference import reference_losses
 
 IGNORE_INDEX = -100
 
-# For the logits of one chunk. On a GPU large products are fast ones; a CPU's cache and memory are smaller.
-_DEFAULT_BUDGET_MIB = {"cuda": 1024.0, "other": 192.0}
+# For the logits of one chunk. Each chunk reads and writes the gradient of the whole head, so that chunks of few tokens
+# cost time; on a CPU more than this many gain nothing.
+_DEFAULT_BUDGET_MIB = 1024.0
+_ENOUGH_TOKENS_ON_CPU = 512
 
 
 class CEKLOutput(NamedTuple):
@@ -111,8 +113,8 @@ def linear_ce_kl(
             `"reference"` is the formula above under autograd, with all logits in memory. `"auto"` takes the first of
             these that runs.
         memory_budget_mib (`float`, *optional*):
-            Memory for logits, in MiB: it sets how many tokens make a chunk. Defaults to 1024 on CUDA, 192 elsewhere.
-            The result does not depend on it.
+            Memory for logits, in MiB: it sets how many tokens make a chunk. Defaults to 1024, on a CPU to
+            that of 512 tokens if it is less. The result does not depend on it.
         check_finite (`bool`, *optional*, defaults to `False`):
             Whether to refuse NaN and inf in the teacher's hidden states.
 
@@ -149,14 +151,21 @@ def linear_ce_kl(
         sums = reference_losses(student, teacher, labels, objective).sum(0)
         loss = objective.total(sums)
     else:
-        dtype = student_hidden_states.dtype
-        if autocast and dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(device.type)
-        budget_mib = memory_budget_mib or _DEFAULT_BUDGET_MIB.get(device.type, _DEFAULT_BUDGET_MIB["other"])
-        head_pass = HeadPass(tile_kernel, dtype, int(budget_mib * 2**20), torch.is_grad_enabled())
+        head_pass = _head_pass(tile_kernel, student, teacher is not None, memory_budget_mib)
         loss, sums = fused_losses(student, teacher, labels, objective, head_pass)
     means = sums.detach() / max(1, counts.num_tokens)
     return CEKLOutput(loss, *means.unbind(), torch.tensor(counts.num_tokens, device=device))
+
+
+def _head_pass(tile_kernel, student: ModelSide, has_teacher: bool, memory_budget_mib: float | None) -> HeadPass:
+    device, dtype = student.hidden_states.device.type, student.hidden_states.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
+    budget = int((memory_budget_mib or _DEFAULT_BUDGET_MIB) * 2**20)
+    if memory_budget_mib is None and device == "cpu":
+        bytes_per_token = (1 + has_teacher) * len(student.lm_head.weight) * dtype.itemsize
+        budget = min(budget, _ENOUGH_TOKENS_ON_CPU * bytes_per_token)
+    return HeadPass(tile_kernel, dtype, budget, torch.is_grad_enabled())
 
 
 def _tile_kernel(impl: str, hidden_states: torch.Tensor):
