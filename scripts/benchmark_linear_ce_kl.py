@@ -116,8 +116,11 @@ def seconds(function, device: str) -> float:
 
 
 def errors(args, dtype) -> dict[str, float]:
-    """Of each implementation's gradients: the largest difference from fp64, as a share of the largest gradient."""
-    inputs = make_inputs(args.shape, 64, dtype, args.device)
+    """
+    Of each implementation's gradients: the largest difference from fp64, as a share of the largest gradient. At the
+    smallest shape: a large head in fp64, with its gradients, does not fit where the benchmark itself does.
+    """
+    inputs = make_inputs("smollm2", 64, dtype, args.device)
     exact = [x.detach().double().requires_grad_(i < 2) if i < 4 else x for i, x in enumerate(inputs)]
     expected = torch.autograd.grad(ours(*exact, impl="reference"), exact[:2])
     result = {}
