@@ -28,6 +28,7 @@ from trl_selfdistill import (
 from trl_selfdistill.command_line import run_script
 from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, model_stage, report_stage, train_stage
 from trl_selfdistill.study_arguments import ModelAndFactsArguments, SlickArguments, StudyArguments
+from trl_selfdistill.study_publishing import publish_command
 from trl_selfdistill.training_mix import MixSettings
 
 
@@ -79,6 +80,8 @@ def main(
     if PartialState().is_main_process:
         text = report_stage(folders, output)
         print(f"\n{text}\nReport: {output / 'report.md'}   figure: {output / 'curves.png'}")
+        print("Model cards: " + "   ".join(str(folder / "README.md") for folder in folders))
+        print(f"To publish the models:\n\n    {publish_command(folders)}\n")
 
 
 def copy_config(config_class: type[SFTConfig], config: SFTConfig, **changes) -> SFTConfig:

@@ -5,8 +5,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+from conftest import build_model
+from transformers import PreTrainedTokenizerBase
 
 from trl_selfdistill.fact_accuracy import AccuracyRecord, write_records
+from trl_selfdistill.report import load_arms
+from trl_selfdistill.study_card import write_model_card
 
 
 def make_records(heldout: np.ndarray, new: np.ndarray | None = None) -> list[AccuracyRecord]:
@@ -53,4 +57,15 @@ def write_arm(folder: Path, records: list[AccuracyRecord], **training) -> Path:
     run = {"command": "scripts/run_study.py --output_dir outputs/study", "date": "2026-01-02T03:04:05+00:00"}
     run |= {"machine": "x86_64, 2 cores, Linux", "versions": {"torch": "2.13.0"}}
     (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def write_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A finished arm with a tiny model, its tokenizer, a figure and its card."""
+    write_arm(folder, make_records(fading_outcomes(20, [1.0, 0.5])))
+    build_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "curves.png").write_bytes(b"a figure")
+    (arm,) = load_arms([folder])
+    write_model_card(arm, [arm], folder)
     return folder

@@ -19,18 +19,22 @@ HEAVY = {"torch", "transformers", "trl", "accelerate", "peft"}
 # From the top of the table down, each with the packages that it must not import. A module imports from its own layer
 # and from those above; `trainers` and `losses` are folders.
 LAYERS = [
-    ({"exact_match", "prompts"}, None),  # None: nothing but the standard library
+    # None: nothing but the standard library
+    ({"exact_match", "prompts", "abstention", "answer_outcome", "scoring_inputs"}, None),
+    ({"bootstrap", "hallucination"}, HEAVY | {"datasets"}),
     ({"kernels"}, {"transformers", "trl", "datasets", "accelerate"}),
     ({"losses"}, {"transformers", "trl", "datasets", "accelerate", "triton"}),
     ({"model_structure", "parameter_groups"}, {"trl", "datasets"}),
     ({"facts", "fact_files", "geonames", "country_names", "currency_names", "invented_facts"}, HEAVY),
     ({"generation", "answer_scoring"}, {"trl", "datasets"}),
     ({"exemplars", "progress_file", "slick", "training_mix"}, {"trl"}),
+    ({"environment", "hub_metadata", "model_card"}, {"transformers", "trl", "datasets", "accelerate"}),
     ({"trainers"}, set()),
-    ({"stage", "models", "fact_accuracy", "forgetting"}, {"trl"}),
+    ({"stage", "models", "fact_accuracy", "forgetting", "hallucination_callback"}, {"trl"}),
     (
         {
-            "training_stage", "report", "model_card", "study_arguments", "study", "dataset_training", "command_line"
+            "training_stage", "report", "study_card", "study_arguments", "study", "dataset_training", "dataset_card",
+            "publishing", "study_publishing", "command_line"
         },
         set(),
     ),

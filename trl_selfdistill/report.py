@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the study found: one row for each arm as a table, the findings in words, and a figure of the curves."""
 
-import html
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 from .fact_accuracy import AccuracyRecord, read_records
 from .forgetting import Interval, forgetting, forgetting_difference
+from .model_card import escape_markdown, format_interval
 
 
+# The evaluation before the first of a chain of stages; a first stage has it in its own records
+BASE_RECORDS_FILE = "base_accuracy.jsonl"
 ARM_LABELS = {"sft": "SFT", "selfdistill": "Self-distillation", "frozen": "Frozen groups"}
 # Colours that stay apart for colour-blind readers (Okabe-Ito), and a marker each for print
 _ARM_STYLES = {"sft": ("#D55E00", "o"), "selfdistill": ("#0072B2", "s"), "frozen": ("#009E73", "^")}
@@ -25,6 +27,7 @@ class ArmResult(NamedTuple):
         training (`dict`): Content of its `training.json`.
         forgetting (`Interval`): Peak minus final held-out accuracy.
         difference (`Interval`, *optional*): Its forgetting minus the baseline's; `None` for the baseline.
+        base (`AccuracyRecord`): The evaluation of the base model, before any training of the study.
     """
 
     name: str
@@ -32,6 +35,7 @@ class ArmResult(NamedTuple):
     training: dict
     forgetting: Interval
     difference: Interval | None
+    base: AccuracyRecord
 
     @property
     def title(self) -> str:
@@ -81,7 +85,9 @@ def load_arms(folders: list[Path], seed: int = 0) -> list[ArmResult]:
         records = read_records(folder / "accuracy.jsonl")
         training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         difference = baseline and forgetting_difference(records, baseline, seed=seed)
-        arms.append(ArmResult(folder.name, records, training, forgetting(records, seed=seed), difference))
+        earlier = folder / BASE_RECORDS_FILE
+        base = read_records(earlier)[0] if earlier.is_file() else records[0]
+        arms.append(ArmResult(folder.name, records, training, forgetting(records, seed=seed), difference, base))
         baseline = baseline or records
     return arms
 
@@ -106,8 +112,8 @@ def render_table(arms: list[ArmResult]) -> str:
             [
                 arm.label,
                 f"{s['heldout_before']:.3f} / {s['heldout_peak']:.3f} / {s['heldout_after']:.3f}",
-                _interval(arm.forgetting),
-                _interval(arm.difference, signed=True) if arm.difference else "-",
+                format_interval(arm.forgetting._asdict()),
+                format_interval(arm.difference._asdict(), signed=True) if arm.difference else "-",
                 f"{s['new_learnt']:.3f}",
                 f"{s['known_after']:.3f}",
                 "-" if s["seconds_per_step"] is None else f"{s['seconds_per_step']:.2f}",
@@ -118,17 +124,6 @@ def render_table(arms: list[ArmResult]) -> str:
     rows[1] = ["-" * width for width in widths]
     lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _interval(interval: Interval, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
-
-
-def escape_markdown(value: object) -> str:
-    """A value for a cell of a Markdown table: nothing in it can end the cell or become HTML."""
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def render_findings(arms: list[ArmResult]) -> str:

@@ -11,26 +11,22 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError
 
+from .environment import describe_environment
+
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-_PACKAGES = ("trl-selfdistill", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
 def run_stage(
@@ -73,7 +69,7 @@ def run_stage(
         logger.info(f"{folder.name}: nothing has changed, kept.")
         return folder
     partial = folder.with_name(folder.name + ".partial")
-    run = {"key": key, "arguments": arguments, "inputs": inputs, **_environment()}
+    run = {"key": key, "arguments": arguments, "inputs": inputs, **describe_environment()}
     earlier = _run_of(partial)
     complete = earlier.get("key") == key and "seconds" in earlier  # killed right before it took the folder's place
     state.wait_for_everyone()
@@ -170,17 +166,6 @@ def _write_json(path: Path, content: dict) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _environment() -> dict[str, Any]:
-    program = Path(sys.argv[0]).absolute()
-    program = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else Path(program.name)
-    return {
-        "command": shlex.join([program.as_posix(), *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-    }
 
 
 def _is_disk_error(error: Exception) -> bool:

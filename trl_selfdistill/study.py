@@ -20,12 +20,12 @@ from .fact_accuracy import accuracy_by_group, predict_facts
 from .fact_files import write_rows
 from .facts import load_facts, save_facts
 from .geonames import geonames_facts, known_place_names
-from .model_card import write_model_card
 from .models import EMBEDDED_MODEL, load_model_and_tokenizer, save_embedded_model
 from .report import escape_markdown, load_arms, plot_curves, render_findings, render_table
 from .slick import annotate_facts
 from .stage import explain_full_disk, model_identity, run_stage
 from .study_arguments import EvaluationArguments, ModelAndFactsArguments, SlickArguments
+from .study_card import write_model_card
 from .training_mix import MixSettings, build_training_mix
 from .training_stage import train_stage
 

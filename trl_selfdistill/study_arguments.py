@@ -205,3 +205,43 @@ class ReportArguments:
     output_dir: str = field(
         default="outputs/study", metadata={"help": "Folder of `report.md`, `curves.png` and `results.json`."}
     )
+
+
+@dataclass
+class PublishArguments:
+    """What to publish, and where. Tokens come from `hf auth login` only."""
+
+    _argument_group_name = "publishing"
+
+    checkpoints: list[str] = field(metadata={"help": "Folders of trained models or adapters."})
+    repo_id: str = field(
+        metadata={
+            "help": "Repository, as your-name/my-model; with several checkpoints, `-<folder>` is added for each."
+        }
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the models, where that of the base is not known."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the base model, where a local folder was the start."}
+    )
+    dataset_repo_id: str | None = field(
+        default=None, metadata={"help": "Publish the facts too, as your-name/my-facts (with annotated, mix or both)."}
+    )
+    annotated: str | None = field(default=None, metadata={"help": "Folder of annotate_facts.py."})
+    mix: str | None = field(default=None, metadata={"help": "Folder of build_training_mix.py."})
+    dataset_license: str | None = field(
+        default=None, metadata={"help": "Licence of the facts (cc-by-4.0 where they are from GeoNames)."}
+    )
+    metric_repo_id: str | None = field(
+        default=None, metadata={"help": "Publish the metric too, as the Space your-name/hallucination."}
+    )
+    metric_folder: str = field(default="evaluate_metrics/hallucination", metadata={"help": "Folder of the metric."})
+    public: bool = field(default=False, metadata={"help": "Make new repositories public rather than private."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request rather than commit."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Send nothing: show every file with its size, and write the cards."}
+    )
+    card_dir: str | None = field(
+        default=None, metadata={"help": "Where a dry run writes the cards, rather than beside the checkpoints."}
+    )

@@ -15,10 +15,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
-from .model_card import write_model_card
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer
-from .report import load_arms
+from .report import BASE_RECORDS_FILE, load_arms
 from .stage import model_identity, run_arguments, run_stage
+from .study_card import write_model_card
+from .trainers.trainer_card import count_categories, describe_training
 from .training_mix import load_mix
 
 
@@ -74,7 +75,7 @@ def train_stage(
     if config.push_to_hub:
         raise ValueError(
             "`push_to_hub` is not for stages, whose folder is complete at the end only. Leave it unset, and push what "
-            f"is finished: hf upload <your name>/<model> {folder}"
+            f"is finished: python scripts/publish_model.py --checkpoints {folder} --repo_id your-name/my-model"
         )
     folder = Path(folder)
     effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
@@ -82,9 +83,11 @@ def train_stage(
     arguments = {"trainer": trainer_class.__name__, "splits": list(splits), "config": effective, **name}
 
     def work(partial: Path) -> None:
-        trainer, seconds = _train(trainer_class, config, model, load_mix(mix), splits, partial, records_from)
+        facts = load_mix(mix)
+        trainer, seconds = _train(trainer_class, config, model, facts, splits, partial, records_from)
         if trainer.is_world_process_zero():
             about = {"origin": _origin(model), "mix": run_arguments(mix), "splits": list(splits)}
+            about["composition"] = count_categories({name: facts[name] for name in splits})
             _write_training_file(trainer, partial, {**about, "seconds_per_step": seconds})
             [arm] = load_arms([partial])
             arm = arm._replace(name=folder.name)
@@ -107,6 +110,9 @@ def _train(
     checkpoint = last_complete_checkpoint(folder)
     if records_from is not None and checkpoint is None and trainer.is_world_process_zero():
         write_records(records_file, [read_records(records_from / RECORDS_FILE)[-1]._replace(step=0, epoch=0.0)])
+        first = records_from / BASE_RECORDS_FILE
+        first = first if first.is_file() else records_from / RECORDS_FILE
+        write_records(folder / BASE_RECORDS_FILE, read_records(first)[:1])
     trainer.accelerator.wait_for_everyone()
     trainer.add_callback(FactAccuracyCallback(trainer, mix, records_file))
     trainer.add_callback(timer)
@@ -128,21 +134,7 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 
 def _write_training_file(trainer: Trainer, folder: Path, about: dict) -> None:
     """`training.json`: what the report and the model card say of a run, beside its accuracy."""
-    config = trainer.args
-    parameters = list(trainer.model.parameters())
-    shown = ("learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "bf16")
-    own = ("kl_weight", "temperature", "trainable_groups", "frozen_groups")
-    settings = {name: getattr(config, name) for name in shown + own if getattr(config, name, None) is not None}
-    settings["batch_size"] = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    training = {
-        **about,
-        "trainer": type(trainer).__name__,
-        "settings": settings,
-        "num_steps": trainer.state.global_step,
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "parameters": sum(p.numel() for p in parameters),
-        "log_history": trainer.state.log_history,
-    }
+    training = {**describe_training(trainer), **about, "log_history": trainer.state.log_history}
     text = json.dumps(training, indent=2, ensure_ascii=False, default=str)
     (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_ce_kl inside of what trainers do: bounded memory, sharded heads, checkpointing, torch.compile, loss scaling."""
+"""linear_ce_kl inside of what trainers do: bounded memory, sharded heads, checkpointing, torch.compile, scaling."""
 
 import os
 import subprocess

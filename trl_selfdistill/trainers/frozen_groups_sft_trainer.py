@@ -12,14 +12,14 @@ from trl import SFTTrainer
 
 from ..parameter_groups import digest_groups, freeze_groups, hash_parameters, parse_group_specs, verify_frozen
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig
-from .paper import PAPER
 from .sft_internals import config_from
+from .trainer_card import ModelCardMixin
 
 
 PARAMETER_GROUPS_FILE = "parameter_groups.json"
 
 
-class FrozenGroupsSFTTrainer(SFTTrainer):
+class FrozenGroupsSFTTrainer(ModelCardMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning of some groups of parameters: `SFTTrainer` with the others frozen before there
     is an optimizer, so that they get no gradient, no optimizer state and no weight decay.
@@ -59,7 +59,6 @@ class FrozenGroupsSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "frozen-groups-sft"]
     _name = "FrozenGroupsSFT"
-    _paper = PAPER
 
     def __init__(
         self,
@@ -154,17 +153,22 @@ class FrozenGroupsSFTTrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
 
     def _save_parameter_groups(self, folder: Path) -> None:
-        digests = {}
         if self._frozen_check is not None:
-            digests = self._frozen_check.verify(self.model)
-            digests = {} if self._is_sharded else digests
+            self._frozen_check.verify(self.model)
         if self.args.should_save:
-            rows = {row.group: row._asdict() for row in self.group_table}
-            for row in rows.values():
-                row["frozen_sha256"] = digests.get(row.pop("group"))
             folder.mkdir(parents=True, exist_ok=True)
-            content = json.dumps({**self._groups_asked_for(), "groups": rows}, indent=2)
+            content = json.dumps(self.describe_groups(), indent=2)
             (folder / PARAMETER_GROUPS_FILE).write_text(content + "\n", encoding="utf-8")
+
+    def describe_groups(self) -> dict:
+        """The groups asked for, and the counts of each group with the SHA-256 of its frozen parameters."""
+        digests = {}
+        if self._frozen_check is not None and not self._is_sharded:
+            digests = digest_groups(self._frozen_check.expected or hash_parameters(self.model))
+        rows = {row.group: row._asdict() for row in self.group_table}
+        for row in rows.values():
+            row["frozen_sha256"] = digests.get(row.pop("group"))
+        return {**self._groups_asked_for(), "groups": rows}
 
     def _groups_asked_for(self) -> dict[str, list[str] | None]:
         return {"frozen_groups": self.args.frozen_groups, "trainable_groups": self.args.trainable_groups}
@@ -187,12 +191,10 @@ class _FrozenCheck(TrainerCallback):
         self.expected: dict[str, dict[str, str]] | None = None
         self.resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
 
-    def verify(self, model: PreTrainedModel) -> dict[str, str]:
-        """Compares with the start of training, if there was one, and returns the hash of each group."""
-        if self.expected is None:
-            return digest_groups(hash_parameters(model))
-        verify_frozen(model, self.expected)
-        return digest_groups(self.expected)
+    def verify(self, model: PreTrainedModel) -> None:
+        """Compares with the start of training, if there was one."""
+        if self.expected is not None:
+            verify_frozen(model, self.expected)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.expected = hash_parameters(model)

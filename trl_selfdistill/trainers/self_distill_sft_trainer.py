@@ -9,7 +9,6 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from .paper import PAPER
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     DistillationTargets,
@@ -21,6 +20,7 @@ from .sft_internals import (
     get_config_model_id,
     lm_head_of,
 )
+from .trainer_card import ModelCardMixin
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 TEACHER_FOLDER = "_teacher"
 
 
-class SelfDistillSFTTrainer(SFTTrainer):
+class SelfDistillSFTTrainer(ModelCardMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning that does not make the model forget: `SFTTrainer` with the loss
     `CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, where the teacher is a frozen snapshot of the model.
@@ -69,7 +69,6 @@ class SelfDistillSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "self-distill-sft"]
     _name = "SelfDistillSFT"
-    _paper = PAPER
 
     def __init__(
         self,
@@ -295,6 +294,6 @@ class _SnapshotCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.teacher_model is None and self._is_due(args, state):
-            self.trainer.save_model(str(self.folder))
+            self.trainer.save_model(str(self.folder), _internal_call=True)  # a teacher is not pushed
             self.trainer.set_teacher(frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model)))
             logger.info(f"Step {state.global_step}: the teacher is a snapshot of the model ({self.folder}).")

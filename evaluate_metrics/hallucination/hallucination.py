@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hallucination metric for `evaluate`: a thin shim over `trl_selfdistill.hallucination.score_hallucinations`."""
+
+import datasets
+import evaluate
+
+from trl_selfdistill.hallucination import score_hallucinations
+from trl_selfdistill.scoring_inputs import check_references, check_texts
+
+
+_DESCRIPTION = """\
+A hallucination is a wrong answer given as if it were right. Each answer to a question of fact is correct (it matches
+the reference or an alias after SQuAD's normalisation), abstained ("I don't know", in eighteen languages) or
+hallucinated. With the answers from before fine-tuning it tells what fine-tuning broke (forgetting, induced
+hallucinations) and what it taught.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (`list[str]`): The model's answers.
+    references (`list`): For each the accepted answer, or a list of it and its aliases; the two may be mixed.
+    baseline_predictions (`list[str]`, *optional*): What the model answered before fine-tuning.
+    categories (`list[str]`, *optional*): SLiCK categories: HighlyKnown, MaybeKnown, WeaklyKnown or Unknown.
+    relations (`list[str]`, *optional*): Another group of each fact, for example its relation.
+    questions (`list[str]`, *optional*): The questions, shown with `detailed`.
+    match (`str`, defaults to `"exact"`): `"contains"` looks for the reference among the words of the answer.
+    fold_width (`bool`, defaults to `True`): Unicode's NFKC before comparing. `False` is SQuAD's script to the letter.
+    strip_accents (`bool`, defaults to `False`): "São Tomé" is "Sao Tome".
+    exact_numbers (`bool`, defaults to `False`): "17.89" is not "1789"; for SQuAD's script it is.
+    abstention_patterns (`list[str]`, *optional*): Regular expressions in place of the list of the package.
+    resamples (`int`, defaults to `10_000`): Bootstrap resamples of the 95 % intervals; 0 for none.
+    seed (`int`, defaults to `0`): Seed of the resampling.
+    detailed (`bool`, defaults to `False`): Whether to add `tables` and `examples`.
+
+Returns:
+    A flat dict of fractions in [0, 1], each with `<name>_ci_low` and `<name>_ci_high`; `None` for a share of nothing.
+    `hallucination_rate`, `accuracy`, `abstention_rate`, `f1`, `num_predictions`; with a baseline `baseline_accuracy`,
+    `forgetting_rate`, `induced_hallucination_rate`, `acquisition_rate`, `net_change` (in [-1, 1]), `mcnemar_p_value`;
+    with categories `factual_stability`, `factual_plasticity`; with groups `category/<name>/<rate>` and
+    `relation/<name>/<rate>`.
+
+Examples:
+    >>> import evaluate
+    >>> hallucination = evaluate.load("evaluate_metrics/hallucination")
+    >>> predictions = ["France.", "I don't know", "Chile", "Japan"]
+    >>> references = ["France", "Norway", ["Peru", "Republic of Peru"], "Japan"]
+    >>> scores = hallucination.compute(predictions=predictions, references=references)
+    >>> scores["hallucination_rate"], scores["accuracy"], scores["abstention_rate"]
+    (0.25, 0.5, 0.25)
+
+    What fine-tuning broke, and what it taught:
+
+    >>> before = ["France", "Norway", "Peru", "China"]
+    >>> scores = hallucination.compute(
+    ...     predictions=predictions, references=references, baseline_predictions=before, resamples=0
+    ... )
+    >>> round(scores["forgetting_rate"], 2), round(scores["induced_hallucination_rate"], 2), scores["acquisition_rate"]
+    (0.67, 0.33, 1.0)
+"""
+
+_CITATION = """\
+@article{finetuning_hallucinations_2026,
+    title = {Why Fine-Tuning Encourages Hallucinations and How to Fix It},
+    journal = {arXiv preprint arXiv:2604.15574},
+    year = {2026},
+    url = {https://arxiv.org/abs/2604.15574}
+}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class Hallucination(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": datasets.List(datasets.Value("string")),
+                }
+            ),
+            reference_urls=["https://arxiv.org/abs/2604.15574", "https://arxiv.org/abs/2405.05904"],
+        )
+
+    def add(self, *, prediction, reference):
+        """Adds one answer. See `add_batch`."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def add_batch(self, *, predictions, references):
+        """Adds answers, after checking all of them: a batch with a bad row adds nothing."""
+        # Arrow would write a list among strings as its text, "['Peru']", without a word: strings become lists here
+        predictions = check_texts(predictions, "predictions")
+        references = check_references(references, len(predictions))
+        super().add_batch(predictions=predictions, references=references)
+
+    def compute(self, *, predictions=None, references=None, **options):
+        """Scores the answers given here, or else those that were added."""
+        if predictions is None and references is None and self.writer is None:
+            raise ValueError("Nothing to score: pass `predictions` and `references`, or call `add_batch` first.")
+        return super().compute(predictions=predictions, references=references, **options)
+
+    def _compute(
+        self,
+        predictions,
+        references,
+        baseline_predictions=None,
+        categories=None,
+        relations=None,
+        questions=None,
+        match="exact",
+        fold_width=True,
+        strip_accents=False,
+        exact_numbers=False,
+        abstention_patterns=None,
+        resamples=10_000,
+        seed=0,
+        detailed=False,
+    ):
+        return score_hallucinations(
+            predictions,
+            references,
+            baseline_predictions=baseline_predictions,
+            categories=categories,
+            relations=relations,
+            questions=questions,
+            match=match,
+            fold_width=fold_width,
+            strip_accents=strip_accents,
+            exact_numbers=exact_numbers,
+            abstention_patterns=abstention_patterns,
+            resamples=resamples,
+            seed=seed,
+            detailed=detailed,
+        )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card that a trainer leaves with everything that it saves, in place of TRL's draft."""
+
+from collections import Counter
+from enum import Enum
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import Trainer
+
+from ..environment import describe_environment
+from ..hub_metadata import base_model_of, hub_id
+from ..model_card import read_record, update_model_card
+from ..parameter_groups import digest_groups, hash_parameters
+from .paper import PAPER
+from .sft_internals import base_causal_lm, get_config_model_id
+
+
+_SETTINGS = (
+    ("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim")
+    + ("seed", "data_seed", "bf16", "max_length", "packing", "loss_type")
+    + ("kl_weight", "temperature", "trainable_groups", "frozen_groups")
+)
+# The teacher is frozen: its hash is taken once
+_TEACHER_HASHES: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+class ModelCardMixin:
+    """
+    Writes the package's model card wherever the trainer saves a model, checkpoints included, and whenever
+    `transformers` or TRL ask for a card, as `push_to_hub` does. It keeps the results of the same weights.
+    """
+
+    _paper = PAPER
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """The card of `args.output_dir`, with the arguments of [`~trl.SFTTrainer`]; the card names itself."""
+        if self.is_world_process_zero():
+            write_trainer_card(
+                self, Path(self.args.output_dir), dataset_name, [tags] if isinstance(tags, str) else tags
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # after PEFT, which writes a card of its own with the local path of the base
+            write_trainer_card(self, Path(self.args.output_dir if output_dir is None else output_dir))
+
+
+def write_trainer_card(
+    trainer: Trainer, folder: Path, dataset_name: str | None = None, tags: list[str] | None = None
+) -> Path:
+    """Writes the card of the model that `trainer` holds into `folder`. What is not given is kept from before."""
+    earlier = read_record(folder).get("training") or {}
+    training = describe_training(trainer)
+    training["dataset_name"] = hub_id(dataset_name) or earlier.get("dataset_name")
+    training["tags"] = sorted({*earlier.get("tags", []), *(tags or []), *trainer._tag_names} - {"trl"})
+    training["environment"] = describe_environment()
+    folder.mkdir(parents=True, exist_ok=True)
+    return update_model_card(folder, training=training)
+
+
+def describe_training(trainer: Trainer) -> dict[str, Any]:
+    """
+    What a trainer does, as JSON values: `trainer`, `settings`, `num_steps`, `parameters`, `trainable_parameters`,
+    `is_adapter`, `base_model`, `license`, `teacher`, `groups` and `composition` (see [`describe_teacher`],
+    `FrozenGroupsSFTTrainer.describe_groups` and [`count_categories`]).
+    """
+    args, model = trainer.args, trainer.model
+    parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name, None) is not None}
+    settings = {
+        name: v.value if isinstance(v, Enum) else v for name, v in settings.items() if (name, v) != ("max_steps", -1)
+    }
+    settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    groups = trainer.describe_groups() if getattr(trainer, "group_table", None) is not None else None
+    return {
+        "trainer": type(trainer).__name__,
+        "settings": settings,
+        "num_steps": trainer.state.global_step,
+        "trainable_parameters": sum(numel for numel, is_trained in parameters if is_trained),
+        "parameters": sum(numel for numel, _ in parameters),
+        "is_adapter": hasattr(model, "peft_config"),
+        **base_model_of(get_config_model_id(base_causal_lm(model).config)),
+        "teacher": describe_teacher(trainer),
+        "groups": groups,
+        "composition": count_categories({"train": trainer.train_dataset}),
+    }
+
+
+def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
+    """Who the teacher is, as `identity` and `sha256`; `None` without a KL."""
+    args = trainer.args
+    if not getattr(args, "kl_weight", 0):
+        return None
+    teacher = trainer.teacher_model and trainer.accelerator.unwrap_model(trainer.teacher_model)
+    if args.teacher_snapshot_steps is not None:
+        identity = f"a snapshot of the model itself after {args.teacher_snapshot_steps} steps of plain SFT"
+    elif args.teacher_snapshot_epochs is not None:
+        identity = f"a snapshot of the model itself after {args.teacher_snapshot_epochs} epochs of plain SFT"
+    elif args.teacher_model_name_or_path is None:
+        identity = f"{_shown(get_config_model_id(base_causal_lm(teacher).config))}, frozen when training started"
+    else:
+        identity = f"{_shown(args.teacher_model_name_or_path)}, revision {args.teacher_model_revision or 'main'}"
+    if teacher is None:
+        return {"identity": identity, "sha256": "not taken yet"}
+    if teacher not in _TEACHER_HASHES:
+        hashes = {
+            f"{group} {name}": h for group, names in hash_parameters(teacher).items() for name, h in names.items()
+        }
+        _TEACHER_HASHES[teacher] = digest_groups({"teacher": hashes})["teacher"]
+    return {"identity": identity, "sha256": _TEACHER_HASHES[teacher]}
+
+
+def _shown(name_or_path: str) -> str:
+    """A model by its Hub id; of a local folder only what it goes back to, as paths say nothing elsewhere."""
+    base_model = base_model_of(name_or_path)["base_model"]
+    if hub_id(name_or_path):
+        return name_or_path
+    return f"a local stage of {base_model}" if base_model else "the model as handed over"
+
+
+def count_categories(splits: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """For each split that has a column `slick_category`, how many of its rows are of each category."""
+    return {
+        name: dict(Counter(map(str, split["slick_category"])))
+        for name, split in splits.items()
+        if "slick_category" in (getattr(split, "column_names", None) or ()) and hasattr(split, "__len__")
+    }
