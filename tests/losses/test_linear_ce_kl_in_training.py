@@ -153,3 +153,11 @@ def test_triton_is_refused_where_it_does_not_run():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "ValueError: `impl='triton'` needs Triton" in run.stderr and "Take `impl='auto'`" in run.stderr
+
+
+def test_a_head_that_zero_3_holds_elsewhere_is_refused():
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_id = 0  # as DeepSpeed marks the parameters that it has partitioned
+    hidden, labels = batch()
+    with pytest.raises(ValueError, match="`student_lm_head.weight` is partitioned .* GatheredParameters"):
+        linear_ce_kl(hidden, LMHead(weight), None, None, labels, kl_weight=0.0)
