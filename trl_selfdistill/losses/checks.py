@@ -35,10 +35,8 @@ def check_options(
         raise ValueError(f"`memory_budget_mib` must be > 0, or None for the default, got {memory_budget_mib}.")
 
 
-def check_side(name: str, side: ModelSide, num_tokens: int, device: torch.device, autocast: bool) -> None:
-    """Refuses hidden states and a head (of side `name`) whose shapes, dtypes or devices do not fit each other."""
-    hidden_states, lm_head = side
-    weight, bias = lm_head.weight, lm_head.bias
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuses a weight that is no matrix, or that is not here."""
     if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
         raise ValueError(
             f"`{name}_lm_head.weight` is partitioned by DeepSpeed ZeRO-3 and empty here. Call this inside "
@@ -48,6 +46,12 @@ def check_side(name: str, side: ModelSide, num_tokens: int, device: torch.device
         raise ValueError(
             f"`{name}_lm_head.weight` must have shape (vocab_size, hidden_size), got {tuple(weight.shape)}."
         )
+
+
+def check_side(name: str, side: ModelSide, num_tokens: int, device: torch.device, autocast: bool) -> None:
+    """Refuses hidden states and a head (of side `name`) whose shapes, dtypes or devices do not fit each other."""
+    hidden_states, lm_head = side
+    weight, bias = lm_head.weight, lm_head.bias
     if hidden_states.shape != (num_tokens, weight.size(1)):
         raise ValueError(
             f"`{name}_hidden_states` must have shape ({num_tokens}, {weight.size(1)}): one row a label, the width of "

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import TileObjective
 from .checks import check_finite as refuse_not_finite
-from .checks import check_labels, check_options, check_side, check_teacher_is_given, check_vocabularies
+from .checks import check_labels, check_options, check_side, check_teacher_is_given, check_vocabularies, check_weight
 from .fused_head import HeadPass, fused_losses
 from .lm_head import LMHead, ModelSide
 from .reference import reference_losses
@@ -129,11 +129,13 @@ def linear_ce_kl(
     student, teacher = ModelSide(student_hidden_states, student_lm_head).gathered(), None
     device, vocab_size = student_hidden_states.device, student.lm_head.weight.size(0)
     autocast = torch.is_autocast_enabled(device.type)
+    check_weight("student", student.lm_head.weight)
     counts = check_labels(shift_labels, ignore_index, vocab_size, num_items_in_batch)
     check_side("student", student, len(shift_labels), device, autocast)
     if kl_weight:
         check_teacher_is_given(teacher_hidden_states, teacher_lm_head)
         teacher = ModelSide(teacher_hidden_states, teacher_lm_head).detached().gathered()
+        check_weight("teacher", teacher.lm_head.weight)
         check_side("teacher", teacher, len(shift_labels), device, autocast)
         check_vocabularies(student.lm_head, teacher.lm_head)
         if check_finite:
