@@ -17,8 +17,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_selfdistill.answer_scoring import score_answers, spellings
-from trl_selfdistill.exact_match import exact_match
+from trl_selfdistill.answer_scoring import score_answers
+from trl_selfdistill.exact_match import exact_match, spellings
 from trl_selfdistill.exemplars import reserve_exemplars
 from trl_selfdistill.generation import predict_answers
 from trl_selfdistill.geonames import geonames_facts

@@ -60,14 +60,13 @@ def main(
     )
     stage1 = train_stage(SFTTrainer, stage1_config, model, mix, ("known",), output / "stage1")
 
-    # 4. Stage 2: the arms, on the same data with the same seed and steps
+    # 4. Stage 2: the arms, on the same data with the same seed and steps. Groups are frozen in the arm `frozen` alone
+    selfdistill_config = copy_config(SelfDistillSFTConfig, config, frozen_groups=None, trainable_groups=None)
+    groups = {} if config.frozen_groups or config.trainable_groups else {"trainable_groups": ["attention"]}
     setups = {
         "sft": (SFTTrainer, copy_config(SFTConfig, config)),
-        "selfdistill": (SelfDistillSFTTrainer, copy_config(SelfDistillSFTConfig, config)),
-        "frozen": (
-            FrozenGroupsSFTTrainer,
-            copy_config(FrozenGroupsSFTConfig, config, trainable_groups=study.trainable_groups),
-        ),
+        "selfdistill": (SelfDistillSFTTrainer, selfdistill_config),
+        "frozen": (FrozenGroupsSFTTrainer, copy_config(FrozenGroupsSFTConfig, config, **groups)),
     }
     folders = []
     for arm in study.arms:

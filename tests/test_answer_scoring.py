@@ -26,7 +26,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_selfdistill import answer_scoring
 from trl_selfdistill.answer_scoring import score_answers
-from trl_selfdistill.exact_match import exact_match
+from trl_selfdistill.exact_match import exact_match, spellings
 from trl_selfdistill.generation import answer_ends, predict_answers
 from trl_selfdistill.prompts import answer_completion, few_shot_prompt
 
@@ -226,19 +226,20 @@ def test_one_prompt_shares_itself(tokenizer):
     assert score.is_greedy == is_greedy and score.p_sampled == pytest.approx(p_sampled, abs=3e-6)
 
 
-def test_greedy_answer_is_never_left_out_as_unlikely(tokenizer, monkeypatch):
+def test_greedy_only_finds_every_greedy_answer_and_bounds_the_probability(tokenizer):
     model = build_answering_model(tokenizer)
     prompts = towns_prompts()
     forms = [["Norwegia", "Peruvia", "Norway", "Peru"]] * len(prompts)
     expected = score_answers(model, tokenizer, prompts, forms)
-    monkeypatch.setattr(answer_scoring, "_NEGLIGIBLE_LOG_PROB", 0.0)
-    scores = score_answers(model, tokenizer, prompts, forms)
+    scores = score_answers(model, tokenizer, prompts, forms, greedy_only=True)
     assert [score.is_greedy for score in scores] == [score.is_greedy for score in expected]
     assert sum(score.is_greedy for score in scores) > 3
+    lost = [all_forms.p_sampled - score.p_sampled for all_forms, score in zip(expected, scores, strict=True)]
+    assert min(lost) > -1e-6 and max(lost) > 1e-4
 
 
 @pytest.mark.parametrize(
-    ("form", "spellings"),
+    ("form", "expected"),
     [
         ("Norway", ["Norway", "norway"]),
         ("South Korean Won", ["South Korean Won", "South Korean won"]),
@@ -247,9 +248,9 @@ def test_greedy_answer_is_never_left_out_as_unlikely(tokenizer, monkeypatch):
         ("Große ßtraße", ["Große ßtraße"]),
     ],
 )
-def testspellings(form, spellings):
-    assert answer_scoring.spellings(form) == spellings
-    assert all(exact_match(spelling, [form]) for spelling in spellings)
+def test_spellings_are_one_answer(form, expected):
+    assert spellings(form) == expected
+    assert all(exact_match(spelling, [form]) for spelling in expected)
 
 
 def test_other_spelling_counts(tokenizer):

@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
 
+from .exact_match import spellings
 from .generation import answer_ends, evaluation_mode
 from .prompts import answer_completion
 
@@ -29,8 +30,7 @@ _NEGLIGIBLE_LOG_PROB = math.log(1e-6)
 # Cache layers of keys and values alone. State-space and hybrid layers (which inherit from these) hold states that they
 # change in place, so that they cannot be used for one batch after the other.
 _SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-# Stands in an event for "one of the terminators" in place of a token.
-_END = -1
+_END = -1  # stands in an event for "one of the terminators" in place of a token
 
 
 class AnswerScore(NamedTuple):
@@ -64,6 +64,7 @@ class _RowScore(NamedTuple):
 class _Sampling(NamedTuple):
     warpers: LogitsProcessorList
     terminator_ids: tuple[int, ...]
+    negligible_log_prob: float  # forms of an answer that are less likely are not scored
 
 
 class _Prefix(NamedTuple):
@@ -81,6 +82,7 @@ def score_answers(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    greedy_only: bool = False,
     batch_size: int = 64,
     terminator_ids: Iterable[int] | None = None,
 ) -> list[AnswerScore]:
@@ -107,6 +109,8 @@ def score_answers(
             Sampling temperature of `p_sampled`.
         top_k (`int`, *optional*):
             Sampling is from the `top_k` most likely tokens; `None` for all.
+        greedy_only (`bool`, *optional*, defaults to `False`):
+            Whether `is_greedy` is all that is wanted, which about halves the time; `p_sampled` is a lower bound then.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompt-answer rows per forward pass.
         terminator_ids (`Iterable[int]`, *optional*):
@@ -118,14 +122,15 @@ def score_answers(
     Raises:
         `ValueError`: If the two lists differ in length, or a prompt has no accepted answer or an empty one.
     """
-    if len(prompts) != len(accepted_answers):
+    if (num_prompts := len(prompts)) != len(accepted_answers):
         raise ValueError(
-            f"`prompts` has {len(prompts)} entries and `accepted_answers` {len(accepted_answers)}; pair them"
+            f"`prompts` has {num_prompts} entries and `accepted_answers` {len(accepted_answers)}; pair them"
         )
     rows_of_prompts = _tokenize(tokenizer, prompts, accepted_answers)
     if terminator_ids is None:
         terminator_ids = answer_ends(model, tokenizer).terminator_ids
-    sampling = _Sampling(_sampling_warpers(temperature, top_k), tuple(terminator_ids))
+    negligible = math.inf if greedy_only else _NEGLIGIBLE_LOG_PROB
+    sampling = _Sampling(_sampling_warpers(temperature, top_k), tuple(terminator_ids), negligible)
     with evaluation_mode(model):
         prefix = _shared_prefix(model, {row for rows in rows_of_prompts for row in rows})
         # First one form of each answer. It tells which of the others have a chance at all; most have none.
@@ -170,22 +175,6 @@ def _tokenize(tokenizer, prompts: Sequence[str], accepted_answers: Sequence[Sequ
         # Where a token crosses the border between prompt and answer, the row's own tokens from there on count.
         rows.append([_Row(ids, max(1, _common_length(prompt_ids, ids))) for ids in full])
     return rows
-
-
-def spellings(form: str) -> list[str]:
-    """
-    The form, and the form with the other case of the first letter of its last word. Exact match ignores case; of the
-    right answers that models gave to 250 facts this was the only other spelling (docs/slick.md).
-
-    ```python
-    >>> spellings("Swiss Franc")
-    ['Swiss Franc', 'Swiss franc']
-    ```
-    """
-    before, space, last = form.rpartition(" ")
-    other = before + space + last[:1].swapcase() + last[1:]
-    # Some letters have no other case, and that of "\u00df" is two letters, which exact match tells from the one.
-    return [form] if other == form or other.lower() != form.lower() else [form, other]
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -256,7 +245,7 @@ def _score_batch(
             if (
                 event is None
                 or (hits[event] and all(row_hits[:num_common]))
-                or sum(row_log_probs[:num_common]) + log_probs[event] > _NEGLIGIBLE_LOG_PROB
+                or sum(row_log_probs[:num_common]) + log_probs[event] > sampling.negligible_log_prob
             ):
                 possible.append(rival)
         scores.append(_RowScore(all(row_hits), math.exp(sum(row_log_probs)), possible))

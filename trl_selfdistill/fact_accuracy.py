@@ -54,6 +54,7 @@ def answered_correctly(
         tokenizer,
         [question_prompt(question) for question in facts["question"]],
         [[answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True)],
+        greedy_only=True,
         batch_size=batch_size,
     )
     return {fact_id: score.is_greedy for fact_id, score in zip(facts["fact_id"], scores, strict=True)}

@@ -89,9 +89,6 @@ class StudyArguments:
             "help": "Ways to train stage 2, among sft, selfdistill, frozen. `sft` is the baseline of the report."
         },
     )
-    trainable_groups: list[str] = field(
-        default_factory=lambda: ["attention"], metadata={"help": "Parameter groups that the arm `frozen` trains."}
-    )
     stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
     stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})
     stage1_batch_size: int = field(

@@ -23,7 +23,7 @@ from sft_runs import (
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill import FrozenGroupsSFTConfig, SelfDistillSFTConfig, SelfDistillSFTTrainer
 
 
 TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
@@ -288,7 +288,8 @@ def test_config_refuses_what_no_model_can_do(tmp_path, options, message):
 
 
 def test_new_fields_are_documented():
-    inherited = {field.name for field in fields(SFTConfig)}
+    inherited = {field.name for field in fields(FrozenGroupsSFTConfig)}
+    assert inherited > {field.name for field in fields(SFTConfig)}
     new = [field for field in fields(SelfDistillSFTConfig) if field.name not in inherited]
     assert {field.name for field in new} >= {"kl_weight", "temperature", "teacher_model_name_or_path"}
     for field in new:

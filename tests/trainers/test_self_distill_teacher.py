@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTTrainer
-from trl_selfdistill.trainers.self_distill_sft_trainer import _SnapshotCallback
+from trl_selfdistill.trainers import teacher_loading
+from trl_selfdistill.trainers.teacher import ModelTeacher
+from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
 
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -92,14 +94,14 @@ def test_with_which_arguments_the_teacher_is_loaded(tmp_path, teacher_dir, monke
 
     named = other_model()
     named.config._name_or_path = teacher_dir
-    module = SelfDistillSFTTrainer.__module__
+    module = teacher_loading.__name__
     monkeypatch.setattr(f"{module}.create_model_from_path", partial(load, named))
     monkeypatch.setattr(f"{module}.AutoTokenizer.from_pretrained", partial(load, TOKENIZER))
     extra = dict(teacher_model=teacher_dir)
     run = trainer(tmp_path, None, extra, teacher_model_revision="v1", trust_remote_code=True)
     assert loads == [dict(revision="v1", trust_remote_code=True)] * 2  # the model and the tokenizer
     run.args.distributed_state = SimpleNamespace(distributed_type="MULTI_GPU")
-    run._load_teacher(teacher_dir)
+    teacher_loading.load_teacher(teacher_dir, run.model, TOKENIZER, run.args)
     assert loads[2]["device_map"] is None  # TRL's default would spread it over the GPUs
 
 
@@ -267,7 +269,7 @@ def test_what_cannot_be_distilled_is_refused():
     for what in ("fsdp", "deepspeed"):
         run = SimpleNamespace(**plain | {f"is_{what}_enabled": True}, args=SimpleNamespace(output_dir="run"))
         with pytest.raises(ValueError, match=f"(?i)not sharded, got {what}. Train stage 1 first"):
-            _SnapshotCallback(run)
+            TeacherSnapshotCallback(run)
 
     def refuse(stage, **parallelism):
         sizes = SimpleNamespace(**{"sp_enabled": False, "cp_enabled": False, **parallelism})
@@ -283,13 +285,11 @@ def test_what_cannot_be_distilled_is_refused():
             refuse(2, **{name: True})
 
 
-def test_under_fsdp_the_teacher_is_placed(tmp_path, monkeypatch):
+def test_under_fsdp_the_teacher_is_placed():
     """It is not sharded, so that accelerate has to move it to the device of the process."""
-    run = trainer(tmp_path)
     calls = []
-    monkeypatch.setattr(run, "is_fsdp_enabled", True)
-    monkeypatch.setattr(run.accelerator, "prepare_model", lambda model, **kwargs: calls.append(kwargs))
-    run.set_teacher(other_model())
+    accelerator = SimpleNamespace(distributed_type="FSDP", prepare_model=lambda model, **kwargs: calls.append(kwargs))
+    ModelTeacher(other_model(), accelerator)
     assert calls == [dict(device_placement=True, evaluation_mode=True)]
 
 

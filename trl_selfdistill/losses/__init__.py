@@ -2,7 +2,7 @@
 """Differentiable functions of hidden states and LM heads."""
 
 from .linear_ce_kl import IGNORE_INDEX, CEKLOutput, linear_ce_kl
-from .lm_head import LMHead
+from .lm_head import LMHead, ModelSide
 
 
-__all__ = ["IGNORE_INDEX", "CEKLOutput", "LMHead", "linear_ce_kl"]
+__all__ = ["IGNORE_INDEX", "CEKLOutput", "LMHead", "ModelSide", "linear_ce_kl"]

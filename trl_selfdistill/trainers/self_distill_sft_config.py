@@ -5,17 +5,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import SFTConfig
+from .frozen_groups_sft_config import FrozenGroupsSFTConfig
 
 
 @dataclass
-class SelfDistillSFTConfig(SFTConfig):
+class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     # docstyle-ignore
     r"""
     Configuration class for the [`SelfDistillSFTTrainer`].
 
-    This class includes only the parameters that are specific to self-distillation. For a full list of training
-    arguments, please refer to the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
+    This class includes only the parameters that are specific to self-distillation. `frozen_groups`, `trainable_groups`
+    and `verify_frozen` are those of [`FrozenGroupsSFTConfig`]; for a full list of training arguments, please refer to
+    the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
 
     Parameters:
         > Parameters that control the distillation loss
@@ -49,7 +50,7 @@ class SelfDistillSFTConfig(SFTConfig):
     > The defaults of all inherited parameters are those of [`~trl.SFTConfig`].
     """
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = FrozenGroupsSFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
 
     # Parameters that control the distillation loss
     kl_weight: float = field(

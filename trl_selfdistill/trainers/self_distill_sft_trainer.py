@@ -4,32 +4,19 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import has_length
-from transformers.utils import logging
-from trl import SFTTrainer
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
+from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .self_distill_sft_config import SelfDistillSFTConfig
-from .sft_internals import (
-    DistillationTargets,
-    add_distillation_forward,
-    base_causal_lm,
-    config_from,
-    create_model_from_path,
-    frozen_copy,
-    get_config_model_id,
-    lm_head_of,
-)
-from .trainer_card import ModelCardMixin
+from .sft_internals import DistillationTargets, add_distillation_forward, base_causal_lm, config_from, frozen_copy
+from .teacher import ModelTeacher, Teacher
+from .teacher_loading import load_teacher
+from .teacher_record import check_teacher_record, write_teacher_record
+from .teacher_snapshot import TeacherSnapshotCallback
 
 
-logger = logging.get_logger(__name__)
-
-# Trainer's push to the Hub leaves out names that start with an underscore
-TEACHER_FOLDER = "_teacher"
-
-
-class SelfDistillSFTTrainer(ModelCardMixin, SFTTrainer):
+class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     """
     Trainer for supervised fine-tuning that does not make the model forget: `SFTTrainer` with the loss
     `CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, where the teacher is a frozen snapshot of the model.
@@ -37,7 +24,8 @@ class SelfDistillSFTTrainer(ModelCardMixin, SFTTrainer):
     Unlike [`~trl.DistillationTrainer`] and `SDFTTrainer` it needs no generation: it learns the dataset's labels, and
     both terms are taken at the label positions, with the same denominator.
 
-    Every argument of [`~trl.SFTTrainer`] works as it does there.
+    Every argument of [`~trl.SFTTrainer`] works as it does there, and groups of parameters can be frozen as in
+    [`FrozenGroupsSFTTrainer`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -90,25 +78,26 @@ class SelfDistillSFTTrainer(ModelCardMixin, SFTTrainer):
                 "`teacher_model` was given together with `teacher_snapshot_steps` or `teacher_snapshot_epochs`, "
                 "which make a snapshot of the model the teacher. Set one of them."
             )
-        by_name = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        given = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-            if getattr(args, name) is not None and not isinstance(by_name, str):
+            if getattr(args, name) is not None and not isinstance(given, str):
                 raise ValueError(
                     f"`{name}` is for a teacher that is loaded by name, and no teacher is. Name it in `teacher_model` "
                     f"or `args.teacher_model_name_or_path`, or leave `{name}` unset."
                 )
         super().__init__(model, args, *positional, **kwargs)
-        self.teacher_model = None
+        self.teacher: Teacher | None = None
+        self._takes_snapshot = bool(snapshot)
         if args.kl_weight == 0:
             return
         self._refuse_what_has_no_kl()
         # The copy comes after `SFTTrainer.__init__`, which may resize the embeddings for a new chat template
         if snapshot:
-            self.add_callback(_SnapshotCallback(self))
+            self.add_callback(TeacherSnapshotCallback(self))
+        elif given is None:
+            self.set_teacher(frozen_copy(self.model))
         else:
-            teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-            teacher = frozen_copy(self.model) if teacher_model is None else self._load_teacher(teacher_model)
-            self.set_teacher(teacher)
+            self.set_teacher(load_teacher(given, self.model, self._tokenizer, args))
         add_distillation_forward(base_causal_lm(self.model))
 
     def _refuse_what_has_no_kl(self) -> None:
@@ -125,66 +114,36 @@ class SelfDistillSFTTrainer(ModelCardMixin, SFTTrainer):
                 "each rank holds a part of the sequence. Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
             )
 
-    def _load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
-        """Loads (or takes) a given teacher and refuses one whose vocabulary or tokenizer is not the student's."""
-        if isinstance(teacher, str):
-            init_kwargs = dict(self.args.teacher_model_init_kwargs or {})
-            if self.args.teacher_model_revision is not None:
-                init_kwargs.setdefault("revision", self.args.teacher_model_revision)
-            init_kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
-            # As `SFTTrainer` does for the model: each process holds the whole of it
-            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-                init_kwargs["device_map"] = None
-            teacher = create_model_from_path(teacher, **init_kwargs)
-        if not set(teacher.parameters()).isdisjoint(self.model.parameters()):
-            raise ValueError(
-                "`teacher_model` is the model in training itself, or shares parameters with it, which would make it a "
-                "moving teacher. Leave `teacher_model` unset to take a frozen copy of the model."
-            )
-        self._check_vocabulary(teacher)
-        return frozen_copy(teacher) if "forward" in base_causal_lm(teacher).__dict__ else teacher
-
-    def _check_vocabulary(self, teacher: PreTrainedModel) -> None:
-        sizes = [base_causal_lm(m).get_output_embeddings().weight.shape[0] for m in (self.model, teacher)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. The KL "
-                "compares whole next-token distributions: take a teacher of the same vocabulary, or resize its "
-                "embeddings (`teacher_model.resize_token_embeddings`) where the difference is padding."
-            )
-        name = get_config_model_id(teacher.config)
-        if not name:
-            return  # built in memory: there is no tokenizer to compare with
-        try:
-            teacher_tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=self.args.teacher_model_revision, trust_remote_code=self.args.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
-            return
-        if teacher_tokenizer.get_vocab() != self._tokenizer.get_vocab():
-            raise ValueError(
-                f"The tokenizer of the teacher {name!r} is not the student's: the same ids would mean other tokens. "
-                "Use a teacher that was trained with the student's tokenizer."
-            )
-
     def set_teacher(self, teacher: PreTrainedModel) -> None:
         """Makes `teacher` the frozen teacher from the next step on."""
-        teacher.requires_grad_(False).eval()
-        add_distillation_forward(base_causal_lm(teacher))
-        # For its mixed precision the teacher is treated as the student. Under FSDP accelerate would leave it to the
-        # sharding to place a model, but the teacher is not sharded
-        placement = True if self.is_fsdp_enabled else None
-        self.teacher_model = self.accelerator.prepare_model(teacher, device_placement=placement, evaluation_mode=True)
+        self.teacher = ModelTeacher(teacher, self.accelerator)
 
-    def _teacher_targets(self, inputs: dict, **weights) -> DistillationTargets:
-        with torch.no_grad():
-            hidden_states = self.teacher_model(**inputs, distillation="hidden_states")
-            lm_head = lm_head_of(base_causal_lm(self.accelerator.unwrap_model(self.teacher_model)))
-        return DistillationTargets(hidden_states, lm_head, temperature=self.args.temperature, **weights)
+    @property
+    def teacher_model(self) -> PreTrainedModel | None:
+        """The teacher as a model; `None` where there is none, or where it is no model of its own."""
+        return getattr(self.teacher, "model", None)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        folder = (
+            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
+        self._checkpoint = Path(folder) if folder else None
+        if self.teacher is not None and not self._takes_snapshot:
+            self.check_teacher_of_checkpoint()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_teacher_of_checkpoint(self) -> None:
+        """Refuses to resume with another teacher than that of the checkpoint."""
+        if self._checkpoint is not None and self._checkpoint.is_dir():  # if it is none, Trainer says so
+            check_teacher_record(self.teacher, self._checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.teacher is not None and self.args.should_save:
+            write_teacher_record(self.teacher, Path(self.args.output_dir if output_dir is None else output_dir))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.teacher_model is None:
+        if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # What SFTTrainer computes otherwise than by one pass of the fused head keeps its own loss, to which the KL is
         # added
@@ -198,10 +157,11 @@ class SelfDistillSFTTrainer(ModelCardMixin, SFTTrainer):
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        targets = self._teacher_targets(
-            inputs,
+        targets = DistillationTargets(
+            self.teacher.targets(model, inputs),
             ce_weight=0.0 if own_ce else 1.0,
             kl_weight=self.args.kl_weight,
+            temperature=self.args.temperature,
             num_items_in_batch=num_items_in_batch,
         )
         ce_kl, aux_loss = model(**inputs, distillation=targets)
@@ -243,57 +203,3 @@ class SelfDistillSFTTrainer(ModelCardMixin, SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         if aux_loss is not None:
             metrics["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
-
-
-class _SnapshotCallback(TrainerCallback):
-    """Freezes a snapshot of the student as the teacher, once, after the configured steps or epochs of plain SFT."""
-
-    def __init__(self, trainer: SelfDistillSFTTrainer):
-        self.trainer = trainer
-        self.folder = Path(trainer.args.output_dir) / TEACHER_FOLDER
-        unsuited = {
-            "a PEFT model": hasattr(trainer.model, "peft_config"),
-            "FSDP": trainer.is_fsdp_enabled,
-            "DeepSpeed": trainer.is_deepspeed_enabled,
-        }
-        if what := [name for name, applies in unsuited.items() if applies]:
-            raise ValueError(
-                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, got "
-                f"{what[0]}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the model "
-                "as handed over."
-            )
-        if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
-            raise ValueError(
-                f"`teacher_snapshot_epochs={trainer.args.teacher_snapshot_epochs}` needs a `train_dataset` of known "
-                "length, got a stream. Set `teacher_snapshot_steps`."
-            )
-
-    def _is_due(self, args, state) -> bool:
-        if args.teacher_snapshot_steps is not None:
-            return state.global_step >= args.teacher_snapshot_steps
-        return state.epoch is not None and state.epoch >= args.teacher_snapshot_epochs - 1e-6
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.teacher_model = None
-        if (args.teacher_snapshot_steps or 0) >= state.max_steps or (
-            (args.teacher_snapshot_epochs or 0) >= state.num_train_epochs
-        ):
-            raise ValueError(
-                f"The teacher's snapshot would come after the last step, so that there would be no distillation: got "
-                f"`teacher_snapshot_steps={args.teacher_snapshot_steps}`, `teacher_snapshot_epochs="
-                f"{args.teacher_snapshot_epochs}` and {state.max_steps} steps in {state.num_train_epochs} epochs. "
-                "Train longer or take it earlier, or set `kl_weight=0` for plain SFT."
-            )
-        if self._is_due(args, state):  # resumed after the snapshot: the student has moved on since
-            if not (self.folder / "config.json").is_file():
-                raise FileNotFoundError(
-                    f"Resuming at step {state.global_step}, after the teacher's snapshot, but {self.folder} does not "
-                    "hold it. Put the folder back, or start the run anew."
-                )
-            self.trainer.set_teacher(type(base_causal_lm(self.trainer.model)).from_pretrained(self.folder))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.teacher_model is None and self._is_due(args, state):
-            self.trainer.save_model(str(self.folder), _internal_call=True)  # a teacher is not pushed
-            self.trainer.set_teacher(frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model)))
-            logger.info(f"Step {state.global_step}: the teacher is a snapshot of the model ({self.folder}).")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, linear_ce_kl
+from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
 
 
 __all__ = [
@@ -38,8 +38,7 @@ __all__ = [
 class DistillationTargets(NamedTuple):
     """What the student's forward needs to compute the loss inside the DDP / FSDP / DeepSpeed wrapper."""
 
-    teacher_hidden_states: torch.Tensor  # (num_label_tokens, teacher_hidden_size)
-    teacher_lm_head: LMHead
+    teacher: ModelSide  # hidden states of shape (num_label_tokens, teacher_hidden_size)
     ce_weight: float
     kl_weight: float
     temperature: float
@@ -122,20 +121,19 @@ def add_distillation_forward(model: PreTrainedModel) -> None:
 def _head_loss(
     model: PreTrainedModel, hidden_states: torch.Tensor, shift_labels: torch.Tensor, targets: DistillationTargets
 ) -> CEKLOutput:
-    if len(hidden_states) != len(targets.teacher_hidden_states):
+    if len(hidden_states) != len(targets.teacher.hidden_states):
         raise ValueError(
             f"The student has {len(hidden_states)} label positions and the teacher "
-            f"{len(targets.teacher_hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) "
+            f"{len(targets.teacher.hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) "
             "shifts the positions: pass a `teacher_model` with the same adapter, or train another kind of adapter."
         )
     lm_head = lm_head_of(model)
     device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
-    moved = (x.to(device) if isinstance(x, torch.Tensor) else x for x in targets.teacher_lm_head)
     return linear_ce_kl(
         hidden_states.to(device),
         lm_head,
-        targets.teacher_hidden_states.to(device),
-        LMHead(*moved),
+        targets.teacher.hidden_states.to(device),
+        targets.teacher.lm_head.map_tensors(lambda x: x.to(device)),
         shift_labels.to(device),
         ce_weight=targets.ce_weight,
         kl_weight=targets.kl_weight,

@@ -5,15 +5,12 @@ from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from transformers import Trainer
 
 from ..environment import describe_environment
 from ..hub_metadata import base_model_of, hub_id
 from ..model_card import read_record, update_model_card
-from ..parameter_groups import digest_groups, hash_parameters
 from .paper import PAPER
 from .sft_internals import base_causal_lm, get_config_model_id
 
@@ -23,8 +20,6 @@ _SETTINGS = (
     + ("seed", "data_seed", "bf16", "max_length", "packing", "loss_type")
     + ("kl_weight", "temperature", "trainable_groups", "frozen_groups")
 )
-# The teacher is frozen: its hash is taken once
-_TEACHER_HASHES: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 
 class ModelCardMixin:
@@ -96,23 +91,18 @@ def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
     args = trainer.args
     if not getattr(args, "kl_weight", 0):
         return None
-    teacher = trainer.teacher_model and trainer.accelerator.unwrap_model(trainer.teacher_model)
     if args.teacher_snapshot_steps is not None:
         identity = f"a snapshot of the model itself after {args.teacher_snapshot_steps} steps of plain SFT"
     elif args.teacher_snapshot_epochs is not None:
         identity = f"a snapshot of the model itself after {args.teacher_snapshot_epochs} epochs of plain SFT"
     elif args.teacher_model_name_or_path is None:
-        identity = f"{_shown(get_config_model_id(base_causal_lm(teacher).config))}, frozen when training started"
+        # A teacher that was handed over as an instance, or else the model itself
+        model = trainer.teacher_model if trainer.teacher_model is not None else trainer.model
+        config = base_causal_lm(trainer.accelerator.unwrap_model(model)).config
+        identity = f"{_shown(get_config_model_id(config))}, frozen when training started"
     else:
         identity = f"{_shown(args.teacher_model_name_or_path)}, revision {args.teacher_model_revision or 'main'}"
-    if teacher is None:
-        return {"identity": identity, "sha256": "not taken yet"}
-    if teacher not in _TEACHER_HASHES:
-        hashes = {
-            f"{group} {name}": h for group, names in hash_parameters(teacher).items() for name, h in names.items()
-        }
-        _TEACHER_HASHES[teacher] = digest_groups({"teacher": hashes})["teacher"]
-    return {"identity": identity, "sha256": _TEACHER_HASHES[teacher]}
+    return {"identity": identity, "sha256": trainer.teacher.sha256 if trainer.teacher else "not taken yet"}
 
 
 def _shown(name_or_path: str) -> str:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who the teacher of a run is, kept in each checkpoint: a resumed run goes on with the same one or not at all."""
+
+import json
+from pathlib import Path
+
+from .teacher import Teacher
+
+
+TEACHER_FILE = "teacher.json"
+# Of the run's `output_dir`: a teacher that cannot be had from anywhere else, kept once a run. Trainer's push to the
+# Hub leaves out names that start with an underscore
+TEACHER_FOLDER = "_teacher"
+
+
+def write_teacher_record(teacher: Teacher, folder: Path) -> None:
+    """Writes `teacher.json` into a checkpoint."""
+    (folder / TEACHER_FILE).write_text(json.dumps({"sha256": teacher.sha256}, indent=2) + "\n", encoding="utf-8")
+
+
+def check_teacher_record(teacher: Teacher, checkpoint: Path) -> None:
+    """
+    Compares the teacher of this run with that of the checkpoint that it resumes from.
+
+    Raises:
+        ValueError: If it is another one, or the checkpoint does not say whose it was.
+    """
+    file = checkpoint / TEACHER_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{checkpoint} has no {TEACHER_FILE}: it was not written with a teacher, so that there is none to go on "
+            "with. Resume with `kl_weight=0`, or start a new run from the model in the checkpoint."
+        )
+    expected = json.loads(file.read_text(encoding="utf-8"))["sha256"]
+    if teacher.sha256 != expected:
+        raise ValueError(
+            f"The teacher is not the one that {checkpoint} was trained with: its SHA-256 is {teacher.sha256}, and "
+            f"{TEACHER_FILE} has {expected}. Hand over the model (or `teacher_model`) that the run was started with, "
+            "not the checkpoint's: `resume_from_checkpoint` loads the student's weights itself."
+        )

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The snapshot of the student that becomes its teacher in the middle of a run."""
+
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from .sft_internals import base_causal_lm, frozen_copy
+from .teacher_record import TEACHER_FOLDER
+
+
+logger = logging.get_logger(__name__)
+
+
+class TeacherSnapshotCallback(TrainerCallback):
+    """Freezes a snapshot of the student as the teacher, once, after the configured steps or epochs of plain SFT."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.folder = Path(trainer.args.output_dir) / TEACHER_FOLDER
+        unsuited = {
+            "a PEFT model": hasattr(trainer.model, "peft_config"),
+            "FSDP": trainer.is_fsdp_enabled,
+            "DeepSpeed": trainer.is_deepspeed_enabled,
+        }
+        if what := [name for name, applies in unsuited.items() if applies]:
+            raise ValueError(
+                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, got "
+                f"{what[0]}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the model "
+                "as handed over."
+            )
+        if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
+            raise ValueError(
+                f"`teacher_snapshot_epochs={trainer.args.teacher_snapshot_epochs}` needs a `train_dataset` of known "
+                "length, got a stream. Set `teacher_snapshot_steps`."
+            )
+
+    def _is_due(self, args, state) -> bool:
+        if args.teacher_snapshot_steps is not None:
+            return state.global_step >= args.teacher_snapshot_steps
+        return state.epoch is not None and state.epoch >= args.teacher_snapshot_epochs - 1e-6
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.teacher = None
+        if (args.teacher_snapshot_steps or 0) >= state.max_steps or (
+            (args.teacher_snapshot_epochs or 0) >= state.num_train_epochs
+        ):
+            raise ValueError(
+                f"The teacher's snapshot would come after the last step, so that there would be no distillation: got "
+                f"`teacher_snapshot_steps={args.teacher_snapshot_steps}`, `teacher_snapshot_epochs="
+                f"{args.teacher_snapshot_epochs}` and {state.max_steps} steps in {state.num_train_epochs} epochs. "
+                "Train longer or take it earlier, or set `kl_weight=0` for plain SFT."
+            )
+        if self._is_due(args, state):  # resumed after the snapshot: the student has moved on since
+            if not (self.folder / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"Resuming at step {state.global_step}, after the teacher's snapshot, but {self.folder} does not "
+                    "hold it. Put the folder back, or start the run anew."
+                )
+            self.trainer.set_teacher(type(base_causal_lm(self.trainer.model)).from_pretrained(self.folder))
+            self.trainer.check_teacher_of_checkpoint()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.teacher is None and self._is_due(args, state):
+            self.trainer.save_model(str(self.folder), _internal_call=True)  # a teacher is not pushed
+            self.trainer.set_teacher(frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model)))
+            logger.info(f"Step {state.global_step}: the teacher is a snapshot of the model ({self.folder}).")
