@@ -6,7 +6,6 @@ or an error leaves what was there before, and the next run goes on in the partia
 arguments changed).
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from .environment import describe_environment
+from .trainers.checkpoints import is_disk_error
 
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def explain_full_disk(stage: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_disk_error(error):
+        if not is_disk_error(error):
             raise
         raise OSError(
             f"The stage {stage!r} could not write into {folder}: {error}. Free some space there and run the same "
@@ -166,11 +166,3 @@ def _write_json(path: Path, content: dict) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _is_disk_error(error: Exception) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # safetensors reports a failed write as text only, and torch.save that its file is not as long as it should be
-    text = str(error)
-    is_torch_save = "inline_container" in text and ("unexpected pos" in text or "StreamWriter" in text)
-    return getattr(error, "errno", None) in full or is_torch_save or any(f"os error {code}" in text for code in full)

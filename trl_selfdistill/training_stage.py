@@ -11,14 +11,13 @@ from pathlib import Path
 
 from datasets import concatenate_datasets
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer
 from .report import BASE_RECORDS_FILE, load_arms
 from .stage import model_identity, run_arguments, run_stage
 from .study_card import write_model_card
+from .trainers.checkpoints import last_complete_checkpoint
 from .trainers.trainer_card import count_categories, describe_training
 from .training_mix import load_mix
 
@@ -119,17 +118,6 @@ def _train(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return trainer, timer.median()
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint in `folder` that was written to the end, which is its `trainer_state.json`."""
-    steps = {}
-    for path in folder.glob("checkpoint-*"):
-        try:
-            steps[TrainerState.load_from_json(os.fspath(path / TRAINER_STATE_NAME)).global_step] = os.fspath(path)
-        except (FileNotFoundError, ValueError):  # the disk was full, or the run killed, while it was written
-            logger.info(f"{path} is not complete, it is not resumed from.")
-    return steps[max(steps)] if steps else None
 
 
 def _write_training_file(trainer: Trainer, folder: Path, about: dict) -> None:

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
+from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
+from .checkpoints import CheckpointMixin
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import DistillationTargets, add_distillation_forward, base_causal_lm, config_from, frozen_copy
 from .teacher import ModelTeacher, Teacher
 from .teacher_loading import load_teacher
-from .teacher_record import check_teacher_record, write_teacher_record
+from .teacher_record import TEACHER_FOLDER, check_teacher_record, write_teacher_record
 from .teacher_snapshot import TeacherSnapshotCallback
+from .unsupported import refuse_joined_sequences, refuse_settings
 
 
-class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
+class SelfDistillSFTTrainer(CheckpointMixin, FrozenGroupsSFTTrainer):
     """
     Trainer for supervised fine-tuning that does not make the model forget: `SFTTrainer` with the loss
     `CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, where the teacher is a frozen snapshot of the model.
@@ -67,6 +69,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         **kwargs,
     ):
         args = config_from(args, SelfDistillSFTConfig, model, self._name)
+        refuse_settings(args)
         if teacher_model is not None and args.teacher_model_name_or_path is not None:
             raise ValueError(
                 f"The teacher is given twice: `teacher_model` and `args.teacher_model_name_or_path="
@@ -88,6 +91,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         super().__init__(model, args, *positional, **kwargs)
         self.teacher: Teacher | None = None
         self._takes_snapshot = bool(snapshot)
+        self._teacher_name = given if isinstance(given, str) else None
         if args.kl_weight == 0:
             return
         self._refuse_what_has_no_kl()
@@ -95,9 +99,10 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if snapshot:
             self.add_callback(TeacherSnapshotCallback(self))
         elif given is None:
-            self.set_teacher(frozen_copy(self.model))
+            self.set_teacher_to_student()
         else:
             self.set_teacher(load_teacher(given, self.model, self._tokenizer, args))
+        refuse_joined_sequences(self, self.teacher_model)
         add_distillation_forward(base_causal_lm(self.model))
 
     def _refuse_what_has_no_kl(self) -> None:
@@ -118,29 +123,37 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         """Makes `teacher` the frozen teacher from the next step on."""
         self.teacher = ModelTeacher(teacher, self.accelerator)
 
+    def set_teacher_to_student(self) -> None:
+        """Makes the student as it is now the teacher: its adapter, if it has one of which a model can hold two."""
+        if fits_adapter_teacher(self.model):
+            self.teacher = AdapterTeacher(self.model, self.accelerator)
+        else:
+            self.set_teacher(frozen_copy(self.accelerator.unwrap_model(self.model)))
+
     @property
     def teacher_model(self) -> PreTrainedModel | None:
         """The teacher as a model; `None` where there is none, or where it is no model of its own."""
         return getattr(self.teacher, "model", None)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        folder = (
-            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        )
-        self._checkpoint = Path(folder) if folder else None
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        super().check_checkpoint(checkpoint)
         if self.teacher is not None and not self._takes_snapshot:
-            self.check_teacher_of_checkpoint()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            if isinstance(self.teacher, AdapterTeacher):
+                self.teacher.restore(self.model, Path(self.args.output_dir) / TEACHER_FOLDER)
+            check_teacher_record(self.teacher, checkpoint)
 
     def check_teacher_of_checkpoint(self) -> None:
-        """Refuses to resume with another teacher than that of the checkpoint."""
-        if self._checkpoint is not None and self._checkpoint.is_dir():  # if it is none, Trainer says so
-            check_teacher_record(self.teacher, self._checkpoint)
+        """Refuses to go on with another teacher than that of the checkpoint that training resumed from."""
+        if self._checkpoint is not None:
+            check_teacher_record(self.teacher, Path(self._checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.teacher is not None and self.args.should_save:
-            write_teacher_record(self.teacher, Path(self.args.output_dir if output_dir is None else output_dir))
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            if isinstance(self.teacher, AdapterTeacher):
+                self.teacher.keep(Path(self.args.output_dir) / TEACHER_FOLDER)
+            write_teacher_record(self.teacher, folder, self._teacher_name)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None:

@@ -13,9 +13,10 @@ TEACHER_FILE = "teacher.json"
 TEACHER_FOLDER = "_teacher"
 
 
-def write_teacher_record(teacher: Teacher, folder: Path) -> None:
-    """Writes `teacher.json` into a checkpoint."""
-    (folder / TEACHER_FILE).write_text(json.dumps({"sha256": teacher.sha256}, indent=2) + "\n", encoding="utf-8")
+def write_teacher_record(teacher: Teacher, folder: Path, name_or_path: str | None = None) -> None:
+    """Writes `teacher.json` into a checkpoint: the teacher's hash and, where it was loaded by name, that name."""
+    record = {"sha256": teacher.sha256, "name_or_path": name_or_path}
+    (folder / TEACHER_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def check_teacher_record(teacher: Teacher, checkpoint: Path) -> None:
@@ -31,10 +32,16 @@ def check_teacher_record(teacher: Teacher, checkpoint: Path) -> None:
             f"{checkpoint} has no {TEACHER_FILE}: it was not written with a teacher, so that there is none to go on "
             "with. Resume with `kl_weight=0`, or start a new run from the model in the checkpoint."
         )
-    expected = json.loads(file.read_text(encoding="utf-8"))["sha256"]
-    if teacher.sha256 != expected:
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if teacher.sha256 != record["sha256"]:
+        name = record.get("name_or_path")
+        advice = (
+            f"The run was started with `teacher_model_name_or_path={name!r}`: name it again, with the weights of then."
+            if name
+            else "Hand over the model (or `teacher_model`) that the run was started with, not the checkpoint's: "
+            "`resume_from_checkpoint` loads the student's weights itself."
+        )
         raise ValueError(
             f"The teacher is not the one that {checkpoint} was trained with: its SHA-256 is {teacher.sha256}, and "
-            f"{TEACHER_FILE} has {expected}. Hand over the model (or `teacher_model`) that the run was started with, "
-            "not the checkpoint's: `resume_from_checkpoint` loads the student's weights itself."
+            f"{TEACHER_FILE} has {record['sha256']}. {advice}"
         )

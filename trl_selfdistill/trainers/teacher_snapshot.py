@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The snapshot of the student that becomes its teacher in the middle of a run."""
 
+import shutil
 from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .checkpoints import find_damage
 from .sft_internals import base_causal_lm, frozen_copy
 from .teacher_record import TEACHER_FOLDER
 
@@ -59,11 +61,29 @@ class TeacherSnapshotCallback(TrainerCallback):
                     f"Resuming at step {state.global_step}, after the teacher's snapshot, but {self.folder} does not "
                     "hold it. Put the folder back, or start the run anew."
                 )
+            if damage := find_damage(self.folder):
+                raise ValueError(
+                    f"The teacher's snapshot cannot be read: {damage}. Put it back, or start the run anew."
+                )
             self.trainer.set_teacher(type(base_causal_lm(self.trainer.model)).from_pretrained(self.folder))
             self.trainer.check_teacher_of_checkpoint()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.teacher is None and self._is_due(args, state):
-            self.trainer.save_model(str(self.folder), _internal_call=True)  # a teacher is not pushed
+            self._save_snapshot()
             self.trainer.set_teacher(frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model)))
             logger.info(f"Step {state.global_step}: the teacher is a snapshot of the model ({self.folder}).")
+
+    def _save_snapshot(self) -> None:
+        """Whole or not at all: a run that is killed meanwhile takes it anew, from the checkpoint before."""
+        accelerator = self.trainer.accelerator
+        partial = self.folder.with_name(self.folder.name + ".partial")
+        if self.trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        self.trainer.save_model(str(partial), _internal_call=True)  # a teacher is not pushed
+        accelerator.wait_for_everyone()
+        if self.trainer.args.should_save:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            partial.rename(self.folder)
+        accelerator.wait_for_everyone()

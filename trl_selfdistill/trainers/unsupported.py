@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a run that cannot be combined with self-distillation: refused when the trainer is made, with the
+reason."""
+
+import torch
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from .sft_internals import base_causal_lm
+
+
+def refuse_settings(args: SFTConfig) -> None:
+    """
+    Refuses what can be told from the configuration, before a model is loaded.
+
+    Raises:
+        ValueError: If activations are to be offloaded where there is no accelerator to offload them from.
+    """
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError(
+            "`activation_offloading=True` moves activations from an accelerator to the CPU, and there is no "
+            "accelerator here. Set `activation_offloading=False`; `gradient_checkpointing=True` saves memory on a CPU."
+        )
+
+
+def refuse_joined_sequences(trainer: SFTTrainer, teacher: PreTrainedModel | None) -> None:
+    """
+    Refuses a student or teacher that does not tell joined sequences apart.
+
+    Packing (`bfd`, `bfd_split`) and `padding_free=True` join sequences in one row, and positions that start anew tell
+    the model where. A model that ignores them lets each sequence see the ones before it, so that the KL per token
+    would not be that of the sequences by themselves. Whether it does is found out by a forward of eight tokens.
+
+    Raises:
+        ValueError: If it is a prompt-learning adapter, or a model with layers that carry a state across the border.
+    """
+    if not trainer.padding_free:
+        return
+    advice = "Set `packing=False` (or `packing_strategy='wrapped'`) and `padding_free=False`"
+    for name, side in (("model", trainer.model), ("teacher_model", teacher)):
+        if side is None:
+            continue
+        adapter = getattr(side, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(
+                "Packing and `padding_free=True` join sequences in one row, and with the adapter of the "
+                f"`{name}` ({adapter.peft_type.value}) the model does not get the `position_ids` that tell them "
+                f"apart. {advice}, or train another kind of adapter."
+            )
+        model = base_causal_lm(side)
+        # A model that is placed and sharded later may have other kernels there, and its weights may not be here yet
+        if model.device.type != trainer.args.device.type:
+            continue
+        with trainer.accelerator.autocast():
+            why = why_joined_sequences_meet(model)
+        if why is not None:
+            raise ValueError(
+                f"Packing and `padding_free=True` join sequences in one row, and in the `{name}` "
+                f"({type(model).__name__}) {why}. {advice}."
+            )
+
+
+@torch.no_grad()
+def why_joined_sequences_meet(model: PreTrainedModel) -> str | None:
+    """`None` if what comes first in a row of two joined sequences leaves the second one's hidden states unchanged."""
+    length = 4
+    starts = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=model.device)
+    joined = {
+        "position_ids": torch.arange(length, device=model.device).repeat(2)[None],
+        "seq_idx": torch.arange(2, dtype=torch.int32, device=model.device).repeat_interleave(length)[None],
+        **dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=length, max_length_k=length, use_cache=False),
+    }
+    second = torch.arange(length, device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        states = [
+            model.base_model(input_ids=torch.cat([first, second])[None], **joined).last_hidden_state[0, length:]
+            for first in (second, second.flip(0))
+        ]
+    except ValueError as error:  # transformers' own refusal, of kernels that are not installed
+        return f"they cannot be told apart: {error}"
+    finally:
+        model.train(training)
+    if (states[0] - states[1]).abs().max().item() <= 1e-3 * states[0].abs().max().item():
+        return None
+    return "each sequence sees the one before it, whatever the `position_ids` say"
