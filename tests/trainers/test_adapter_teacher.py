@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher as a second adapter of the student: the same KL as with a copy of the whole model, at no such cost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import build_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from sft_runs import TOKENIZER, StopAt, assert_same_weights, logs, train, trainer
+
+from trl_selfdistill.trainers.adapter_teacher import TEACHER_ADAPTER, AdapterTeacher
+from trl_selfdistill.trainers.sft_internals import frozen_copy
+
+
+LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
+ADAPTERS = {
+    "fresh": LoraConfig(**LORA),
+    "trained": LoraConfig(**LORA, init_lora_weights=False),
+    "with dropout": LoraConfig(**LORA, init_lora_weights=False, lora_dropout=0.5),
+    "fresh DoRA": LoraConfig(**LORA, use_dora=True),
+    "trained DoRA": LoraConfig(**LORA, use_dora=True, init_lora_weights=False),
+    "PiSSA": LoraConfig(**LORA, init_lora_weights="pissa"),
+    "a whole head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "a trained whole head": LoraConfig(**LORA, modules_to_save=["lm_head"], init_lora_weights=False),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+def adapted(name: str) -> PeftModel:
+    torch.manual_seed(5)
+    model = get_peft_model(build_model(TOKENIZER, initializer_range=0.3), ADAPTERS[name])
+    if name == "a trained whole head":
+        model.base_model.model.lm_head.modules_to_save["default"].weight.data.normal_(std=0.3)
+    if name == "IA3":
+        for parameter in model.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter) * parameter.requires_grad)
+    return model
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_loss_and_weights_are_those_with_a_copy_of_the_whole_model(tmp_path, name, bf16):
+    settings = dict(bf16=bf16, gradient_checkpointing=bf16)
+    ours = train(tmp_path, adapted(name), **settings)
+    model = adapted(name)
+    theirs = train(tmp_path, model, dict(teacher_model=frozen_copy(model)), **settings)
+    assert isinstance(ours.teacher, AdapterTeacher) and theirs.teacher_model is not None
+    assert ours.teacher.adapter_name == (None if name in ("fresh", "fresh DoRA", "a whole head") else TEACHER_ADAPTER)
+    # A fresh DoRA scales by the quotient of two equal norms, which is 1 up to rounding
+    tolerance = dict(rel=1e-2, abs=1e-3) if bf16 else dict(rel=1e-4, abs=1e-6)
+    for ours_row, theirs_row in zip(logs(ours), logs(theirs), strict=True):
+        assert ours_row == pytest.approx(theirs_row, **tolerance)
+    expected = dict(theirs.model.named_parameters())
+    for parameter_name, parameter in ours.model.named_parameters():
+        if TEACHER_ADAPTER not in parameter_name:
+            tolerance = dict(atol=3e-2, rtol=0) if bf16 else dict(atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(parameter, expected[parameter_name], **tolerance)
+    assert logs(ours)[0]["kl_loss"] < 1e-6 or name == "with dropout" or bf16
+    assert logs(ours)[1]["kl_loss"] > 1e-6
+
+
+@pytest.mark.parametrize("name", ["fresh", "trained", "trained DoRA", "a trained whole head"])
+def test_no_second_base_and_the_teacher_does_not_move(tmp_path, name):
+    model = adapted(name)
+    trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    before = sum(p.numel() for p in model.parameters())
+    run = trainer(tmp_path, model)
+    assert run.model is model and run.teacher_model is None  # no other module holds parameters
+    added = 0 if run.teacher.adapter_name is None else sum(trainable.values())
+    assert sum(p.numel() for p in model.parameters()) == before + added
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
+
+    inputs = dict(input_ids=torch.arange(3, 23).reshape(2, 10), labels=torch.arange(3, 23).reshape(2, 10))
+    sides = []
+    for _ in range(2):
+        sides.append(run.teacher.targets(model, inputs))
+        if run.state.global_step == 0:
+            frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+            run.train()
+    assert torch.equal(sides[0].hidden_states, sides[1].hidden_states)
+    assert torch.equal(sides[0].lm_head.weight, sides[1].lm_head.weight)
+    assert not sides[0].hidden_states.requires_grad and not sides[0].lm_head.weight.requires_grad
+    assert model.active_adapters == ["default"] and model.training
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("name", ["fresh", "trained", "trained DoRA", "a trained whole head"])
+def test_resuming_is_the_uninterrupted_run_and_a_checkpoint_holds_the_student_only(tmp_path, name):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=2e-2)
+    whole = train(tmp_path / "whole", adapted(name), **options)
+    train(tmp_path, adapted(name), dict(callbacks=[StopAt(3)]), **options)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert not list(checkpoint.rglob(f"*{TEACHER_ADAPTER}*")) and (checkpoint / "adapter_config.json").is_file()
+    resumed = train(tmp_path, adapted(name), resume=True, **options)
+    assert_same_weights(resumed.model, whole.model)
+    student = PeftModel.from_pretrained(build_model(TOKENIZER), whole.args.output_dir + "/checkpoint-6")
+    assert list(student.peft_config) == ["default"]
+
+
+def test_a_resumed_run_takes_the_kept_teacher_and_never_the_drifted_student(tmp_path):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=2e-2)
+    whole = train(tmp_path / "whole", adapted("trained"), **options)
+    train(tmp_path, adapted("trained"), dict(callbacks=[StopAt(3)]), **options)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+
+    def drifted():
+        base = build_model(TOKENIZER, initializer_range=0.3)
+        return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+
+    resumed = train(tmp_path, drifted(), resume=True, **options)
+    assert_same_weights(resumed.model, whole.model)
+    assert json.loads((checkpoint / "teacher.json").read_text())["sha256"] == whole.teacher.sha256
+    shutil.rmtree(tmp_path / "run" / "_teacher")
+    with pytest.raises(ValueError, match="The teacher is not the one that"):
+        train(tmp_path, drifted(), resume=str(checkpoint), **options)
+
+
+def test_the_hash_is_of_the_base_and_of_what_the_adapter_changes(tmp_path):
+    hashes = {name: trainer(tmp_path, adapted(name)).teacher.sha256 for name in ("fresh", "trained", "trained DoRA")}
+    other = adapted("fresh")
+    for name, parameter in other.named_parameters():
+        if "lora_A" in name:
+            parameter.data.normal_()  # the base is the teacher: no part of it
+    assert trainer(tmp_path, other).teacher.sha256 == hashes["fresh"]
+    other.base_model.model.lm_head.weight.data[0, 0] += 1
+    hashes["another base"] = trainer(tmp_path, other).teacher.sha256
+    assert len(set(hashes.values())) == 4
+
+
+def test_a_model_that_was_trained_before_gets_a_new_teacher(tmp_path):
+    model = adapted("trained")
+    first = train(tmp_path, model)
+    second = trainer(tmp_path, model)
+    assert first.teacher.sha256 != second.teacher.sha256 and list(model.peft_config) == ["default", TEACHER_ADAPTER]
+
+
+@pytest.mark.parametrize(
+    "config", [PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), LoraConfig(**LORA, bias="lora_only")]
+)
+def test_what_a_model_cannot_hold_twice_is_copied_whole(tmp_path, config):
+    run = train(tmp_path, None, dict(peft_config=config))
+    assert run.teacher_model is not None and logs(run)[0]["kl_loss"] < 1e-6
+
+
+def test_an_adapter_on_the_head_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="lm_head"):
+        trainer(tmp_path, None, dict(peft_config=LoraConfig(r=2, target_modules=["lm_head"])))

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher of a student with an adapter: the same base model, with a frozen second adapter or with none."""
+
+import copy
+import hashlib
+import json
+import shutil
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from safetensors.torch import load_file, save_file
+from transformers.utils import is_peft_available, logging
+
+from ..generation import evaluation_mode
+from ..losses import ModelSide
+from .quantised import keep_trainable
+from .sft_internals import base_causal_lm, lm_head_of, use_adapter
+from .teacher import Teacher
+
+
+if is_peft_available():
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+
+logger = logging.get_logger(__name__)
+
+TEACHER_ADAPTER = "self_distill_teacher"
+_RECORD = "teacher.json"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+class AdapterTeacher(Teacher):
+    """
+    The student as it is now, without a second base model in memory. Where the student's adapter changes nothing yet
+    (a fresh one), the teacher is the base with its adapters disabled, else a frozen copy of the adapter.
+
+    Args:
+        model ([`~peft.PeftModel`]): The student. A copy of its adapter is added to it, and never saved with it.
+        accelerator ([`~accelerate.Accelerator`]): It tells the student from what it has wrapped it in.
+
+    Attributes:
+        adapter_name (`str` or `None`): Name of the copy; `None` where the teacher is the base.
+    """
+
+    def __init__(self, model: torch.nn.Module, accelerator: Accelerator):
+        keep_trainable(model)
+        if TEACHER_ADAPTER in model.peft_config:  # of an earlier run with the same model
+            model.delete_adapter(TEACHER_ADAPTER)
+        self._accelerator = accelerator
+        self.adapter_name = None if is_identity(model) else TEACHER_ADAPTER
+        self._base_sha256 = hash_base(model)  # before it is prepared: a shard would have another hash
+        self.sha256 = self._base_sha256
+        if self.adapter_name is not None:
+            add_frozen_copy(model)
+            self._take_state(model)
+
+    def _take_state(self, model: torch.nn.Module) -> None:
+        state = get_peft_model_state_dict(model, adapter_name=TEACHER_ADAPTER, save_embedding_layers=False)
+        # On the CPU, as the model may be sharded when it is to be kept
+        self._state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        self.sha256 = _digest({"base": self._base_sha256, **_hash_all(self._state)})
+
+    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
+        model = self._accelerator.unwrap_model(student, keep_torch_compile=False)
+        with self._active(model), evaluation_mode(student):
+            hidden_states = student(**inputs, distillation="hidden_states")
+            head = lm_head_of(base_causal_lm(model))
+        return ModelSide(hidden_states, head.map_tensors(torch.Tensor.detach))
+
+    @contextmanager
+    def _active(self, model: torch.nn.Module) -> Iterator[None]:
+        """Switches the teacher on. PEFT makes what it activates trainable, and freezes the others: that is undone."""
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            with use_adapter(model, self.adapter_name):
+                yield
+        finally:
+            for parameter, requires_grad in flags:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+
+    def keep(self, folder: Path) -> None:
+        """Writes the second adapter to `folder`, once a run, whole or not at all."""
+        if self.adapter_name is None:
+            return
+        record = folder / _RECORD
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sha256"] == self.sha256:
+            return
+        partial = folder.with_name(folder.name + ".partial")
+        for stale in (partial, folder):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in self._state.items()}, partial / _WEIGHTS)
+        (partial / _RECORD).write_text(json.dumps({"sha256": self.sha256}) + "\n", encoding="utf-8")
+        partial.rename(folder)
+
+    def restore(self, model: torch.nn.Module, folder: Path) -> None:
+        """Takes the adapter that the run has kept in `folder`, if it has, in place of a copy of the student's."""
+        if not (folder / _WEIGHTS).is_file():
+            return
+        if self.adapter_name is None:
+            add_frozen_copy(model)
+            self.adapter_name = TEACHER_ADAPTER
+        set_peft_model_state_dict(model, load_file(folder / _WEIGHTS), TEACHER_ADAPTER)
+        self._take_state(model)
+
+
+def fits_adapter_teacher(model: torch.nn.Module) -> bool:
+    """
+    Whether the teacher of `model` can be an adapter in it: a PEFT model with one active adapter of a kind of which it
+    can hold two. Where a PEFT model cannot, the reason is logged: its teacher is a copy of the whole.
+    """
+    if not is_peft_model(model):
+        return False
+    config = model.active_peft_config
+    reason = None
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        reason = "it adds tokens or attends to prompts"
+    elif len(model.active_adapters) != 1:
+        reason = f"{len(model.active_adapters)} adapters are active"
+    elif getattr(config, "bias", "none") != "none":
+        reason = f"PEFT trains the base model's own biases with `bias={config.bias!r}`"
+    elif getattr(config, "target_parameters", None):
+        reason = "PEFT holds one adapter only with `target_parameters`"
+    if reason is not None:
+        logger.warning(f"The teacher is a copy of the whole model, as its adapter cannot be held twice: {reason}.")
+    return reason is None
+
+
+@torch.no_grad()
+def is_identity(model: torch.nn.Module) -> bool:
+    """
+    Whether the active adapter of a PEFT model changes nothing: a LoRA whose every B is zero, as a fresh one's. The
+    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too.
+    """
+    [name] = model.active_adapters
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            if not _same_weights(module.modules_to_save[name], module.original_module):
+                return False
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            return False
+        elif isinstance(module, LoraLayer):
+            # An embedding's A starts at zero and its B at random
+            factors = [module.lora_B[name].weight] if name in module.lora_B else []
+            factors += [module.lora_embedding_A[name]] if name in module.lora_embedding_A else []
+            if any(factor.count_nonzero() for factor in factors):
+                return False
+        elif isinstance(module, BaseTunerLayer):
+            return False
+    return True
+
+
+def _same_weights(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(
+        torch.equal(tensor.to(theirs[name].dtype), theirs[name]) for name, tensor in module.state_dict().items()
+    )
+
+
+def add_frozen_copy(model: torch.nn.Module) -> None:
+    """
+    Adds a frozen copy of the active adapter, `modules_to_save` included, under the name `TEACHER_ADAPTER`. The active
+    one stays active, and what is saved from now on is every adapter but the copy.
+    """
+    [student] = model.active_adapters
+    config = copy.deepcopy(model.peft_config[student])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and OLoRA would take their part out of the base once more
+    config.inference_mode = True
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training = {name: module.training for name, module in model.named_modules()}
+    model.add_adapter(TEACHER_ADAPTER, config)
+    _copy_adapter(model, student)
+    model.set_adapter(student)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, False))
+    for name, module in model.named_modules():
+        module.training = training.get(name, model.training)
+    _save_without_teacher(model)
+
+
+@torch.no_grad()
+def _copy_adapter(model: torch.nn.Module, student: str) -> None:
+    """Copies each tensor as it is: TRL casts the adapter of a quantised model to bf16, a new one is fp32."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if TEACHER_ADAPTER in parts:
+            source = tensors[".".join(student if part == TEACHER_ADAPTER else part for part in parts)]
+            tensor.data = source.detach().clone()
+
+
+def _save_without_teacher(model: torch.nn.Module) -> None:
+    """Lets `save_pretrained` (and so checkpoints and pushes to the Hub) leave the teacher out unless it is named."""
+
+    def save_pretrained(self, save_directory, safe_serialization=True, selected_adapters=None, *args, **kwargs):
+        if selected_adapters is None:
+            selected_adapters = [name for name in self.peft_config if name != TEACHER_ADAPTER]
+        type(self).save_pretrained(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+    model.save_pretrained = types.MethodType(save_pretrained, model)
+
+
+def hash_base(model: torch.nn.Module) -> str:
+    """
+    SHA-256 over the base under the adapters of a PEFT model: about a second for 1 GB. Of a quantised one it takes the
+    packed bytes and the scales, which `state_dict` holds.
+    """
+    attributes = {"modules_to_save", "token_adapter"}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            attributes |= {*module.adapter_layer_names, *module.other_param_names}
+    state = model.state_dict()
+    return _digest(_hash_all({name: t for name, t in state.items() if attributes.isdisjoint(name.split("."))}))
+
+
+def _hash_all(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    hashes = {}
+    for name, tensor in tensors.items():
+        hashes[name] = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        # NumPy has no bfloat16
+        hashes[name].update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
+
+
+def _digest(hashes: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()
