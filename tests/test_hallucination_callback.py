@@ -3,8 +3,6 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
+from two_processes import run_in_two_processes
 
 from trl_selfdistill import HallucinationEvalCallback
 from trl_selfdistill.generation import predict_answers
@@ -173,25 +172,7 @@ def run_on_two_processes(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        environment |= dict(PYTHONPATH=os.pathsep.join(sys.path), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=1)
-        environment = os.environ | {key: str(value) for key, value in environment.items()}
-        command = [sys.executable, __file__, folder]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=200)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_in_two_processes(__file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

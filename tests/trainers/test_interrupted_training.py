@@ -12,7 +12,7 @@ import torch
 from conftest import build_model
 from datasets import Dataset
 from full_disk import file_size_limit
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, train, trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -61,11 +61,11 @@ class KillAt(TrainerCallback):
         setattr(self, event, lambda args, state, control, **kwargs: die() if state.global_step == step else None)
 
 
-def run_and_die(folder, prepare, extra=None, **options):
+def run_and_die(folder, prepare, extra=None, model=student, **options):
     """Trains in a process of its own, a fork of this one, until what `prepare` set up on the trainer kills it."""
 
     def work():
-        run = trainer(folder, student(), extra and extra(), **RUN, **options)
+        run = trainer(folder, model(), extra and extra(), **RUN, **options)
         prepare(run)
         run.train()
 
@@ -163,6 +163,32 @@ def test_the_killed_runs_of_an_adapter_and_of_a_stream_resume_too(tmp_path, whol
         run_and_die(tmp_path / name, lambda run: run.add_callback(KillAt("on_step_end", 3)), extra)
         resumed = train(tmp_path / name, student(), extra(), resume=True, **RUN)
         assert_same_weights(resumed.model, whole(name, extra()).model)
+
+
+def trained_adapter(seed=5):
+    model = student()
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.2, init_lora_weights=False)
+    return get_peft_model(model, settings)
+
+
+def in_the_kept_adapter(run):
+    """The second adapter is kept when the first checkpoint is saved: killed when its folder is to take its place."""
+    shutil.rmtree = lambda path, **kwargs: die() if str(path).endswith("_teacher") else None
+
+
+def test_killed_with_a_second_adapter_as_the_teacher(tmp_path):
+    whole = train(tmp_path / "whole", trained_adapter(), **RUN)
+    run_and_die(tmp_path, in_the_kept_adapter, model=trained_adapter)
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        train(tmp_path, trained_adapter(), resume=True, **RUN)
+    run_and_die(tmp_path, lambda run: run.add_callback(KillAt("on_step_end", 5)), model=trained_adapter)
+    # Another adapter is handed over, as a script does that makes it anew: the student's and the teacher's are restored
+    resumed = train(tmp_path, trained_adapter(seed=6), resume=str(tmp_path / "run" / "checkpoint-4"), **RUN)
+    assert_same_weights(resumed.model, whole.model)
+    shutil.rmtree(tmp_path / "run" / "_teacher")
+    with pytest.raises(ValueError, match="The teacher is not the one"):
+        train(tmp_path, trained_adapter(seed=6), resume=True, **RUN)
 
 
 def in_snapshot(method, kill):

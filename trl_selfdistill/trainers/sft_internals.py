@@ -5,6 +5,8 @@ What it relies on, and what happens when a TRL release moves it:
 - `SFTTrainer.__init__` binds a `forward` to the model instance (`add_fused_lm_head`). A deep copy of the model would
   go on running the original's weights, so [`frozen_copy`] unbinds it. Were TRL to stop, unbinding does nothing.
 - `create_model_from_path` loads a model given by name as `SFTTrainer` does. Were it gone, importing this file fails.
+- `prepare_fsdp` and `prepare_deepspeed` shard the teacher like TRL's reference models. Were they gone, importing this
+  file fails.
 - `use_adapter` switches a PEFT model to another adapter, or to none. Were it gone, importing this file fails.
 - `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`.
 """
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
@@ -33,6 +36,8 @@ __all__ = [
     "frozen_copy",
     "get_config_model_id",
     "lm_head_of",
+    "prepare_deepspeed",
+    "prepare_fsdp",
     "use_adapter",
 ]
 

@@ -4,12 +4,12 @@
 from abc import ABC, abstractmethod
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel
 
-from ..losses import ModelSide
+from ..losses import LMHead, ModelSide
 from ..parameter_groups import digest_groups, hash_parameters
-from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of
+from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of, prepare_deepspeed, prepare_fsdp
 
 
 class Teacher(ABC):
@@ -36,26 +36,53 @@ class Teacher(ABC):
 
 class ModelTeacher(Teacher):
     """
-    A model beside the student.
+    A model beside the student, sharded like it under FSDP.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The teacher; frozen in place.
-        accelerator ([`~accelerate.Accelerator`]): It places the teacher and gives it the student's mixed precision.
+        accelerator ([`~accelerate.Accelerator`]): It places or shards the teacher and gives it the student's mixed
+            precision.
+
+    Raises:
+        ValueError: Under FSDP, if only the main process holds the weights.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
         model.requires_grad_(False).eval()
         self.sha256 = hash_model(model)  # before it is prepared: a shard would have another hash
         add_distillation_forward(base_causal_lm(model))
-        # Under FSDP accelerate would leave it to the sharding to place a model, but the teacher is not sharded
-        placement = True if accelerator.distributed_type == "FSDP" else None
         self._accelerator = accelerator
-        self.model = accelerator.prepare_model(model, device_placement=placement, evaluation_mode=True)
+        self._lm_head: LMHead | None = None
+        if accelerator.distributed_type == DistributedType.FSDP:
+            refuse_empty_ranks(accelerator)
+            # The head is read outside of the forward, where its shards are not gathered: each process keeps it whole
+            head = lm_head_of(base_causal_lm(model))
+            self._lm_head = head.map_tensors(lambda tensor: tensor.detach().to(accelerator.device, copy=True))
+            self.model = prepare_fsdp(model, accelerator)
+        elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.model = prepare_deepspeed(model, accelerator)
+        else:
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         with torch.no_grad():
             hidden_states = self.model(**inputs, distillation="hidden_states")
-            return ModelSide(hidden_states, lm_head_of(base_causal_lm(self._accelerator.unwrap_model(self.model))))
+        if self._lm_head is not None:
+            return ModelSide(hidden_states, self._lm_head)
+        return ModelSide(hidden_states, lm_head_of(base_causal_lm(self._accelerator.unwrap_model(self.model))))
+
+
+def refuse_empty_ranks(accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ValueError: If only the main process has loaded the model: what the teacher is copied from is empty elsewhere.
+    """
+    if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it is "
+            "sharded, and the teacher is copied before that. Set it to false, as "
+            "scripts/accelerate_configs/fsdp2.yaml does, or set `kl_weight=0`."
+        )
 
 
 def hash_model(model: torch.nn.Module) -> str:

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a test module as a program in two processes that are connected by gloo, as `torchrun` would."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 200, **environment: object) -> None:
+    """Starts `program` with `arguments` twice, one thread each, and waits for both to succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1) | environment
+    environment |= dict(PYTHONPATH=os.pathsep.join(sys.path), ACCELERATE_USE_CPU="true")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, *map(str, arguments)],
+            env=os.environ | {key: str(value) for key, value in {**environment, "RANK": r, "LOCAL_RANK": r}.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=timeout)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
