@@ -30,7 +30,9 @@ def main(args: AnnotationArguments, facts_args: ModelAndFactsArguments, slick_ar
     output = Path(args.output_dir)
     model = model_stage(facts_args.model_name_or_path, output / "model")
     facts = facts_stage(facts_args, output / "facts")
-    annotated = annotate_stage(model, facts, slick_args, output / "annotated", bf16=args.bf16, seed=args.seed)
+    annotated = annotate_stage(
+        model, facts, slick_args, output / "annotated", args.bf16, args.seed, load_in_4bit=args.load_in_4bit
+    )
     if PartialState().is_main_process:
         categories = Counter(load_facts(annotated)["slick_category"])
         print(", ".join(f"{category}: {count}" for category, count in categories.most_common()))

@@ -27,7 +27,7 @@ from trl_selfdistill import (
 )
 from trl_selfdistill.command_line import run_script
 from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, model_stage, report_stage, train_stage
-from trl_selfdistill.study_arguments import ModelAndFactsArguments, SlickArguments, StudyArguments
+from trl_selfdistill.study_arguments import AdapterArguments, ModelAndFactsArguments, SlickArguments, StudyArguments
 from trl_selfdistill.study_publishing import publish_command
 from trl_selfdistill.training_mix import MixSettings
 
@@ -37,6 +37,7 @@ def main(
     facts_args: ModelAndFactsArguments,
     slick_args: SlickArguments,
     mix_settings: MixSettings,
+    adapter: AdapterArguments,
     config: SelfDistillSFTConfig,
 ) -> None:
     """Runs the stages in their order and writes the report."""
@@ -45,7 +46,9 @@ def main(
     # 1. What does the model know?
     model = model_stage(facts_args.model_name_or_path, output / "model")
     facts = facts_stage(facts_args, output / "facts")
-    annotated = annotate_stage(model, facts, slick_args, output / "annotated", bf16=config.bf16, seed=config.seed)
+    annotated = annotate_stage(
+        model, facts, slick_args, output / "annotated", config.bf16, config.seed, load_in_4bit=adapter.load_in_4bit
+    )
 
     # 2. Known, new and held-out facts
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
@@ -58,7 +61,7 @@ def main(
         learning_rate=study.stage1_learning_rate,
         per_device_train_batch_size=study.stage1_batch_size,
     )
-    stage1 = train_stage(SFTTrainer, stage1_config, model, mix, ("known",), output / "stage1")
+    stage1 = train_stage(SFTTrainer, stage1_config, model, mix, ("known",), output / "stage1", adapter=adapter)
 
     # 4. Stage 2: the arms, on the same data with the same seed and steps. Groups are frozen in the arm `frozen` alone
     selfdistill_config = copy_config(SelfDistillSFTConfig, config, frozen_groups=None, trainable_groups=None)
@@ -72,7 +75,7 @@ def main(
     for arm in study.arms:
         trainer_class, arm_config = setups[arm]
         folder = output / arm
-        train_stage(trainer_class, arm_config, str(stage1), mix, ("known", "new"), folder, records_from=stage1)
+        train_stage(trainer_class, arm_config, str(stage1), mix, ("known", "new"), folder, stage1, adapter)
         folders.append(folder)
 
     # 5. The report
@@ -91,5 +94,7 @@ def copy_config(config_class: type[SFTConfig], config: SFTConfig, **changes) -> 
 
 if __name__ == "__main__":
     run_script(
-        main, (StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, SelfDistillSFTConfig), __doc__
+        main,
+        (StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, AdapterArguments, SelfDistillSFTConfig),
+        __doc__,
     )

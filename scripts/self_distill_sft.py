@@ -29,19 +29,21 @@ from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
 from trl_selfdistill.command_line import run_script
 from trl_selfdistill.dataset_training import train_on_dataset
 from trl_selfdistill.study import train_stage
-from trl_selfdistill.study_arguments import TrainingDataArguments
+from trl_selfdistill.study_arguments import AdapterArguments, TrainingDataArguments
 
 
-def main(data: TrainingDataArguments, config: SelfDistillSFTConfig) -> None:
+def main(data: TrainingDataArguments, adapter: AdapterArguments, config: SelfDistillSFTConfig) -> None:
     """Trains the model and prints where it is."""
     if data.mix is None:
-        folder = train_on_dataset(SelfDistillSFTTrainer, config, data)
+        folder = train_on_dataset(SelfDistillSFTTrainer, config, data, adapter)
     else:
         mix, folder = Path(data.mix), Path(config.output_dir)
-        folder = train_stage(SelfDistillSFTTrainer, config, data.model_name_or_path, mix, tuple(data.splits), folder)
+        folder = train_stage(
+            SelfDistillSFTTrainer, config, data.model_name_or_path, mix, tuple(data.splits), folder, adapter=adapter
+        )
     if PartialState().is_main_process:
         print(f"Model: {folder}")
 
 
 if __name__ == "__main__":
-    run_script(main, (TrainingDataArguments, SelfDistillSFTConfig), __doc__)
+    run_script(main, (TrainingDataArguments, AdapterArguments, SelfDistillSFTConfig), __doc__)

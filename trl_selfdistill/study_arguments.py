@@ -102,6 +102,46 @@ class StudyArguments:
 
 
 @dataclass
+class AdapterArguments:
+    """Training of an adapter instead of all weights, under the names of TRL's `ModelConfig`."""
+
+    _argument_group_name = "adapter"
+
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the model to NF4 with bitsandbytes (QLoRA); training needs `use_peft` with it."},
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, divided by its rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter. By default PEFT's choice, or the groups'."}
+    )
+
+    def __post_init__(self):
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError(
+                "`load_in_4bit=True` needs `use_peft=True` (`--use_peft`): quantised weights cannot be trained, an "
+                "adapter on them can."
+            )
+
+    def peft_config(self):
+        """The [`~peft.LoraConfig`]; `None` without `use_peft`."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+        )
+
+
+@dataclass
 class AnnotationArguments:
     """What the annotation needs beside the model, the facts and SLiCK's settings."""
 
@@ -112,6 +152,7 @@ class AnnotationArguments:
         metadata={"help": "Folder of the folders `facts`, `annotated` and, if need be, `model`."},
     )
     bf16: bool = field(default=False, metadata={"help": "Whether to ask in bf16 autocast rather than float32."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the model to NF4 with bitsandbytes."})
     seed: int = field(default=0, metadata={"help": "Seed of the exemplars and of the samples."})
 
 
@@ -187,6 +228,7 @@ class EvaluationArguments:
     batch_size: int = field(default=64, metadata={"help": "Sequences in one forward pass."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer of `generate`, in tokens."})
     bf16: bool = field(default=False, metadata={"help": "Whether to ask in bf16 autocast rather than float32."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the model to NF4 with bitsandbytes."})
     output_dir: str = field(
         default="outputs/evaluation", metadata={"help": "Folder of `predictions.jsonl` and `accuracy.json`."}
     )

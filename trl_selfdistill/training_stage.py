@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import concatenate_datasets
@@ -16,6 +17,7 @@ from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer
 from .report import BASE_RECORDS_FILE, load_arms
 from .stage import model_identity, run_arguments, run_stage
+from .study_arguments import AdapterArguments
 from .study_card import write_model_card
 from .trainers.checkpoints import last_complete_checkpoint
 from .trainers.trainer_card import count_categories, describe_training
@@ -47,6 +49,7 @@ def train_stage(
     splits: tuple[str, ...],
     folder: Path,
     records_from: Path | None = None,
+    adapter: AdapterArguments | None = None,
 ) -> Path:
     """
     Trains `model` on the mix's `splits`, evaluating every split each epoch; a killed run goes on from its last
@@ -67,6 +70,8 @@ def train_stage(
             Where the checkpoint goes, with `accuracy.jsonl` and `training.json`.
         records_from (`Path`, *optional*):
             Folder of an earlier training stage that `model` comes from; its last evaluation is the first of this one.
+        adapter ([`~trl_selfdistill.study_arguments.AdapterArguments`], *optional*):
+            Whether to train an adapter, and on 4-bit weights. A `model` that is an adapter itself is trained further.
 
     Raises:
         ValueError: If the configuration asks for a push, which would publish unfinished work.
@@ -80,10 +85,12 @@ def train_stage(
     effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
     name, inputs = model_identity(model)
     arguments = {"trainer": trainer_class.__name__, "splits": list(splits), "config": effective, **name}
+    if adapter is not None and adapter.use_peft:
+        arguments["adapter"] = asdict(adapter)
 
     def work(partial: Path) -> None:
         facts = load_mix(mix)
-        trainer, seconds = _train(trainer_class, config, model, facts, splits, partial, records_from)
+        trainer, seconds = _train(trainer_class, config, model, facts, splits, partial, records_from, adapter)
         if trainer.is_world_process_zero():
             about = {"origin": _origin(model), "mix": run_arguments(mix), "splits": list(splits)}
             about["composition"] = count_categories({name: facts[name] for name in splits})
@@ -99,12 +106,23 @@ def train_stage(
 
 
 def _train(
-    trainer_class, config, model, mix, splits, folder: Path, records_from: Path | None
+    trainer_class,
+    config,
+    model,
+    mix,
+    splits,
+    folder: Path,
+    records_from: Path | None,
+    adapter: AdapterArguments | None,
 ) -> tuple[Trainer, float]:
     config.output_dir = os.fspath(folder)
-    language_model, tokenizer = load_model_and_tokenizer(model)
+    adapter = adapter or AdapterArguments()
+    language_model, tokenizer = load_model_and_tokenizer(model, load_in_4bit=adapter.load_in_4bit)
+    peft_config = None if hasattr(language_model, "peft_config") else adapter.peft_config()
     train_dataset = concatenate_datasets([mix[name].select_columns(["prompt", "completion"]) for name in splits])
-    trainer = trainer_class(language_model, config, train_dataset=train_dataset, processing_class=tokenizer)
+    trainer = trainer_class(
+        language_model, config, train_dataset=train_dataset, processing_class=tokenizer, peft_config=peft_config
+    )
     records_file, timer = folder / RECORDS_FILE, StepTimer()
     checkpoint = last_complete_checkpoint(folder)
     if records_from is not None and checkpoint is None and trainer.is_world_process_zero():

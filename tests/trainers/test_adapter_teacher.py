@@ -51,6 +51,10 @@ def test_loss_and_weights_are_those_with_a_copy_of_the_whole_model(tmp_path, nam
     # A fresh DoRA scales by the quotient of two equal norms, which is 1 up to rounding
     tolerance = dict(rel=1e-2, abs=1e-3) if bf16 else dict(rel=1e-4, abs=1e-6)
     for ours_row, theirs_row in zip(logs(ours), logs(theirs), strict=True):
+        theirs_row.pop(
+            "total_flos", None
+        )  # an estimate from the number of parameters, the second adapter's among them
+        ours_row.pop("total_flos", None)
         assert ours_row == pytest.approx(theirs_row, **tolerance)
     expected = dict(theirs.model.named_parameters())
     for parameter_name, parameter in ours.model.named_parameters():

@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig
 from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTTrainer
 from trl_selfdistill.trainers import teacher_loading
-from trl_selfdistill.trainers.teacher import ModelTeacher
 from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
 
 
@@ -36,19 +35,8 @@ def teacher_dir(tmp_path_factory):
     return str(folder)
 
 
-def trained_adapter():
-    torch.manual_seed(5)
-    return get_peft_model(build_model(TOKENIZER), LoraConfig(**LORA, init_lora_weights=False))
-
-
 SOURCES = {
     "copy": lambda folder: ({}, {}, build_model(TOKENIZER)),
-    "copy of a PEFT model": lambda folder: (dict(model=trained_adapter()), {}, trained_adapter()),
-    "copy under a fresh adapter": lambda folder: (
-        dict(arguments=dict(peft_config=LoraConfig(**LORA, modules_to_save=["lm_head"]))),
-        dict(gradient_checkpointing=True),
-        build_model(TOKENIZER),
-    ),
     "instance": lambda folder: (dict(arguments=dict(teacher_model=other_model())), {}, other_model()),
     "path": lambda folder: (dict(arguments=dict(teacher_model=folder)), {}, other_model()),
     "path in the config": lambda folder: ({}, dict(teacher_model_name_or_path=folder), other_model()),
@@ -283,14 +271,6 @@ def test_what_cannot_be_distilled_is_refused():
     for name in ("sp_enabled", "cp_enabled"):
         with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
             refuse(2, **{name: True})
-
-
-def test_under_fsdp_the_teacher_is_placed():
-    """It is not sharded, so that accelerate has to move it to the device of the process."""
-    calls = []
-    accelerator = SimpleNamespace(distributed_type="FSDP", prepare_model=lambda model, **kwargs: calls.append(kwargs))
-    ModelTeacher(other_model(), accelerator)
-    assert calls == [dict(device_placement=True, evaluation_mode=True)]
 
 
 def test_without_kl_weight_no_teacher_is_loaded(tmp_path):

@@ -18,6 +18,7 @@ from transformers.utils import is_peft_available, logging
 
 from ..generation import evaluation_mode
 from ..losses import ModelSide
+from .checkpoints import find_damage
 from .quantised import keep_trainable
 from .sft_internals import base_causal_lm, lm_head_of, use_adapter
 from .teacher import Teacher
@@ -106,6 +107,8 @@ class AdapterTeacher(Teacher):
         """Takes the adapter that the run has kept in `folder`, if it has, in place of a copy of the student's."""
         if not (folder / _WEIGHTS).is_file():
             return
+        if damage := find_damage(folder):
+            raise ValueError(f"The teacher's adapter cannot be read: {damage}. Put it back, or start the run anew.")
         if self.adapter_name is None:
             add_frozen_copy(model)
             self.adapter_name = TEACHER_ADAPTER
@@ -178,7 +181,8 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
     config.inference_mode = True
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}
-    model.add_adapter(TEACHER_ADAPTER, config)
+    with torch.random.fork_rng():  # its initialisation is overwritten: the run goes on as without it
+        model.add_adapter(TEACHER_ADAPTER, config)
     _copy_adapter(model, student)
     model.set_adapter(student)
     for name, parameter in model.named_parameters():

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """SFT of some groups of parameters, the others proved unchanged (arXiv 2604.15574, section 3)."""
 
+import inspect
 import json
 from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
-from ..parameter_groups import digest_groups, freeze_groups, hash_parameters, parse_group_specs, verify_frozen
+from ..parameter_groups import (
+    GroupSpec,
+    digest_groups,
+    freeze_groups,
+    hash_parameters,
+    parse_group_specs,
+    verify_frozen,
+)
+from .adapter_groups import refuse_adapters_elsewhere, restrict_peft_config, skeleton
+from .checkpoints import CheckpointMixin
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig
+from .quantised import keep_trainable
 from .sft_internals import config_from
 from .trainer_card import ModelCardMixin
 
@@ -19,7 +29,7 @@ from .trainer_card import ModelCardMixin
 PARAMETER_GROUPS_FILE = "parameter_groups.json"
 
 
-class FrozenGroupsSFTTrainer(ModelCardMixin, SFTTrainer):
+class FrozenGroupsSFTTrainer(CheckpointMixin, ModelCardMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning of some groups of parameters: `SFTTrainer` with the others frozen before there
     is an optimizer, so that they get no gradient, no optimizer state and no weight decay.
@@ -27,10 +37,11 @@ class FrozenGroupsSFTTrainer(ModelCardMixin, SFTTrainer):
     Which parameters are trained is printed as a table when the trainer is made, kept in `group_table`, and saved with
     the model and with each checkpoint in `parameter_groups.json`, together with the SHA-256 of what is frozen.
 
-    Every argument of [`~trl.SFTTrainer`] works as it does there.
+    Every argument of [`~trl.SFTTrainer`] works as it does there. With a `peft_config` the adapters go to the linear
+    modules of the trainable groups; `target_modules` of its own that contradict the groups are refused.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model to be trained, as in [`~trl.SFTTrainer`].
         args ([`FrozenGroupsSFTConfig`] or [`~transformers.TrainingArguments`], *optional*):
             Configuration. The values of a plain `SFTConfig` or `TrainingArguments` are kept, and nothing is frozen.
@@ -40,7 +51,7 @@ class FrozenGroupsSFTTrainer(ModelCardMixin, SFTTrainer):
     Raises:
         ValueError: If the groups cannot be frozen in this model (see
         [`~trl_selfdistill.parameter_groups.freeze_groups`]),
-            with groups and PEFT together, or if an optimizer holds frozen parameters.
+            if adapters would train frozen groups, or if an optimizer holds frozen parameters.
 
     Example:
 
@@ -73,12 +84,16 @@ class FrozenGroupsSFTTrainer(ModelCardMixin, SFTTrainer):
         self._frozen_check = None
         if option is None:
             super().__init__(model, args, *positional, **kwargs)
+            keep_trainable(self.model)
             return
-        if kwargs.get("peft_config") is not None or _has_adapter(model):
-            self._refuse_peft(option)
-        super().__init__(model, args, *positional, **kwargs)
-        if _has_adapter(self.model):  # `peft_config` was given by position
-            self._refuse_peft(option)
+        # By name, so that `peft_config` is found wherever it was given
+        kwargs |= dict(zip(list(inspect.signature(SFTTrainer.__init__).parameters)[3:], positional, strict=False))
+        if kwargs.get("peft_config") is not None and not _has_adapter(model):
+            kwargs["peft_config"] = self._restrict_peft_config(kwargs["peft_config"], model, args, option, specs)
+        super().__init__(model, args, **kwargs)
+        keep_trainable(self.model)
+        if _has_adapter(self.model):
+            refuse_adapters_elsewhere(self.model, option, specs)
         # After `SFTTrainer.__init__`, which may load the model, and resize the embeddings for a new chat template:
         # that makes new parameters, which are trainable. Before the optimizer, which Trainer makes when training
         # starts.
@@ -90,12 +105,13 @@ class FrozenGroupsSFTTrainer(ModelCardMixin, SFTTrainer):
             self._frozen_check = _FrozenCheck()
             self.add_callback(self._frozen_check)
 
-    def _refuse_peft(self, option: str) -> None:
-        raise ValueError(
-            f"`{option}` cannot be combined with `peft_config` or a PEFT model: an adapter trains new parameters and "
-            "freezes the model's own. Choose the modules that get an adapter with the PEFT config's `target_modules`, "
-            f"and leave `{option}` unset."
-        )
+    @staticmethod
+    def _restrict_peft_config(config, model: str | PreTrainedModel, args, option: str, specs: list[GroupSpec]):
+        if isinstance(model, str):  # the names of its modules are enough: `SFTTrainer` loads it
+            given = args.model_init_kwargs or {}
+            kwargs = {name: given[name] for name in ("revision", "token", "cache_dir") if name in given}
+            model = skeleton(model, trust_remote_code=args.trust_remote_code, **kwargs)
+        return restrict_peft_config(config, model, option, specs)
 
     def _refuse_frozen_in_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Optimizers with momentum or decoupled weight decay of their own may move parameters that get no gradient."""
@@ -125,15 +141,14 @@ class FrozenGroupsSFTTrainer(ModelCardMixin, SFTTrainer):
         self._refuse_frozen_in_optimizer(optimizer)
         return optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if self.group_table is not None and resume_from_checkpoint:
-            self._compare_with_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        super().check_checkpoint(checkpoint)
+        if self.group_table is not None:
+            self._compare_with_checkpoint(checkpoint)
 
-    def _compare_with_checkpoint(self, checkpoint: str | bool) -> None:
+    def _compare_with_checkpoint(self, folder: Path) -> None:
         """The state of the optimizer is stored by position: with other groups it would go to other parameters."""
-        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        file = Path(folder or "") / PARAMETER_GROUPS_FILE
+        file = folder / PARAMETER_GROUPS_FILE
         if not file.is_file():  # a checkpoint of `SFTTrainer`, or none: Trainer says what is wrong with it
             return
         saved = json.loads(file.read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
-from .checkpoints import CheckpointMixin
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import DistillationTargets, add_distillation_forward, base_causal_lm, config_from, frozen_copy
@@ -18,7 +17,7 @@ from .teacher_snapshot import TeacherSnapshotCallback
 from .unsupported import refuse_joined_sequences, refuse_settings
 
 
-class SelfDistillSFTTrainer(CheckpointMixin, FrozenGroupsSFTTrainer):
+class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     """
     Trainer for supervised fine-tuning that does not make the model forget: `SFTTrainer` with the loss
     `CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, where the teacher is a frozen snapshot of the model.

@@ -99,7 +99,8 @@ def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
         # A teacher that was handed over as an instance, or else the model itself
         model = trainer.teacher_model if trainer.teacher_model is not None else trainer.model
         config = base_causal_lm(trainer.accelerator.unwrap_model(model)).config
-        identity = f"{_shown(get_config_model_id(config))}, frozen when training started"
+        adapter = " with the student's first adapter" if getattr(trainer.teacher, "adapter_name", None) else ""
+        identity = f"{_shown(get_config_model_id(config))}{adapter}, frozen when training started"
     else:
         identity = f"{_shown(args.teacher_model_name_or_path)}, revision {args.teacher_model_revision or 'main'}"
     return {"identity": identity, "sha256": trainer.teacher.sha256 if trainer.teacher else "not taken yet"}

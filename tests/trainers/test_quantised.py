@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QLoRA: an NF4 base, which both the student and its teacher use, and which training leaves bit for bit as it was."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from sft_runs import logs, train, trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+pytest.importorskip("bitsandbytes")
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def quantised(folder):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**NF4), dtype=torch.float32, device_map={"": "cpu"}
+    )
+
+
+def base_bytes(model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+
+
+@pytest.mark.parametrize("start", ["fresh", "trained", "trained DoRA", "groups"])
+def test_a_quantised_run_trains_the_adapter_and_leaves_the_base(tmp_path, model_dir, start):
+    torch.manual_seed(0)
+    model, extra, options = quantised(model_dir), {}, {}
+    if start.startswith("trained"):
+        lora = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, use_dora="DoRA" in start)
+        model = get_peft_model(model, lora)
+    else:
+        extra = dict(peft_config=LoraConfig(r=4, target_modules=None if start == "groups" else ["q_proj"]))
+        options = dict(trainable_groups=["attention"]) if start == "groups" else {}
+    run = trainer(tmp_path, model, extra, learning_rate=0.3, **options)
+    before = base_bytes(run.model)
+    adapter = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+    assert run.teacher_model is None and sum(p.dtype == torch.uint8 for p in before.values()) == 14
+    run.train()
+    assert logs(run)[0]["kl_loss"] < 1e-6 < logs(run)[1]["kl_loss"]
+    after = base_bytes(run.model)
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
+    assert all(not torch.equal(p, adapter[n]) for n, p in run.model.named_parameters() if n in adapter)
+
+
+def test_evaluation_does_not_end_the_training_of_a_quantised_model(tmp_path, model_dir):
+    """bitsandbytes repacks weights in evaluation mode on some CPUs, and adapters would get no gradient after that."""
+    settings = dict(learning_rate=0.02, max_steps=3)
+    extra = dict(peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
+    plain = train(tmp_path, quantised(model_dir), extra, **settings)
+    run = trainer(tmp_path, quantised(model_dir), extra, **settings)
+    run.evaluate(run.train_dataset)
+    run.train()
+    ours = [row["grad_norm"] for row in logs(run) if "grad_norm" in row]
+    assert ours == pytest.approx([row["grad_norm"] for row in logs(plain) if "grad_norm" in row])
