@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Times steps of `SelfDistillSFTTrainer` against `SFTTrainer` on the same batches, in alternating short runs.
+Times steps of `SelfDistillSFTTrainer`, with a teacher in memory and with its answers on disk, against `SFTTrainer` on
+the same batches, in alternating short runs.
 
     python scripts/benchmark_training_step.py --model_name_or_path outputs/quickstart/model
 
-A step of SFT is one forward and two forwards' worth of backward; the teacher adds one forward, so 4/3 is the limit of
-the ratio without the optimizer.
+A step of SFT is one forward and two forwards' worth of backward; a teacher in memory adds one forward, so 4/3 is the
+limit of its ratio without the optimizer. Answers on disk add the product of the head and nothing else.
 """
 
 import argparse
@@ -57,15 +58,15 @@ def make_dataset(workload: str, num_batches: int, vocab_size: int) -> Dataset:
     return Dataset.from_dict({"input_ids": input_ids, "completion_mask": [mask] * len(input_ids)})
 
 
-def run(trainer_class, config_class, args, workload: str, folder: str, **options) -> StepTimes:
+def run(trainer_class, config_class, args, folder: str, **options) -> StepTimes:
     """One short training, from the same weights on the same batches each time."""
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     config = config_class(
-        folder, max_steps=args.steps + WARMUP_STEPS, per_device_train_batch_size=WORKLOADS[workload][0],
+        folder, max_steps=args.steps + WARMUP_STEPS, per_device_train_batch_size=WORKLOADS[args.workload][0],
         bf16=args.bf16, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to="none",
         save_strategy="no", disable_tqdm=True, completion_only_loss=True, **options,
     )  # fmt: skip
-    dataset = make_dataset(workload, args.steps + WARMUP_STEPS, model.config.vocab_size)
+    dataset = make_dataset(args.workload, args.steps + WARMUP_STEPS, model.config.vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     times = StepTimes()
     trainer_class(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[times]).train()
@@ -81,27 +82,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turns")
     args = parser.parse_args()
     arms = {
-        "SFTTrainer": (SFTTrainer, SFTConfig),
-        "SelfDistillSFTTrainer": (SelfDistillSFTTrainer, SelfDistillSFTConfig),
+        "SFTTrainer": (SFTTrainer, SFTConfig, {}),
+        "SelfDistillSFTTrainer": (SelfDistillSFTTrainer, SelfDistillSFTConfig, {}),
+        "precompute_teacher": (SelfDistillSFTTrainer, SelfDistillSFTConfig, dict(precompute_teacher=True)),
     }
     parts = {name: {"forward + backward": [], "whole step": []} for name in arms}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         for _ in range(args.rounds):
-            for name, classes in arms.items():
-                times = run(*classes, args, args.workload, folder)
+            for name, (trainer_class, config_class, options) in arms.items():
+                where = dict(teacher_cache_dir=cache) if options else {}
+                times = run(trainer_class, config_class, args, folder, **options, **where)
                 parts[name]["forward + backward"] += times.forward_backward[WARMUP_STEPS:]
                 parts[name]["whole step"] += times.whole[WARMUP_STEPS:]
     rows, length, num_labels = WORKLOADS[args.workload]
     print(f"{args.workload}: {rows} x {length} tokens, {num_labels} labels a row; bf16 {args.bf16}; "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms, median [quartiles]")  # fmt: skip
-    print("| part | SFTTrainer | SelfDistillSFTTrainer | ratio |\n|---|---|---|---|")
+    print(f"| part | {' | '.join(arms)} | ratios to SFTTrainer |\n|---|---|---|---|---|")
     for part in ("forward + backward", "whole step"):
-        medians = [statistics.median(parts[name][part]) for name in arms]
+        medians = {name: statistics.median(parts[name][part]) for name in arms}
         cells = []
-        for name, median in zip(arms, medians, strict=True):
+        for name, median in medians.items():
             low, _, high = statistics.quantiles(parts[name][part], n=4)
             cells.append(f"{median * 1e3:.0f} [{low * 1e3:.0f}, {high * 1e3:.0f}]")
-        print(f"| {part} | {' | '.join(cells)} | {medians[1] / medians[0]:.2f} |")
+        ratios = ", ".join(f"{median / medians['SFTTrainer']:.2f}" for median in list(medians.values())[1:])
+        print(f"| {part} | {' | '.join(cells)} | {ratios} |")
 
 
 if __name__ == "__main__":

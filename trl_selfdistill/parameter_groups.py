@@ -247,15 +247,15 @@ def _refuse_unassigned(model: PreTrainedModel, names: list[str]) -> None:
         )
 
 
-def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
+def hash_parameters(model: PreTrainedModel, frozen_only: bool = True) -> dict[str, dict[str, str]]:
     """
-    SHA-256 of each frozen parameter (its dtype, shape and bytes), as `{group: {name: hash}}`.
+    SHA-256 of each frozen parameter, or of each at all (its dtype, shape and bytes), as `{group: {name: hash}}`.
 
     Under FSDP and DeepSpeed ZeRO-3 these are the shards of this process: comparable within a run, not with a file.
     """
     hashes: dict[str, dict[str, str]] = {}
     for parameter, names in named_tensors(model):
-        if not parameter.requires_grad:
+        if not (frozen_only and parameter.requires_grad):
             hashes.setdefault(group_of(names) or "unassigned", {})[names[0].name] = _sha256(parameter)
     return hashes
 

@@ -35,6 +35,8 @@ RUNS = {
     "a process without labels": dict(kl_weight=2.0, max_steps=4, gradient_accumulation_steps=1),
     "frozen groups": dict(kl_weight=2.0, trainable_groups=["attention"]),
     "an adapter": dict(kl_weight=2.0),
+    "a cache": dict(kl_weight=2.0, precompute_teacher=True, teacher_cache_dtype="float32"),
+    "a cache, a process without labels": dict(kl_weight=2.0, precompute_teacher=True, teacher_cache_dtype="float32"),
 }
 
 
@@ -51,6 +53,8 @@ def run_all(folder: Path, batch_size: int) -> None:
             arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
         settings = dict(per_device_train_batch_size=batch_size, optim="sgd", learning_rate=0.5)
         settings |= dict(gradient_accumulation_steps=2, max_steps=2, max_grad_norm=0.0)
+        if "cache" in name:
+            settings["teacher_cache_dir"] = str(folder / name / "cache")
         run = train(folder / name, architecture("llama"), arguments, **settings | options)
         run.save_model()
         if run.is_world_process_zero():
@@ -78,6 +82,18 @@ def test_two_processes_are_one_with_twice_the_batch(folders, name):
     for row, expected in zip(together[:-1], alone[:-1], strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert alone[1]["kl_loss"] >= 0
+
+
+def test_two_processes_write_the_cache_of_one(folders):
+    alone, together = (sorted((folder / "a cache" / "cache").rglob("*.*")) for folder in folders)
+    assert len(alone) == len(together) > 5 and [file.name for file in alone] == [file.name for file in together]
+    for one, two in zip(alone, together, strict=True):
+        if one.name == "cache.json":
+            assert one.read_bytes() == two.read_bytes()
+        else:
+            one, two = load_file(one), load_file(two)
+            for key in one:  # one row a batch or two, which changes the last bits
+                torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-6)
 
 
 if __name__ == "__main__":

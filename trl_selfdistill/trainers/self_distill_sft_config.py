@@ -8,6 +8,9 @@ from typing import Any
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig
 
 
+CACHE_DTYPES = ("bfloat16", "float32")
+
+
 @dataclass
 class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     # docstyle-ignore
@@ -45,6 +48,16 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             PEFT, FSDP or DeepSpeed train stage 1 by itself.
         teacher_snapshot_epochs (`float`, *optional*):
             The same in epochs: `1.0` is the paper's single run, one epoch of format learning before the snapshot.
+        precompute_teacher (`bool`, *optional*, defaults to `False`):
+            Run the teacher once over the tokenised datasets before training, keep its last hidden states at the label
+            positions on disk and its LM head in memory, and drop the rest of it. The KL stays that over the whole
+            vocabulary, and no step pays for a forward of the teacher. Not for streams and snapshots.
+        teacher_cache_dir (`str`, *optional*):
+            Where these hidden states go, in a folder named after the teacher's weights and the data; other runs with
+            the same use them too. Defaults to `trl_selfdistill/teacher_cache` in `HF_HOME`. Not inside `output_dir`,
+            which is pushed to the Hub.
+        teacher_cache_dtype (`str`, *optional*, defaults to `bfloat16`):
+            `"bfloat16"` (2 bytes a number, rounded to 8 bits of precision) or `"float32"` (4 bytes, as computed).
 
     > [!NOTE]
     > The defaults of all inherited parameters are those of [`~trl.SFTConfig`].
@@ -86,6 +99,20 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."},
     )
 
+    precompute_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the teacher once over the datasets before training, keep its hidden states on disk, drop it."
+        },
+    )
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the teacher's hidden states. Defaults to one in `HF_HOME`."},
+    )
+    teacher_cache_dtype: str = field(
+        default="bfloat16", metadata={"help": "What they are stored in: `bfloat16` or `float32`."}
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if not (math.isfinite(self.kl_weight) and self.kl_weight >= 0):
@@ -110,4 +137,24 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             raise ValueError(
                 f"Set `teacher_snapshot_steps` (got {self.teacher_snapshot_steps}) or `teacher_snapshot_epochs` (got "
                 f"{self.teacher_snapshot_epochs}), not both."
+            )
+        self._check_cache_settings()
+
+    def _check_cache_settings(self) -> None:
+        if self.teacher_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"`teacher_cache_dtype` must be one of {', '.join(CACHE_DTYPES)}, got {self.teacher_cache_dtype!r}."
+            )
+        if not self.precompute_teacher:
+            if self.teacher_cache_dir is not None:
+                raise ValueError(
+                    f"`teacher_cache_dir={self.teacher_cache_dir!r}` says where `precompute_teacher=True` keeps the "
+                    "teacher's hidden states, and `precompute_teacher` is not set. Set both or neither."
+                )
+            return
+        if self.teacher_snapshot_steps is not None or self.teacher_snapshot_epochs is not None:
+            raise ValueError(
+                "`precompute_teacher=True` runs the teacher before training, and `teacher_snapshot_steps` and "
+                "`teacher_snapshot_epochs` make it in the middle. Train stage 1 by itself and start this run from its "
+                "model, or leave `precompute_teacher` unset."
             )

@@ -10,9 +10,11 @@ from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import DistillationTargets, add_distillation_forward, base_causal_lm, config_from, frozen_copy
-from .teacher import ModelTeacher, Teacher
+from .teacher import ModelTeacher, Teacher, UntrainedStudent
 from .teacher_loading import load_teacher
+from .teacher_precomputation import precompute_teacher
 from .teacher_record import TEACHER_FOLDER, check_teacher_record, write_teacher_record
+from .teacher_rows import TEACHER_ROW
 from .teacher_snapshot import TeacherSnapshotCallback
 from .unsupported import refuse_joined_sequences, refuse_settings
 
@@ -103,6 +105,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             self.set_teacher(load_teacher(given, self.model, self._tokenizer, args))
         refuse_joined_sequences(self, self.teacher_model)
         add_distillation_forward(base_causal_lm(self.model))
+        if args.precompute_teacher:
+            precompute_teacher(self)
 
     def _refuse_what_has_no_kl(self) -> None:
         plugin = self.args.deepspeed_plugin
@@ -126,8 +130,15 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         """Makes the student as it is now the teacher: its adapter, if it has one of which a model can hold two."""
         if fits_adapter_teacher(self.model):
             self.teacher = AdapterTeacher(self.model, self.accelerator)
+        elif self.args.precompute_teacher and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.teacher = UntrainedStudent(self.model)
         else:
             self.set_teacher(frozen_copy(self.accelerator.unwrap_model(self.model)))
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if TEACHER_ROW not in self._signature_columns:
+            self._signature_columns.append(TEACHER_ROW)
 
     @property
     def teacher_model(self) -> PreTrainedModel | None:
@@ -160,17 +171,18 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         # What SFTTrainer computes otherwise than by one pass of the fused head keeps its own loss, to which the KL is
         # added
         own_ce = self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
+        mode = "train" if self.model.training else "eval"
+        inputs["use_cache"] = False
+        teacher = self.teacher.targets(model, inputs)
         sft_loss, outputs = 0.0, None
         if own_ce:
             sft_loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             sft_loss, outputs = sft_loss if return_outputs else (sft_loss, None)
 
-        mode = "train" if self.model.training else "eval"
-        inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         targets = DistillationTargets(
-            self.teacher.targets(model, inputs),
+            teacher,
             ce_weight=0.0 if own_ce else 1.0,
             kl_weight=self.args.kl_weight,
             temperature=self.args.temperature,

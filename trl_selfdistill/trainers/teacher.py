@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel
 
+from ..generation import evaluation_mode
 from ..losses import LMHead, ModelSide
 from ..parameter_groups import digest_groups, hash_parameters
 from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of, prepare_deepspeed, prepare_fsdp
@@ -72,6 +73,23 @@ class ModelTeacher(Teacher):
         return ModelSide(hidden_states, lm_head_of(base_causal_lm(self._accelerator.unwrap_model(self.model))))
 
 
+class UntrainedStudent(Teacher):
+    """
+    The student until its first step: what a copy of it would answer, without the copy. For answers in advance only.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.sha256 = hash_model(model)
+
+    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
+        with torch.no_grad(), evaluation_mode(student):
+            hidden_states = student(**inputs, distillation="hidden_states")
+        return ModelSide(hidden_states, lm_head_of(base_causal_lm(student)).map_tensors(torch.Tensor.detach))
+
+
 def refuse_empty_ranks(accelerator: Accelerator) -> None:
     """
     Raises:
@@ -86,6 +104,7 @@ def refuse_empty_ranks(accelerator: Accelerator) -> None:
 
 
 def hash_model(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a frozen model's parameters (about a second for 1 GB)."""
-    hashes = {f"{group} {name}": h for group, names in hash_parameters(model).items() for name, h in names.items()}
+    """SHA-256 over the names, dtypes, shapes and bytes of a model's parameters (about a second for 1 GB)."""
+    groups = hash_parameters(model, frozen_only=False)
+    hashes = {f"{group} {name}": h for group, names in groups.items() for name, h in names.items()}
     return digest_groups({"teacher": hashes})["teacher"]
