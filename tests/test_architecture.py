@@ -26,11 +26,11 @@ LAYERS = [
     ({"losses"}, {"transformers", "trl", "datasets", "accelerate", "triton"}),
     ({"model_structure", "parameter_groups"}, {"trl", "datasets"}),
     ({"facts", "fact_files", "geonames", "country_names", "currency_names", "invented_facts"}, HEAVY),
-    ({"generation", "answer_scoring"}, {"trl", "datasets"}),
+    ({"process_sharding", "generation", "answer_scoring", "subject_tokens", "prompt_states", "drift"}, {"trl", "datasets"}),
     ({"exemplars", "progress_file", "slick", "training_mix"}, {"trl"}),
     ({"environment", "hub_metadata", "model_card"}, {"transformers", "trl", "datasets", "accelerate"}),
     ({"trainers"}, set()),
-    ({"stage", "models", "fact_accuracy", "forgetting", "hallucination_callback"}, {"trl"}),
+    ({"stage", "models", "callback_logging", "fact_accuracy", "forgetting", "hallucination_callback", "drift_probe"}, {"trl"}),
     (
         {
             "training_stage", "report", "study_card", "study_arguments", "study", "dataset_training", "dataset_card",
@@ -48,6 +48,8 @@ FORBIDDEN = {
     "facts": {"losses", "parameter_groups", "model_structure"},
     "generation": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
     "answer_scoring": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
+    "prompt_states": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
+    "drift": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
     "slick": {"losses", "parameter_groups"},
     "training_mix": {"losses", "parameter_groups"},
     "trainers": {"facts", "fact_files", "prompts", "slick", "exemplars", "training_mix", "exact_match"},

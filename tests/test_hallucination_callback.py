@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
-from two_processes import run_in_two_processes
+from two_processes import leave_processes, run_in_two_processes
 
 from trl_selfdistill import HallucinationEvalCallback
 from trl_selfdistill.generation import predict_answers
@@ -91,6 +91,14 @@ def test_it_changes_nothing_in_the_training_and_costs_nothing_without_sets(finis
         assert torch.equal(one, other)
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (finished, off)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_the_training_loss_of_each_epoch_is_still_logged(tmp_path):
+    """A log of the callback's own takes back the order for the trainer's, if it is not given again."""
+    with_callback, off = (
+        run(tmp_path / str(i), sets, logging_strategy="epoch") for i, sets in enumerate(({"heldout": HELDOUT}, {}))
+    )
+    assert values(with_callback, "loss") == values(off, "loss") and len(values(off, "loss")) == 3
 
 
 @pytest.mark.parametrize("eval_dataset", [TRAIN, {"one": TRAIN, "two": TRAIN}], ids=["one dataset", "a dict"])
@@ -192,3 +200,4 @@ def test_sharded_weights_answer_as_whole_ones(two_processes):
 
 if __name__ == "__main__":
     run_on_two_processes(Path(sys.argv[1]))
+    leave_processes()

@@ -7,9 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
+
 
 def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 200, **environment: object) -> None:
-    """Starts `program` with `arguments` twice, one thread each, and waits for both to succeed."""
+    """
+    Starts `program` with `arguments` twice, one thread each, and waits for both to succeed.
+
+    The program ends with `leave_processes`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,3 +38,10 @@ def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 
     finally:
         for process in processes:
             process.kill()
+
+
+def leave_processes() -> None:
+    """Ends the connection once both are done: gloo's threads may outlive the interpreter, which then aborts."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 _EXPORTS = {
     "CEKLOutput": "losses",
+    "DriftProbeCallback": "drift_probe",
     "FrozenGroupsSFTConfig": "trainers",
     "FrozenGroupsSFTTrainer": "trainers",
     "HallucinationEvalCallback": "hallucination_callback",

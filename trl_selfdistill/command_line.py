@@ -5,6 +5,8 @@ import argparse
 import logging
 from collections.abc import Callable, Iterable
 
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
 from trl import TrlParser
 
@@ -64,7 +66,10 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
     parser = build_parser(dataclass_types, description)
     arguments = parser.parse_args_and_config()
+    # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:
         main(*arguments)
+        state.destroy_process_group()  # its threads may outlive the interpreter, which then aborts
     except KeyboardInterrupt:
         parser.exit(130, "\nInterrupted. What is done stays: run the same command again to go on.\n")

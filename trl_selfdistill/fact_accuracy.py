@@ -8,16 +8,26 @@ it, is the argmax (see `answer_scoring`).
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .answer_scoring import score_answers
+from .callback_logging import log_beside_training
 from .exact_match import exact_match
-from .generation import evaluation_mode, predict_answers
+from .generation import predict_answers
+from .process_sharding import map_in_parallel, on_main_process
 from .prompts import question_prompt
+
+
+# Facts, in batches, that are asked together, by one of the processes where there are several
+_CHUNK_BATCHES = 4
 
 
 class AccuracyRecord(NamedTuple):
@@ -41,23 +51,57 @@ class AccuracyRecord(NamedTuple):
 
 
 def answered_correctly(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Dataset, batch_size: int = 64
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Dataset,
+    batch_size: int = 64,
+    in_parallel: bool = False,
+    progress: bool = False,
 ) -> dict[str, bool]:
     """
     Asks `model` every fact's question without exemplars.
 
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to ask.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        facts (`Dataset`): The facts.
+        batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
+        in_parallel (`bool`, *optional*, defaults to `False`):
+            Whether each process of a distributed launch asks a share; all get the same result. Then it is a
+            collective, and each process needs the whole model.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+
     Returns:
         `dict[str, bool]`: `fact_id` -> whether greedy decoding gives the answer or an alias of it, and ends there.
     """
-    scores = score_answers(
-        model,
-        tokenizer,
-        [question_prompt(question) for question in facts["question"]],
-        [[answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True)],
-        greedy_only=True,
-        batch_size=batch_size,
-    )
-    return {fact_id: score.is_greedy for fact_id, score in zip(facts["fact_id"], scores, strict=True)}
+
+    def ask(chunk: Dataset) -> list[bool]:
+        prompts = [question_prompt(question) for question in chunk["question"]]
+        scores = score_answers(model, tokenizer, prompts, _accepted(chunk), greedy_only=True, batch_size=batch_size)
+        return [score.is_greedy for score in scores]
+
+    outcomes = _ask_in_chunks(ask, facts, batch_size, in_parallel, progress)
+    return dict(zip(facts["fact_id"], outcomes, strict=True))
+
+
+def _accepted(facts: Dataset) -> list[list[str]]:
+    return [[answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True)]
+
+
+def _ask_in_chunks(ask: Callable, facts: Dataset, batch_size: int, in_parallel: bool, progress: bool) -> list:
+    """What `ask` makes of the facts. The chunks, and so the batches, do not depend on the number of processes."""
+    size = _CHUNK_BATCHES * batch_size
+    chunks = [facts.select(range(begin, min(begin + size, len(facts)))) for begin in range(0, len(facts), size)]
+    num_processes = PartialState().num_processes if in_parallel else 1
+    hidden = not (progress and PartialState().is_main_process)
+    results = []
+    with tqdm(total=len(facts), desc="predict", unit="question", disable=hidden) as bar:
+        for begin in range(0, len(chunks), num_processes):
+            together = chunks[begin : begin + num_processes]
+            for outcomes in map_in_parallel(ask, together) if in_parallel else map(ask, together):
+                results.extend(outcomes)
+                bar.update(len(outcomes))
+    return results
 
 
 def predict_facts(
@@ -70,7 +114,8 @@ def predict_facts(
     max_new_tokens: int = 32,
 ) -> list[dict]:
     """
-    Asks `model` every fact's question without exemplars, greedily.
+    Asks `model` every fact's question without exemplars, greedily. A collective: in a distributed launch each process,
+    with the whole model, asks a share of the facts.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model.
@@ -86,14 +131,17 @@ def predict_facts(
         `list[dict]`: For each fact `fact_id`, `prediction` (`None` for `"score"`) and `correct`.
     """
     if method == "score":
-        outcomes = answered_correctly(model, tokenizer, facts, batch_size).values()
         predictions = [None] * len(facts)
+        outcomes = answered_correctly(model, tokenizer, facts, batch_size, in_parallel=True, progress=True).values()
     else:
-        prompts = [question_prompt(question) for question in facts["question"]]
-        settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": True}
-        predictions = [answer for [answer] in predict_answers(model, tokenizer, prompts, **settings)]
-        accepted = ([answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True))
-        outcomes = [exact_match(*pair) for pair in zip(predictions, accepted, strict=True)]
+        settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+
+        def ask(chunk: Dataset) -> list[str]:
+            prompts = [question_prompt(question) for question in chunk["question"]]
+            return [answer for [answer] in predict_answers(model, tokenizer, prompts, **settings)]
+
+        predictions = _ask_in_chunks(ask, facts, batch_size, in_parallel=True, progress=True)
+        outcomes = [exact_match(*pair) for pair in zip(predictions, _accepted(facts), strict=True)]
     return [
         {"fact_id": fact_id, "prediction": prediction, "correct": correct}
         for fact_id, prediction, correct in zip(facts["fact_id"], predictions, outcomes, strict=True)
@@ -125,8 +173,8 @@ class FactAccuracyCallback(TrainerCallback):
     Evaluates sets of facts at the end of every epoch, logs `eval_<set>_accuracy` to the trainer's reporters and adds
     an [`AccuracyRecord`] to a JSONL file.
 
-    Under a distributed launch every process evaluates (a sharded model's forward is a collective); the main one
-    writes.
+    Under DDP each process asks a share of the facts; where the weights are sharded (FSDP, DeepSpeed), every process
+    asks all, as a forward pass is a collective there. The main process writes.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -147,31 +195,35 @@ class FactAccuracyCallback(TrainerCallback):
         self.batch_size = batch_size
 
     def on_train_begin(self, args, state, control, **kwargs):
-        records = read_records(self.path) if self.path.is_file() else []
-        records = [record for record in records if record.step <= state.global_step]
-        if state.is_world_process_zero:
-            write_records(self.path, records)
         # A resumed run has its first evaluation on file, and a checkpoint's step need not be the end of an epoch
-        if state.global_step == 0 and not records:
+        if on_main_process(lambda: self._drop_records_after(state.global_step)) == 0 and state.global_step == 0:
             self._evaluate(state)
+
+    def _drop_records_after(self, step: int) -> int:
+        """Drops the records of steps that are done again, and returns how many are left."""
+        records = read_records(self.path) if self.path.is_file() else []
+        records = [record for record in records if record.step <= step]
+        write_records(self.path, records)
+        return len(records)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._evaluate(state)
 
     def _evaluate(self, state) -> None:
         tokenizer = self.trainer.processing_class
+        sharded = self.trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         # One autocast around all forward passes: each by itself would cast all of the weights anew
         with self.trainer.accelerator.autocast():
             correct = {
-                name: answered_correctly(self.trainer.model, tokenizer, facts, self.batch_size)
+                name: answered_correctly(
+                    self.trainer.model, tokenizer, facts, self.batch_size, in_parallel=not sharded
+                )
                 for name, facts in self.fact_sets.items()
             }
         record = AccuracyRecord(state.global_step, round(state.epoch or 0.0, 6), correct)
         if state.is_world_process_zero:
             write_records(self.path, [*read_records(self.path), record])
-        # In evaluation mode the SFT trainers' `log` leaves the pending training metrics alone
-        with evaluation_mode(self.trainer.model):
-            self.trainer.log({f"eval_{name}_accuracy": record.accuracy(name) for name in correct})
+        log_beside_training(self.trainer, {f"eval_{name}_accuracy": record.accuracy(name) for name in correct})
 
 
 def write_records(path: str | os.PathLike, records: list[AccuracyRecord]) -> None:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .answer_outcome import AnswerJudge
-from .generation import evaluation_mode, predict_answers
+from .callback_logging import log_beside_training
+from .generation import predict_answers
 from .hallucination import RATES, score_hallucinations
 from .prompts import question_prompt
 
@@ -146,9 +147,7 @@ class HallucinationEvalCallback(TrainerCallback):
             accuracy = f"eval_{name}_accuracy"
             peak = max([metrics[accuracy], *(log[accuracy] for log in state.log_history if accuracy in log)])
             metrics[f"eval_{name}_forgetting"] = peak - metrics[accuracy]
-        # In evaluation mode the SFT trainers' `log` leaves the pending training metrics alone
-        with evaluation_mode(self.trainer.model):
-            self.trainer.log(dict(metrics))
+        log_beside_training(self.trainer, metrics)
         return metrics
 
     def _scores(self, rows: Dataset) -> dict[str, float]:

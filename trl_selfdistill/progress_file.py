@@ -9,12 +9,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
+from .process_sharding import on_main_process
+
 
 class ProgressFile:
     """
     The results of the units finished so far: those in the file, then those added by [`~ProgressFile.append`].
 
-    A last line that was cut off (the run was killed while it wrote) is dropped from the file.
+    A last line that was cut off (the run was killed while it wrote) is dropped from the file. In a distributed launch
+    every process makes one; the main process alone reads and writes the file.
 
     Args:
         path (`str` or `os.PathLike`, *optional*):
@@ -31,36 +36,44 @@ class ProgressFile:
 
     def __init__(self, path: str | os.PathLike | None, identity: dict[str, Any]):
         self.results: dict[str, Any] = {}
-        self._path = None if path is None else Path(path)
-        if self._path is None:
+        self._path = None
+        if path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        whole, newline, cut_off = (self._path.read_bytes() if self._path.exists() else b"").rpartition(b"\n")
-        if cut_off:
-            os.truncate(self._path, len(whole + newline))
-        if not newline:
-            self._write({"identity": identity})
-            return
-        try:
-            header, *lines = [json.loads(line) for line in whole.split(b"\n")]
-            found = header["identity"]
-            self.results = {line["unit"]: line["result"] for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path} is not a progress file ({error!r}); delete it or name another") from error
-        identity = json.loads(json.dumps(identity))  # as it comes back from a file: no tuples
-        differing = sorted(key for key in {*identity, *found} if identity.get(key) != found.get(key))
-        if differing:
-            changes = ", ".join(f"{key} (there {found.get(key)!r}, now {identity.get(key)!r})" for key in differing)
-            raise ValueError(f"{self._path} holds other work, with another {changes}; delete it or name another file")
+        self.results = on_main_process(lambda: self._read(Path(path), identity))
+        if PartialState().is_main_process:
+            self._path = Path(path)
 
     def append(self, unit: str, result: Any) -> None:
         """Adds the result of a unit; it is on the disk when this returns."""
         self.results[unit] = result
         if self._path is not None:
-            self._write({"unit": unit, "result": result})
+            _write(self._path, {"unit": unit, "result": result})
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    @staticmethod
+    def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole, newline, cut_off = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+        if cut_off:
+            os.truncate(path, len(whole + newline))
+        if not newline:
+            _write(path, {"identity": identity})
+            return {}
+        try:
+            header, *lines = [json.loads(line) for line in whole.split(b"\n")]
+            found = header["identity"]
+            results = {line["unit"]: line["result"] for line in lines}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a progress file ({error!r}); delete it or name another") from error
+        identity = json.loads(json.dumps(identity))  # as it comes back from a file: no tuples
+        differing = sorted(key for key in {*identity, *found} if identity.get(key) != found.get(key))
+        if differing:
+            changes = ", ".join(f"{key} (there {found.get(key)!r}, now {identity.get(key)!r})" for key in differing)
+            raise ValueError(f"{path} holds other work, with another {changes}; delete it or name another file")
+        return results
+
+
+def _write(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

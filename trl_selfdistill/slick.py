@@ -12,8 +12,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from .answer_scoring import score_answers
 from .exact_match import exact_match
 from .exemplars import reserve_exemplars
 from .generation import predict_answers
+from .process_sharding import map_in_parallel
 from .progress_file import ProgressFile
 from .prompts import answer_completion, few_shot_prompt
 
@@ -114,6 +116,15 @@ PRESETS = {
 }
 
 
+class _Unit(NamedTuple):
+    """Some of the work: one prompt of a relation, and the rows of some of its facts."""
+
+    name: str
+    relation: str
+    prompt: int
+    rows: list[int]
+
+
 def annotate_facts(
     facts: Dataset,
     model: PreTrainedModel,
@@ -135,6 +146,9 @@ def annotate_facts(
 
     The facts that serve as exemplars ([`reserve_exemplars`]) are left out, so that no fact is asked with its own
     answer in the prompt and nothing that was in a prompt is trained or evaluated on.
+
+    In a distributed launch it is a collective: each process, with the whole model, asks a share of the facts, and all
+    get the table that one process would.
 
     Args:
         facts (`Dataset`):
@@ -175,19 +189,28 @@ def annotate_facts(
     max_new_tokens = _max_new_tokens(tokenizer, accepted)
     work = ProgressFile(progress_file, _identity(facts, model, settings, batch_size))
     outcomes: list[list[tuple[bool, float]]] = [[] for _ in accepted]  # of each fact: (greedy, sampled) of each prompt
+
+    def ask(unit: _Unit) -> list:
+        prompts = [few_shot_prompt(questions[row], exemplars[unit.relation][unit.prompt]) for row in unit.rows]
+        forms = [accepted[row] for row in unit.rows]
+        return _ask(model, tokenizer, prompts, forms, settings, batch_size, max_new_tokens, unit.name)
+
     units = list(_units(relations, settings))
+    missing = [unit for unit in units if unit.name not in work.results]
     # `initial`: what an earlier run did says nothing about the time left.
-    done = sum(len(rows) for unit, _, _, rows in units if unit in work.results)
     total = len(asked) * settings.num_prompts
-    with tqdm(total=total, initial=done, desc="SLiCK", unit="question", disable=not progress) as bar:
-        for unit, relation, prompt, rows in units:
-            if unit not in work.results:
-                prompts = [few_shot_prompt(questions[row], exemplars[relation][prompt]) for row in rows]
-                forms = [accepted[row] for row in rows]
-                work.append(unit, _ask(model, tokenizer, prompts, forms, settings, batch_size, max_new_tokens, unit))
-                bar.update(len(rows))
-            for row, answer in zip(rows, work.results[unit], strict=True):
-                outcomes[row].append(_judge(answer, accepted[row], settings.method))
+    done = total - sum(len(unit.rows) for unit in missing)
+    state = PartialState()
+    hidden = not (progress and state.is_main_process)
+    with tqdm(total=total, initial=done, desc="SLiCK", unit="question", disable=hidden) as bar:
+        for begin in range(0, len(missing), state.num_processes):  # one unit a process, then all are on the disk
+            together = missing[begin : begin + state.num_processes]
+            for unit, answers in zip(together, map_in_parallel(ask, together), strict=True):
+                work.append(unit.name, answers)
+                bar.update(len(unit.rows))
+    for unit in units:
+        for row, answer in zip(unit.rows, work.results[unit.name], strict=True):
+            outcomes[row].append(_judge(answer, accepted[row], settings.method))
     return _add_columns(asked, outcomes, settings, weakly_known_threshold)
 
 
@@ -215,14 +238,13 @@ def _resolve_settings(settings: SlickSettings | str) -> SlickSettings:
     return settings
 
 
-def _units(relations: Sequence[str], settings: SlickSettings) -> Iterator[tuple[str, str, int, list[int]]]:
-    """The work in units: a name, a relation, the number of one of its prompts, and the rows of some of its facts."""
+def _units(relations: Sequence[str], settings: SlickSettings) -> Iterator[_Unit]:
     size = _CHUNK_SIZE[settings.method]
     for relation in dict.fromkeys(relations):
         rows = [row for row, other in enumerate(relations) if other == relation]
         for prompt in range(settings.num_prompts):
             for begin in range(0, len(rows), size):
-                yield f"{relation}/{prompt}/{begin}", relation, prompt, rows[begin : begin + size]
+                yield _Unit(f"{relation}/{prompt}/{begin}", relation, prompt, rows[begin : begin + size])
 
 
 def _max_new_tokens(tokenizer: PreTrainedTokenizerBase, accepted: list[list[str]]) -> int:

@@ -50,7 +50,8 @@ def run_stage(
             Writes the result into the folder it is given. What it finds there is its own unfinished work, by the same
             arguments and inputs.
         every_process (`bool`, *optional*, defaults to `False`):
-            Whether all the processes of a distributed launch take part (training); otherwise the main one works alone.
+            Whether all the processes of a distributed launch take part (asking a model, training); otherwise the main
+            one works alone.
 
     Raises:
         FileNotFoundError: If an input is missing.

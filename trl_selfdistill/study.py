@@ -114,13 +114,14 @@ def annotate_stage(
                 batch_size=slick.slick_batch_size,
                 progress_file=partial / "progress.jsonl",
             )
-        save_facts(annotated, partial / FACTS_FILE)
+        if PartialState().is_main_process:
+            save_facts(annotated, partial / FACTS_FILE)
 
     name, inputs = model_identity(model)
     arguments = {"slick": asdict(settings), "bf16": bf16, "batch_size": slick.slick_batch_size, **name}
     if load_in_4bit:
         arguments["load_in_4bit"] = True
-    return run_stage(folder, arguments, [facts, *inputs], work) / FACTS_FILE
+    return run_stage(folder, arguments, [facts, *inputs], work, every_process=True) / FACTS_FILE
 
 
 def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 0) -> Path:
@@ -156,6 +157,8 @@ def evaluate_stage(arguments: EvaluationArguments) -> Path:
                 batch_size=arguments.batch_size,
                 max_new_tokens=arguments.max_new_tokens,
             )
+        if not PartialState().is_main_process:
+            return
         write_rows(predictions, partial / PREDICTIONS_FILE)
         accuracy = json.dumps(accuracy_by_group(facts, predictions), indent=2, ensure_ascii=False)
         (partial / ACCURACY_FILE).write_text(accuracy + "\n", encoding="utf-8")
@@ -166,7 +169,7 @@ def evaluate_stage(arguments: EvaluationArguments) -> Path:
         del settings["load_in_4bit"]
     if Path(arguments.facts).exists():
         inputs = [arguments.facts, *inputs]
-    return run_stage(Path(arguments.output_dir), {**settings, **name}, inputs, work)
+    return run_stage(Path(arguments.output_dir), {**settings, **name}, inputs, work, every_process=True)
 
 
 def report_stage(folders: list[Path], output: Path) -> str:

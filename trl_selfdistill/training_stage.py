@@ -38,6 +38,7 @@ _WITHOUT_EFFECT = {
     "log_level",
     "hub_token",
     "project",
+    "teacher_cache_dir",
 }
 
 

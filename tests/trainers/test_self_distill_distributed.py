@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from sft_runs import FACTS, TOKENIZER, architecture, logs, train
-from two_processes import run_in_two_processes
+from two_processes import leave_processes, run_in_two_processes
 
 
 def half_labelled_rows() -> Dataset:
@@ -98,3 +98,4 @@ def test_two_processes_write_the_cache_of_one(folders):
 
 if __name__ == "__main__":
     run_all(Path(sys.argv[1]), batch_size=1)
+    leave_processes()

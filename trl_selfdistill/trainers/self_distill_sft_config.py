@@ -8,6 +8,7 @@ from typing import Any
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig
 
 
+REGULARIZERS = ("kl", "l2")
 CACHE_DTYPES = ("bfloat16", "float32")
 
 
@@ -31,6 +32,15 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         temperature (`float`, *optional*, defaults to `0.5`):
             Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
             protects the teacher's top answers rather than its tail. The default is the paper's.
+
+        regularizer (`str`, *optional*, defaults to `kl`):
+            What pulls the student to the teacher: `"kl"`, or `"l2"`, the control that pulls its weights instead with
+            `l2_weight / 2 * ||student - teacher||^2`. The latter is for full models on one device or DDP, and its
+            teacher is the model as handed over.
+        l2_weight (`float`, *optional*):
+            Strength of `regularizer="l2"`. Without it the pull is made as strong as that of the KL with `kl_weight`
+            and `temperature`: the two gradients have the same norm on the first batch, one step of Adam at
+            `learning_rate` away from the teacher.
 
         > Parameters that control the teacher
 
@@ -76,6 +86,13 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     temperature: float = field(
         default=0.5,
         metadata={"help": "Temperature of both models' distributions in the KL term (the CE is at temperature 1)."},
+    )
+
+    regularizer: str = field(
+        default="kl", metadata={"help": "What pulls the student to the teacher: `kl` or, as a control, `l2`."}
+    )
+    l2_weight: float | None = field(
+        default=None, metadata={"help": "Strength of `regularizer=l2`. Matched to the KL's gradient by default."}
     )
 
     # Parameters that control the teacher
@@ -138,7 +155,25 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
                 f"Set `teacher_snapshot_steps` (got {self.teacher_snapshot_steps}) or `teacher_snapshot_epochs` (got "
                 f"{self.teacher_snapshot_epochs}), not both."
             )
+        self._check_regularizer()
         self._check_cache_settings()
+
+    def _check_regularizer(self) -> None:
+        if self.regularizer not in REGULARIZERS:
+            raise ValueError(f"`regularizer` must be one of {', '.join(REGULARIZERS)}, got {self.regularizer!r}.")
+        if self.l2_weight is not None and not (math.isfinite(self.l2_weight) and self.l2_weight >= 0):
+            raise ValueError(f"`l2_weight` must be a finite number >= 0, got {self.l2_weight}.")
+        if self.regularizer == "kl":
+            if self.l2_weight is not None:
+                raise ValueError(f"`l2_weight={self.l2_weight}` is for `regularizer='l2'`, got 'kl'.")
+            return
+        names = ("teacher_model_name_or_path", "teacher_snapshot_steps", "teacher_snapshot_epochs")
+        for name in (*names, "precompute_teacher"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is for `regularizer='kl'`, got 'l2', which pulls the weights "
+                    "to those of the model as handed over."
+                )
 
     def _check_cache_settings(self) -> None:
         if self.teacher_cache_dtype not in CACHE_DTYPES:

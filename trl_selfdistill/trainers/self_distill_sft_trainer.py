@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
+from .l2_to_teacher import L2ToTeacher
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import DistillationTargets, add_distillation_forward, base_causal_lm, config_from, frozen_copy
 from .teacher import ModelTeacher, Teacher, UntrainedStudent
@@ -90,13 +91,16 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
                     f"or `args.teacher_model_name_or_path`, or leave `{name}` unset."
                 )
         super().__init__(model, args, *positional, **kwargs)
-        self.teacher: Teacher | None = None
+        self.teacher: Teacher | L2ToTeacher | None = None
         self._takes_snapshot = bool(snapshot)
         self._teacher_name = given if isinstance(given, str) else None
         if args.kl_weight == 0:
             return
         self._refuse_what_has_no_kl()
         # The copy comes after `SFTTrainer.__init__`, which may resize the embeddings for a new chat template
+        if args.regularizer == "l2":
+            self._set_l2(given)
+            return
         if snapshot:
             self.add_callback(TeacherSnapshotCallback(self))
         elif given is None:
@@ -121,6 +125,21 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
                 "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1): "
                 "each rank holds a part of the sequence. Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
             )
+
+    def _set_l2(self, given) -> None:
+        unsuited = {
+            "`teacher_model`": given is not None,
+            "a PEFT model": hasattr(self.model, "peft_config"),
+            "FSDP": self.is_fsdp_enabled,
+            "DeepSpeed": self.is_deepspeed_enabled,
+        }
+        if what := [name for name, applies in unsuited.items() if applies]:
+            raise ValueError(
+                "`regularizer='l2'` pulls the weights of a full model to those it was handed over with, got "
+                f"{what[0]}. Set `regularizer='kl'`, or leave that out."
+            )
+        add_distillation_forward(base_causal_lm(self.model))  # for the KL that its strength is matched to
+        self.teacher = L2ToTeacher(self.model, self.args.l2_weight)
 
     def set_teacher(self, teacher: PreTrainedModel) -> None:
         """Makes `teacher` the frozen teacher from the next step on."""
@@ -150,7 +169,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if self.teacher is not None and not self._takes_snapshot:
             if isinstance(self.teacher, AdapterTeacher):
                 self.teacher.restore(self.model, Path(self.args.output_dir) / TEACHER_FOLDER)
-            check_teacher_record(self.teacher, checkpoint)
+            record = check_teacher_record(self.teacher, checkpoint)
+            if isinstance(self.teacher, L2ToTeacher):  # matched on the first batch of the run
+                self.teacher.weight = record["l2_weight"]
 
     def check_teacher_of_checkpoint(self) -> None:
         """Refuses to go on with another teacher than that of the checkpoint that training resumed from."""
@@ -168,6 +189,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if isinstance(self.teacher, L2ToTeacher):
+            return self._compute_l2_loss(model, inputs, return_outputs, num_items_in_batch)
         # What SFTTrainer computes otherwise than by one pass of the fused head keeps its own loss, to which the KL is
         # added
         own_ce = self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
@@ -203,6 +226,24 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             with torch.no_grad():  # for `compute_metrics`: the logits do not exist in the fused pass
                 outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
         return (sft_loss + loss, outputs) if return_outputs else sft_loss + loss
+
+    def _compute_l2_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        student = self.accelerator.unwrap_model(model)
+        if self.teacher.weight is None:
+            batch = {**inputs, "use_cache": False}
+            args = self.args
+            weight = self.teacher.calibrate(student, batch, args.kl_weight, args.temperature, args.learning_rate)
+            # Each process has a batch of its own
+            mean = self.accelerator.reduce(torch.tensor(weight, device=self.accelerator.device), "mean")
+            self.teacher.weight = mean.item()
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = loss if return_outputs else (loss, None)
+        penalty = self.teacher.penalty(student)
+        self._metrics["train" if self.model.training else "eval"]["l2_loss"].append(penalty.item())
+        # A term of the whole step: with `num_items_in_batch`, Trainer leaves accumulation to the loss
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        loss = loss + penalty / steps
+        return (loss, outputs) if return_outputs else loss
 
     def _record_metrics(self, mode, inputs, ce_kl, aux_loss, sft_metrics: bool) -> None:
         """Keeps the metrics of `SFTTrainer`, and `ce_loss` and `kl_loss`, averaged over the tokens of all ranks."""

@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+from .l2_to_teacher import L2ToTeacher
 from .teacher import Teacher
 
 
@@ -13,15 +14,20 @@ TEACHER_FILE = "teacher.json"
 TEACHER_FOLDER = "_teacher"
 
 
-def write_teacher_record(teacher: Teacher, folder: Path, name_or_path: str | None = None) -> None:
-    """Writes `teacher.json` into a checkpoint: the teacher's hash and, where it was loaded by name, that name."""
+def write_teacher_record(teacher: Teacher | L2ToTeacher, folder: Path, name_or_path: str | None = None) -> None:
+    """
+    Writes `teacher.json` into a checkpoint: the teacher's hash; where it was loaded by name, that name; and for
+    `regularizer="l2"` the strength that the run has.
+    """
     record = {"sha256": teacher.sha256, "name_or_path": name_or_path}
+    if isinstance(teacher, L2ToTeacher):
+        record["l2_weight"] = teacher.weight
     (folder / TEACHER_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def check_teacher_record(teacher: Teacher, checkpoint: Path) -> None:
+def check_teacher_record(teacher: Teacher | L2ToTeacher, checkpoint: Path) -> dict:
     """
-    Compares the teacher of this run with that of the checkpoint that it resumes from.
+    Compares the teacher of this run with that of the checkpoint that it resumes from, and returns the latter's record.
 
     Raises:
         ValueError: If it is another one, or the checkpoint does not say whose it was.
@@ -33,6 +39,11 @@ def check_teacher_record(teacher: Teacher, checkpoint: Path) -> None:
             "with. Resume with `kl_weight=0`, or start a new run from the model in the checkpoint."
         )
     record = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(teacher, L2ToTeacher) != ("l2_weight" in record):
+        raise ValueError(
+            f"`regularizer` is not the one that {checkpoint} was trained with, which was "
+            f"{'l2' if 'l2_weight' in record else 'kl'!r}. Set it to that, or start the run anew."
+        )
     if teacher.sha256 != record["sha256"]:
         name = record.get("name_or_path")
         advice = (
@@ -45,3 +56,4 @@ def check_teacher_record(teacher: Teacher, checkpoint: Path) -> None:
             f"The teacher is not the one that {checkpoint} was trained with: its SHA-256 is {teacher.sha256}, and "
             f"{TEACHER_FILE} has {record['sha256']}. {advice}"
         )
+    return record
