@@ -13,7 +13,6 @@ Interrupted, it goes on with the same command.
         --model_name_or_path Qwen/Qwen2.5-0.5B --facts my_facts.jsonl --output_dir outputs/my_study
 """
 
-from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
@@ -30,6 +29,7 @@ from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, model_
 from trl_selfdistill.study_arguments import AdapterArguments, ModelAndFactsArguments, SlickArguments, StudyArguments
 from trl_selfdistill.study_publishing import publish_command
 from trl_selfdistill.training_mix import MixSettings
+from trl_selfdistill.training_stage import copy_config
 
 
 def main(
@@ -84,12 +84,6 @@ def main(
         print(f"\n{text}\nReport: {output / 'report.md'}   figure: {output / 'curves.png'}")
         print("Model cards: " + "   ".join(str(folder / "README.md") for folder in folders))
         print(f"To publish the models:\n\n    {publish_command(folders)}\n")
-
-
-def copy_config(config_class: type[SFTConfig], config: SFTConfig, **changes) -> SFTConfig:
-    """The values of `config` that `config_class` has, with `changes`."""
-    values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
-    return config_class(**{**values, **changes})
 
 
 if __name__ == "__main__":

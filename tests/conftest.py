@@ -87,17 +87,22 @@ def model_dir(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_study(tmp_path_factory, worker_id):
-    """A finished study on a tiny model (see toy_study.py), run once for all processes of `pytest -n`."""
+    """A finished study on a tiny model (see toy_study.py)."""
     from toy_study import ToyStudy, run_toy_study
 
+    return ToyStudy(*made_once(tmp_path_factory, worker_id, "toy-study", lambda folder: tuple(run_toy_study(folder))))
+
+
+def made_once(tmp_path_factory, worker_id: str, name: str, make):
+    """What `make(folder)` returns, called once for all processes of `pytest -n`."""
     shared = tmp_path_factory.getbasetemp()
-    shared = (shared if worker_id == "master" else shared.parent) / "toy-study"
+    shared = (shared if worker_id == "master" else shared.parent) / name
     result = shared.with_suffix(".pickle")
     with FileLock(f"{shared}.lock"):
         if not result.exists():
             shared.mkdir(exist_ok=True)
-            result.write_bytes(pickle.dumps(tuple(run_toy_study(shared))))
-    return ToyStudy(*pickle.loads(result.read_bytes()))
+            result.write_bytes(pickle.dumps(make(shared)))
+    return pickle.loads(result.read_bytes())
 
 
 @pytest.fixture

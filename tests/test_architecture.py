@@ -26,15 +26,26 @@ LAYERS = [
     ({"losses"}, {"transformers", "trl", "datasets", "accelerate", "triton"}),
     ({"model_structure", "parameter_groups"}, {"trl", "datasets"}),
     ({"facts", "fact_files", "geonames", "country_names", "currency_names", "invented_facts"}, HEAVY),
-    ({"process_sharding", "generation", "answer_scoring", "subject_tokens", "prompt_states", "drift"}, {"trl", "datasets"}),
+    ({"token_pairs", "name_tokens", "synthetic_keys", "synthetic_facts"}, HEAVY),
+    (
+        {"process_sharding", "generation", "answer_scoring", "subject_tokens", "prompt_states", "drift"},
+        {"trl", "datasets"},
+    ),
     ({"exemplars", "progress_file", "slick", "training_mix"}, {"trl"}),
     ({"environment", "hub_metadata", "model_card"}, {"transformers", "trl", "datasets", "accelerate"}),
     ({"trainers"}, set()),
-    ({"stage", "models", "callback_logging", "fact_accuracy", "forgetting", "hallucination_callback", "drift_probe"}, {"trl"}),
+    (
+        {
+            "stage", "models", "callback_logging", "fact_accuracy", "forgetting", "hallucination_callback",
+            "drift_probe", "run_cost", "small_llama",
+        },
+        {"trl"},
+    ),
     (
         {
             "training_stage", "report", "study_card", "study_arguments", "study", "dataset_training", "dataset_card",
-            "publishing", "study_publishing", "command_line"
+            "publishing", "study_publishing", "command_line", "experiment", "mechanism_conditions",
+            "mechanism_verdict", "mechanism_study", "mechanism_report", "mechanism_plots",
         },
         set(),
     ),
@@ -54,7 +65,7 @@ FORBIDDEN = {
     "training_mix": {"losses", "parameter_groups"},
     "trainers": {"facts", "fact_files", "prompts", "slick", "exemplars", "training_mix", "exact_match"},
 }
-TRL_USERS = {"trainers", "command_line"}
+TRL_USERS = {"trainers", "command_line", "mechanism_study"}
 
 
 def files_of(module: str) -> list[Path]:

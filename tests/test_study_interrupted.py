@@ -26,9 +26,9 @@ def start(tmp_path, patch: str, flags: list[str]) -> subprocess.Popen:
 
 SLOW_AT_STEP_6 = """
 import time
-from trl_selfdistill.training_stage import StepTimer
+from trl_selfdistill.run_cost import RunCost
 
-on_step_end = StepTimer.on_step_end
+on_step_end = RunCost.on_step_end
 
 def slow(self, args, state, control, **kwargs):
     on_step_end(self, args, state, control, **kwargs)
@@ -36,7 +36,7 @@ def slow(self, args, state, control, **kwargs):
         open(args.output_dir + "/waiting", "w").close()
         time.sleep(250)
 
-StepTimer.on_step_end = slow
+RunCost.on_step_end = slow
 """
 
 

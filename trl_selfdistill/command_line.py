@@ -4,6 +4,7 @@
 import argparse
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -26,7 +27,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return " ".join([", ".join(flags), value] if action.nargs != 0 else [", ".join(flags)])
 
 
-def build_parser(dataclass_types: Iterable[type], description: str, prog: str | None = None) -> TrlParser:
+def build_parser(
+    dataclass_types: Iterable[type], description: str, prog: str | None = None, presets: Iterable[str] = ()
+) -> TrlParser:
     """
     A parser of flags and of `--config` files, whose help shows the flags of a script before the many of the training.
 
@@ -37,11 +40,14 @@ def build_parser(dataclass_types: Iterable[type], description: str, prog: str | 
             The script's docstring.
         prog (`str`, *optional*):
             Name of the script.
+        presets (`Iterable[str]`, *optional*):
+            What `--preset` may be.
     """
+    preset = f" [--preset {{{','.join(presets)}}}]" if presets else ""
     parser = TrlParser(
         dataclass_types,
         prog=prog,
-        usage="accelerate launch --quiet scripts/%(prog)s [--config FILE.yaml] [flags]\n\n"
+        usage=f"accelerate launch --quiet scripts/%(prog)s{preset} [--config FILE.yaml] [flags]\n\n"
         "Every flag may stand in the YAML file too, without its dashes; flags win.",
         description=description.strip().replace("%", "%%"),
         formatter_class=_HelpFormatter,
@@ -55,17 +61,34 @@ def build_parser(dataclass_types: Iterable[type], description: str, prog: str | 
     return parser
 
 
-def run_script(main: Callable, dataclass_types: Iterable[type], description: str) -> None:
+def run_script(
+    main: Callable, dataclass_types: Iterable[type], description: str, presets: dict[str, Path] | None = None
+) -> None:
     """
     Parses the command line and calls `main` with one instance of each of `dataclass_types`.
 
     On Ctrl-C the process exits with status 130 and says how to go on.
+
+    Args:
+        main (`Callable`): What the script does.
+        dataclass_types (`Iterable[type]`): See [`build_parser`].
+        description (`str`): The script's docstring.
+        presets (`dict[str, Path]`, *optional*):
+            `--config` files by the names that `--preset` takes, the default first.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
     disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
-    parser = build_parser(dataclass_types, description)
-    arguments = parser.parse_args_and_config()
+    parser = build_parser(dataclass_types, description, presets=presets or ())
+    if presets:
+        preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        preset_parser.add_argument("--preset", choices=[*presets], default=next(iter(presets)))
+        chosen, flags = preset_parser.parse_known_args()
+        if "--config" not in flags:
+            flags = ["--config", str(presets[chosen.preset]), *flags]
+        arguments = parser.parse_args_and_config(flags)
+    else:
+        arguments = parser.parse_args_and_config()
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:

@@ -58,23 +58,18 @@ def invent_facts(
         `ValueError`: no such relation, `num_facts` below 1, more facts than `max_per_answer` allows, a question
             without its subject, or too few names to join.
     """
-    all_rows = facts.to_list()
-    rows = [row for row in all_rows if row["relation"] == relation]
-    if not rows:
-        relations = sorted({row["relation"] for row in all_rows})
-        raise ValueError(f"relation: there is no fact of {relation!r}; choose among {relations}")
+    rows = rows_of_relation(facts, relation)
     if num_facts < 1:
         raise ValueError(f"num_facts must be at least 1, got {num_facts}")
     generator = random.Random(seed)
-    template = _question_template(rows)
+    template = question_template(rows)
     forms = {row["answer"]: row["aliases"] for row in rows}
     if max_per_answer is not None and num_facts > max_per_answer * len(forms):
         raise ValueError(
             f"max_per_answer={max_per_answer} and {len(forms)} answers allow {max_per_answer * len(forms)} facts, "
             f"num_facts={num_facts} is more; raise max_per_answer or lower num_facts"
         )
-    real_names = (name for row in all_rows for name in (row["subject"], row["answer"], *row["aliases"]))
-    taken = {_fold(name) for name in {*real_names, *exclude}}
+    taken = folded_names(facts, exclude)
     subjects = _invent_names([row["subject"] for row in rows], num_facts, generator, taken)
     answers = _balanced_draw(sorted(forms), num_facts, generator)
     return facts_from_rows(
@@ -92,12 +87,35 @@ def invent_facts(
     ).select_columns(list(FACT_COLUMNS))
 
 
-def _fold(name: str) -> str:
-    return fold_name(strip_accents(name))
+def rows_of_relation(facts: Dataset, relation: str) -> list[dict]:
+    """
+    The facts of one relation.
+
+    Raises:
+        `ValueError`: there is none; the message names the relations that there are.
+    """
+    rows = [row for row in facts.to_list() if row["relation"] == relation]
+    if not rows:
+        raise ValueError(f"relation: there is no fact of {relation!r}; choose among {sorted(set(facts['relation']))}")
+    return rows
 
 
-def _question_template(rows: list[dict]) -> str:
-    """The most common wording of the relation's questions."""
+def folded_names(facts: Dataset, exclude: Iterable[str] = ()) -> set[str]:
+    """
+    What no invented entity may be called: the subjects, answers and aliases of `facts`, and `exclude`, without case
+    and accents.
+    """
+    real_names = (name for row in facts.to_list() for name in (row["subject"], row["answer"], *row["aliases"]))
+    return {fold_name(strip_accents(name)) for name in {*real_names, *exclude}}
+
+
+def question_template(rows: list[dict]) -> str:
+    """
+    The most common wording of the questions of `rows`, with `{subject}` where the subject stands.
+
+    Raises:
+        `ValueError`: a question does not contain its subject.
+    """
     templates: Counter[str] = Counter()
     for row in rows:
         if row["subject"] not in row["question"]:

@@ -23,6 +23,7 @@ from .geonames import geonames_facts, known_place_names
 from .models import EMBEDDED_MODEL, load_model_and_tokenizer, save_embedded_model
 from .report import escape_markdown, load_arms, plot_curves, render_findings, render_table
 from .slick import annotate_facts
+from .small_llama import SmallLlamaSettings, pretrain_small_llama
 from .stage import explain_full_disk, model_identity, run_stage
 from .study_arguments import EvaluationArguments, ModelAndFactsArguments, SlickArguments
 from .study_card import write_model_card
@@ -37,6 +38,7 @@ __all__ = [
     "mix_stage",
     "model_stage",
     "report_stage",
+    "small_llama_stage",
     "train_stage",
 ]
 
@@ -51,6 +53,17 @@ def model_stage(name_or_path: str, folder: Path) -> str:
     if name_or_path != EMBEDDED_MODEL:
         return name_or_path
     return os.fspath(run_stage(folder, {"model": EMBEDDED_MODEL}, [], save_embedded_model))
+
+
+def small_llama_stage(facts: Path, settings: SmallLlamaSettings, folder: Path) -> str:
+    """A small Llama that is trained from scratch on the facts, in `folder`, which it returns."""
+
+    def work(partial: Path) -> None:
+        table = load_facts(facts)
+        places = known_place_names() if {"P17", "P131"} & set(table["relation"]) else ()
+        pretrain_small_llama(table, partial, settings, places)
+
+    return os.fspath(run_stage(folder, {"small_llama": asdict(settings)}, [facts], work))
 
 
 def facts_stage(arguments: ModelAndFactsArguments, folder: Path) -> Path:

@@ -5,17 +5,16 @@ import json
 import logging
 import os
 import shutil
-import statistics
-import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from datasets import concatenate_datasets
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer
 from .report import BASE_RECORDS_FILE, load_arms
+from .run_cost import RunCost
 from .stage import model_identity, run_arguments, run_stage
 from .study_arguments import AdapterArguments
 from .study_card import write_model_card
@@ -83,9 +82,8 @@ def train_stage(
             f"is finished: python scripts/publish_model.py --checkpoints {folder} --repo_id your-name/my-model"
         )
     folder = Path(folder)
-    effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
     name, inputs = model_identity(model)
-    arguments = {"trainer": trainer_class.__name__, "splits": list(splits), "config": effective, **name}
+    arguments = {"trainer": trainer_class.__name__, "splits": list(splits), "config": effective_config(config), **name}
     if adapter is not None and adapter.use_peft:
         arguments["adapter"] = asdict(adapter)
 
@@ -106,6 +104,17 @@ def train_stage(
     return run_stage(folder, arguments, [mix, *inputs], work, every_process=True)
 
 
+def copy_config(config_class: type[TrainingArguments], config: TrainingArguments, **changes) -> TrainingArguments:
+    """The values of `config` that `config_class` has, with `changes`."""
+    values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
+    return config_class(**{**values, **changes})
+
+
+def effective_config(config: TrainingArguments) -> dict:
+    """The settings of a configuration that change the weights that a run ends with."""
+    return {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT}
+
+
 def _train(
     trainer_class,
     config,
@@ -124,7 +133,7 @@ def _train(
     trainer = trainer_class(
         language_model, config, train_dataset=train_dataset, processing_class=tokenizer, peft_config=peft_config
     )
-    records_file, timer = folder / RECORDS_FILE, StepTimer()
+    records_file, cost = folder / RECORDS_FILE, RunCost()
     checkpoint = last_complete_checkpoint(folder)
     if records_from is not None and checkpoint is None and trainer.is_world_process_zero():
         write_records(records_file, [read_records(records_from / RECORDS_FILE)[-1]._replace(step=0, epoch=0.0)])
@@ -133,10 +142,10 @@ def _train(
         write_records(folder / BASE_RECORDS_FILE, read_records(first)[:1])
     trainer.accelerator.wait_for_everyone()
     trainer.add_callback(FactAccuracyCallback(trainer, mix, records_file))
-    trainer.add_callback(timer)
+    trainer.add_callback(cost)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    return trainer, timer.median()
+    return trainer, cost.median_seconds()
 
 
 def _write_training_file(trainer: Trainer, folder: Path, about: dict) -> None:
@@ -154,20 +163,3 @@ def _origin(model: str) -> str | None:
     if earlier.is_file():
         return json.loads(earlier.read_text(encoding="utf-8"))["origin"]
     return EMBEDDED_MODEL_ID if run_arguments(model).get("model") == EMBEDDED_MODEL else None
-
-
-class StepTimer(TrainerCallback):
-    """Measures the seconds of each optimizer step, without evaluation and saving."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self._started)
-
-    def median(self) -> float | None:
-        """Median seconds of a step, `None` without any."""
-        return statistics.median(self.seconds) if self.seconds else None
