@@ -27,10 +27,10 @@ from trl_selfdistill import SelfDistillSFTConfig
 from trl_selfdistill.command_line import run_script
 from trl_selfdistill.mechanism_conditions import MechanismArguments
 from trl_selfdistill.mechanism_plots import plot_mechanism
-from trl_selfdistill.mechanism_report import describe_model, render_mechanism_report, summarise
+from trl_selfdistill.mechanism_report import render_mechanism_report, summarise
 from trl_selfdistill.mechanism_study import MechanismInputs, run_mechanism_study
-from trl_selfdistill.small_llama import SmallLlamaSettings
-from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, model_stage, small_llama_stage, train_stage
+from trl_selfdistill.small_llama import ModelKindArguments, SmallLlamaSettings
+from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, start_model_stage, train_stage
 from trl_selfdistill.study_arguments import ModelAndFactsArguments, SlickArguments
 from trl_selfdistill.training_mix import MixSettings
 from trl_selfdistill.training_stage import copy_config
@@ -43,6 +43,7 @@ PRESETS = {name: CONFIGS / f"mechanism_{name}.yaml" for name in ("default", "sma
 def main(
     study: MechanismArguments,
     facts_args: ModelAndFactsArguments,
+    kind: ModelKindArguments,
     slick_args: SlickArguments,
     mix_settings: MixSettings,
     small_llama: SmallLlamaSettings,
@@ -53,10 +54,7 @@ def main(
 
     # 1. The model, what it knows, and the facts to keep
     facts = facts_stage(facts_args, output / "facts")
-    if study.model_kind == "small_llama":
-        model = small_llama_stage(facts, small_llama, output / "model")
-    else:
-        model = model_stage(facts_args.model_name_or_path, output / "model")
+    model, label = start_model_stage(facts_args, kind, small_llama, facts, output / "model")
     annotated = annotate_stage(model, facts, slick_args, output / "annotated", config.bf16, config.seed)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
 
@@ -72,7 +70,6 @@ def main(
     # 3. The runs
     inputs = MechanismInputs(str(stage1), annotated, mix, config)
     results = run_mechanism_study(study, inputs, output / "runs")
-    label = describe_model(study, facts_args.model_name_or_path, results)
 
     # 4. The report
     if PartialState().is_main_process:
@@ -86,5 +83,5 @@ def main(
 
 
 if __name__ == "__main__":
-    types = (MechanismArguments, ModelAndFactsArguments, SlickArguments, MixSettings, SmallLlamaSettings)
-    run_script(main, (*types, SelfDistillSFTConfig), __doc__, PRESETS)
+    types = (MechanismArguments, ModelAndFactsArguments, ModelKindArguments, SlickArguments, MixSettings)
+    run_script(main, (*types, SmallLlamaSettings, SelfDistillSFTConfig), __doc__, PRESETS)

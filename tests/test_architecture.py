@@ -37,7 +37,7 @@ LAYERS = [
     (
         {
             "stage", "models", "callback_logging", "fact_accuracy", "forgetting", "hallucination_callback",
-            "drift_probe", "run_cost", "small_llama",
+            "drift_probe", "run_cost", "small_llama", "token_masking", "weight_interpolation", "pareto",
         },
         {"trl"},
     ),
@@ -45,7 +45,8 @@ LAYERS = [
         {
             "training_stage", "report", "study_card", "study_arguments", "study", "dataset_training", "dataset_card",
             "publishing", "study_publishing", "command_line", "experiment", "mechanism_conditions",
-            "mechanism_verdict", "mechanism_study", "mechanism_report", "mechanism_plots",
+            "mechanism_verdict", "mechanism_study", "mechanism_report", "mechanism_plots", "rival_methods",
+            "method_comparison", "comparison_report",
         },
         set(),
     ),
@@ -65,7 +66,7 @@ FORBIDDEN = {
     "training_mix": {"losses", "parameter_groups"},
     "trainers": {"facts", "fact_files", "prompts", "slick", "exemplars", "training_mix", "exact_match"},
 }
-TRL_USERS = {"trainers", "command_line", "mechanism_study"}
+TRL_USERS = {"trainers", "command_line", "mechanism_study", "rival_methods", "method_comparison"}
 
 
 def files_of(module: str) -> list[Path]:

@@ -174,7 +174,7 @@ def test_the_report_says_what_was_measured(finished):
         assert f"## {finding['hypothesis'].capitalize()}: {finding['verdict']}" in report
     for image in ("capacity", "overlap", "drift", "tradeoff"):
         assert f"({image}.png)" in report and Image.open(output / f"{image}.png").width > 800
-    assert "a small Llama (0.3 M parameters)" in report
+    assert "small Llama (width 64, 2 layers)" in report
 
 
 def test_runs_differ_in_their_facts_only(finished):

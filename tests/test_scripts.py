@@ -26,6 +26,11 @@ STAGE_SCRIPTS = [
     "evaluate_facts.py",
     "report.py",
     "run_study.py",
+    "mechanism_study.py",
+    "compare_methods.py",
+]
+PRESETS = [
+    f"{script} {name}" for script in ("mechanism", "compare") for name in ("default", "small_llama", "paper", "tiny")
 ]
 TRAINING = STUDY_FLAGS[STUDY_FLAGS.index("--num_train_epochs") :]
 MIX = STUDY_FLAGS[STUDY_FLAGS.index("--num_known") : STUDY_FLAGS.index("--num_train_epochs")]
@@ -44,7 +49,7 @@ def parser_of(name: str, monkeypatch):
     """The parser that a script builds."""
     parsers = []
 
-    def note(main, dataclass_types, description):
+    def note(main, dataclass_types, description, presets=None):
         parsers.append(command_line.build_parser(dataclass_types, description, name))
 
     monkeypatch.setattr(command_line, "run_script", note)
@@ -58,13 +63,33 @@ def test_help_reads_well(name, monkeypatch, capsys):
         run_script(name, "--help")
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    assert text.startswith(f"usage: accelerate launch --quiet scripts/{name} [--config FILE.yaml] [flags]\n")
+    preset = " [--preset {default,small_llama,paper,tiny}]" if name.split("_")[0] in ("mechanism", "compare") else ""
+    assert text.startswith(f"usage: accelerate launch --quiet scripts/{name}{preset} [--config FILE.yaml] [flags]\n")
     assert ast.get_docstring(ast.parse((SCRIPTS / name).read_text())) in text
     own = text.split("training (SFTConfig")[0].split("other flags:")[0]
     assert "\n  --output_dir" in text and "(default: None)" not in text and "None" not in own
     assert own.count("\n  --") >= 2
     for action in parser_of(name, monkeypatch)._actions:
         assert action.help, action.option_strings
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_files_that_parse(preset, monkeypatch):
+    script, name = preset.split()
+    parser = parser_of({"mechanism": "mechanism_study.py", "compare": "compare_methods.py"}[script], monkeypatch)
+    flags = ["--config", str(SCRIPTS / f"configs/{script}_{name}.yaml"), "--bf16", "false"]
+    *_, config = parser.parse_args_and_config(flags)
+    assert (
+        config.output_dir.startswith("outputs/")
+        and name.split("_")[0] in (SCRIPTS / f"configs/{script}_{name}.yaml").read_text()
+    )
+
+
+@pytest.mark.parametrize("script", ["mechanism_study.py", "compare_methods.py"])
+def test_a_preset_that_does_not_exist_is_refused(script, capsys):
+    with pytest.raises(SystemExit):
+        run_script(script, "--preset", "huge")
+    assert "invalid choice: 'huge'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", STAGE_SCRIPTS)
@@ -78,7 +103,9 @@ def test_commands_of_the_docstring_parse(name, monkeypatch):
     for command in commands:
         assert command[:4] == ["accelerate", "launch", "--quiet", f"scripts/{name}"]
         flags = [flag for flag in command[4:] if flag != "--bf16"]  # what a CPU may lack is checked on parsing
-        parser_of(name, monkeypatch).parse_args_and_config([*flags, "--bf16", "false"] if "sft" in name else flags)
+        presets = runpy.run_path(str(SCRIPTS / name)).get("PRESETS", {})
+        flags = command_line.expand_preset([*flags, "--bf16", "false"] if "sft" in name else flags, presets)
+        parser_of(name, monkeypatch).parse_args_and_config(flags)
 
 
 @pytest.mark.parametrize("name", STAGE_SCRIPTS)

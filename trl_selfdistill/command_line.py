@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def build_parser(
     return parser
 
 
+def expand_preset(flags: list[str], presets: dict[str, Path]) -> list[str]:
+    """`flags` with the file of `--preset` as their `--config`; that of the first preset if there is neither."""
+    if not presets:
+        return flags
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=[*presets], default=next(iter(presets)))
+    chosen, flags = parser.parse_known_args(flags)
+    return flags if "--config" in flags else ["--config", str(presets[chosen.preset]), *flags]
+
+
 def run_script(
     main: Callable, dataclass_types: Iterable[type], description: str, presets: dict[str, Path] | None = None
 ) -> None:
@@ -80,15 +91,7 @@ def run_script(
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
     disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
     parser = build_parser(dataclass_types, description, presets=presets or ())
-    if presets:
-        preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        preset_parser.add_argument("--preset", choices=[*presets], default=next(iter(presets)))
-        chosen, flags = preset_parser.parse_known_args()
-        if "--config" not in flags:
-            flags = ["--config", str(presets[chosen.preset]), *flags]
-        arguments = parser.parse_args_and_config(flags)
-    else:
-        arguments = parser.parse_args_and_config()
+    arguments = parser.parse_args_and_config(expand_preset(sys.argv[1:], presets or {}))
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:

@@ -40,7 +40,8 @@ class Experiment(NamedTuple):
         inputs (`tuple[str | Path, ...]`): Files and folders that the two come from.
         about (`dict`): What else the run depends on, as JSON values.
         trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`.
-        callbacks (`Callable[[Trainer, Path], list[TrainerCallback]]`, *optional*): Makes further callbacks.
+        callbacks (`Callable[[Trainer, Path], list[TrainerCallback]]`, *optional*):
+            Makes further callbacks, and may change the trainer before training.
         finish (`Callable[[Trainer, Path], None]`, *optional*): Called after training, with the folder to write into.
     """
 

@@ -65,14 +65,6 @@ class MechanismArguments:
 
     _argument_group_name = "mechanism study"
 
-    model_kind: str = field(
-        default="pretrained",
-        metadata={
-            "help": "`pretrained`: the model of `model_name_or_path`; `small_llama`: a Llama of a few million "
-            "parameters, trained from scratch on the facts first, for large numbers of synthetic facts.",
-            "choices": ["pretrained", "small_llama"],
-        },
-    )
     synthetic_relation: str = field(default="P17", metadata={"help": "Relation of the synthetic facts."})
     num_synthetic_facts: list[int] = field(
         default_factory=lambda: [100, 300, 1000],

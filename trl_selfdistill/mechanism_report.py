@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the mechanism study found, as text: each run, each hypothesis with its rule and numbers, drift and cost."""
 
-from pathlib import Path
 from statistics import fmean
 
-from .mechanism_conditions import PREDICTIONS, Condition, MechanismArguments
+from .mechanism_conditions import PREDICTIONS, Condition
 from .mechanism_study import MechanismResults
 from .model_card import format_interval
-from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID
 
 
 def render_mechanism_report(results: MechanismResults, model: str) -> str:
@@ -44,14 +42,6 @@ def render_mechanism_report(results: MechanismResults, model: str) -> str:
     if probed:
         lines += ["## Drift of held-out facts at the end", "", *_table(*_drift_table(probed)), ""]
     return "\n".join(lines)
-
-
-def describe_model(study: MechanismArguments, name_or_path: str, results: MechanismResults) -> str:
-    """The model for readers: its name, and how many parameters it has."""
-    names = {EMBEDDED_MODEL: EMBEDDED_MODEL_ID.split("/")[-1]}
-    name = "a small Llama" if study.model_kind == "small_llama" else names.get(name_or_path, Path(name_or_path).name)
-    parameters = next(iter(results.runs.values()))[0].training["parameters"]
-    return f"{name} ({parameters / 1e6:.1f} M parameters)"
 
 
 def summarise(results: MechanismResults) -> dict:

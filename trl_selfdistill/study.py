@@ -20,10 +20,10 @@ from .fact_accuracy import accuracy_by_group, predict_facts
 from .fact_files import write_rows
 from .facts import load_facts, save_facts
 from .geonames import geonames_facts, known_place_names
-from .models import EMBEDDED_MODEL, load_model_and_tokenizer, save_embedded_model
+from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer, save_embedded_model
 from .report import escape_markdown, load_arms, plot_curves, render_findings, render_table
 from .slick import annotate_facts
-from .small_llama import SmallLlamaSettings, pretrain_small_llama
+from .small_llama import ModelKindArguments, SmallLlamaSettings, pretrain_small_llama
 from .stage import explain_full_disk, model_identity, run_stage
 from .study_arguments import EvaluationArguments, ModelAndFactsArguments, SlickArguments
 from .study_card import write_model_card
@@ -38,7 +38,7 @@ __all__ = [
     "mix_stage",
     "model_stage",
     "report_stage",
-    "small_llama_stage",
+    "start_model_stage",
     "train_stage",
 ]
 
@@ -55,15 +55,28 @@ def model_stage(name_or_path: str, folder: Path) -> str:
     return os.fspath(run_stage(folder, {"model": EMBEDDED_MODEL}, [], save_embedded_model))
 
 
-def small_llama_stage(facts: Path, settings: SmallLlamaSettings, folder: Path) -> str:
-    """A small Llama that is trained from scratch on the facts, in `folder`, which it returns."""
+def start_model_stage(
+    arguments: ModelAndFactsArguments,
+    kind: ModelKindArguments,
+    settings: SmallLlamaSettings,
+    facts: Path,
+    folder: Path,
+) -> tuple[str, str]:
+    """
+    The model to load by, and its name for readers: one that there is, or a small Llama that is trained from scratch on
+    the facts, in `folder`.
+    """
+    if kind.model_kind == "pretrained":
+        name = arguments.model_name_or_path
+        return model_stage(name, folder), (EMBEDDED_MODEL_ID if name == EMBEDDED_MODEL else name).split("/")[-1]
 
     def work(partial: Path) -> None:
         table = load_facts(facts)
         places = known_place_names() if {"P17", "P131"} & set(table["relation"]) else ()
         pretrain_small_llama(table, partial, settings, places)
 
-    return os.fspath(run_stage(folder, {"small_llama": asdict(settings)}, [facts], work))
+    run_stage(folder, {"small_llama": asdict(settings)}, [facts], work)
+    return os.fspath(folder), f"small Llama (width {settings.hidden_size}, {settings.num_layers} layers)"
 
 
 def facts_stage(arguments: ModelAndFactsArguments, folder: Path) -> Path:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the methods of `rival_methods` over seeds, and collects what each kept and learnt."""
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from trl import SFTConfig
+
+from .experiment import Experiment, run_experiment
+from .fact_accuracy import AccuracyRecord, read_records
+from .pareto import MethodOutcome
+from .rival_methods import WISE_FT_FILE, ComparisonArguments, Method, WiseFT, methods_of
+from .trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
+from .training_mix import load_mix
+from .training_stage import copy_config
+
+
+_CONFIGS = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer: FrozenGroupsSFTConfig}
+EARLY_STOPPING = "SFT, stopped early"
+
+
+class ComparisonInputs(NamedTuple):
+    """
+    What all runs share.
+
+    Args:
+        model (`str`): Folder of the model that has learnt the format, the start of every run.
+        mix (`Path`): Folder of the splits `known`, `new` and `heldout`.
+        config ([`SelfDistillSFTConfig`]): The training of every run.
+    """
+
+    model: str
+    mix: Path
+    config: SelfDistillSFTConfig
+
+
+def compare_methods(args: ComparisonArguments, inputs: ComparisonInputs, folder: Path) -> list[MethodOutcome]:
+    """
+    Makes all runs, each in a folder of its own, and returns what each method did; plain SFT is the first.
+
+    Of the held-out facts, one half chooses where to stop early; every method is judged by the other half.
+    """
+    facts = _fact_sets(inputs.mix)
+    outcomes, start = [], None
+    for method in methods_of(args):
+        results = [run_experiment(_experiment(method, seed, args, inputs, folder, facts)) for seed in args.seeds]
+        last = [result.records[-1] for result in results]
+        outcomes.append(_outcome(method.label, last))
+        if method.name == "sft":
+            start = [result.records[0] for result in results]
+            outcomes.append(_outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results]))
+            mixed = [read_records(folder / result.name / WISE_FT_FILE) for result in results]
+            for i, weight in enumerate(args.mixing_weights):
+                outcomes.append(_outcome(f"WiSE-FT, {weight:g} of SFT", [records[i] for records in mixed]))
+    return [_outcome("before", start), *outcomes]
+
+
+def best_epoch(records: list[AccuracyRecord]) -> AccuracyRecord:
+    """
+    The record with the highest accuracy on the validation facts, of those at which the new facts have been trained on
+    for an epoch at least; the earliest of equals.
+    """
+    return max(records[1:], key=lambda record: record.accuracy("validation"))
+
+
+def _fact_sets(mix: Path) -> dict[str, Dataset]:
+    splits = load_mix(mix)
+    heldout = splits["heldout"]
+    if len(heldout) < 2:
+        raise ValueError(f"`num_heldout`: {len(heldout)} held-out facts cannot be split in halves. Raise it.")
+    halves = [heldout.select(range(first, len(heldout), 2)) for first in (0, 1)]
+    return {"heldout": halves[0], "validation": halves[1], "known": splits["known"], "new": splits["new"]}
+
+
+def _experiment(
+    method: Method, seed: int, args: ComparisonArguments, inputs: ComparisonInputs, folder: Path, facts: dict
+) -> Experiment:
+    known, new = (facts[name].select_columns(["prompt", "completion"]) for name in ("known", "new"))
+    config = inputs.config
+    rows_of_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = max(1, round(config.num_train_epochs * -(-(len(known) + len(new)) // rows_of_step)))
+    groups = {"frozen_groups": None, "trainable_groups": None}
+    changes = {"seed": seed, "max_steps": steps} | (groups if method.trainer_class in _CONFIGS else {}) | method.config
+    wise_ft = WiseFT(args.mixing_weights, facts) if method.name == "sft" else None
+
+    def data() -> tuple[Dataset, dict[str, Dataset]]:
+        return method.rows(known, new, steps * rows_of_step, random.Random(seed)), facts
+
+    def prepare(trainer, partial: Path) -> list:
+        if method.prepare is not None:
+            method.prepare(trainer)
+        if wise_ft is not None:
+            wise_ft.note_start(trainer)
+        return []
+
+    about = {"method": method.name, "label": method.label, "seed": seed}
+    if wise_ft is not None:
+        about["mixing_weights"] = args.mixing_weights
+    options = {"replay": "replay_ratio", "known_patch": "known_patch_share", "stm": "stm_max_perplexity"}
+    if method.name in options:
+        about[options[method.name]] = getattr(args, options[method.name])
+    if method.name == "lora":
+        about["lora_rank"] = args.lora_rank
+    return Experiment(
+        folder=folder / f"{method.name}-seed{seed}",
+        trainer_class=method.trainer_class,
+        config=copy_config(_CONFIGS.get(method.trainer_class, SFTConfig), config, **changes),
+        model=inputs.model,
+        data=data,
+        inputs=(inputs.mix,),
+        about=about,
+        trainer_arguments=method.trainer_arguments,
+        callbacks=prepare,
+        finish=wise_ft.finish if wise_ft is not None else None,
+    )
+
+
+def _outcome(label: str, records: list[AccuracyRecord]) -> MethodOutcome:
+    old, new = (
+        np.array([[record.correct[name][fact] for fact in sorted(record.correct[name])] for record in records], float)
+        for name in ("heldout", "new")
+    )
+    return MethodOutcome(label, old, new)

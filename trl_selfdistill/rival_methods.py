@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways to train on new facts without losing old ones that are compared, each as what it changes in plain SFT.
+
+All of them make as many optimizer steps of as many rows, on the same Known and new facts.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
+from transformers import Trainer
+from trl import SFTTrainer
+
+from .fact_accuracy import AccuracyRecord, answered_correctly, write_records
+from .token_masking import mask_unlikely_tokens
+from .trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
+from .weight_interpolation import copy_weights, interpolated
+
+
+WISE_FT_FILE = "wise_ft.jsonl"
+
+
+@dataclass
+class ComparisonArguments:
+    """Which methods are compared, and their settings."""
+
+    _argument_group_name = "comparison"
+
+    methods: list[str] = field(
+        default_factory=lambda: ["sft", "lora", "frozen", "l2", "replay", "known_patch", "stm", "selfdistill"],
+        metadata={
+            "help": "Methods to train. From `sft` come early stopping and the interpolations (WiSE-FT) too, without "
+            "further training."
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training's order, at least 3."}
+    )
+    kl_weights: list[float] = field(
+        default_factory=lambda: [0.3, 1.0, 3.0], metadata={"help": "Self-distillation: λ of the sweep."}
+    )
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.5, 1.0], metadata={"help": "Self-distillation: τ of the sweep."}
+    )
+    mixing_weights: list[float] = field(
+        default_factory=lambda: [0.2, 0.4, 0.6, 0.8],
+        metadata={"help": "WiSE-FT: shares of the fine-tuned weights, the rest being those of the start, in [0, 1]."},
+    )
+    lora_rank: int = field(default=16, metadata={"help": "LoRA: rank."})
+    lora_learning_rate: float = field(default=1e-3, metadata={"help": "LoRA: learning rate."})
+    replay_ratio: int = field(
+        default=3, metadata={"help": "Replay: times that a Known fact comes for a new one's one."}
+    )
+    known_patch_share: float = field(
+        default=0.3, metadata={"help": "KnownPatch: share of the steps, at the end, that show Known facts, in (0, 1]."}
+    )
+    stm_max_perplexity: float = field(default=2.5, metadata={"help": "STM: largest perplexity of a trained token."})
+    stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
+    stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})
+    stage1_batch_size: int = field(
+        default=8, metadata={"help": "Facts in one optimizer step of format learning, on each device."}
+    )
+
+    def __post_init__(self):
+        unknown = set(self.methods) - set(_METHODS)
+        if unknown or "sft" not in self.methods:
+            raise ValueError(f"`methods` may hold {', '.join(_METHODS)}, and `sft` must be one, got {self.methods}.")
+        if len(set(self.seeds)) < max(3, len(self.seeds)):
+            raise ValueError(f"`seeds` needs at least 3 different ones, none twice, got {self.seeds}.")
+        for weight in self.mixing_weights:
+            if not 0 <= weight <= 1:
+                raise ValueError(f"`mixing_weights` are shares in [0, 1], got {weight}.")
+        if not 0 < self.known_patch_share <= 1:
+            raise ValueError(f"`known_patch_share` is a share in (0, 1], got {self.known_patch_share}.")
+        if self.replay_ratio < 1:
+            raise ValueError(f"`replay_ratio` must be at least 1, got {self.replay_ratio}.")
+
+
+class Method(NamedTuple):
+    """
+    A way to train.
+
+    Args:
+        name (`str`): The beginning of its folders' names.
+        label (`str`): Its name for readers.
+        trainer_class (`type[Trainer]`): `SFTTrainer` or a subclass.
+        config (`dict`): What it changes in the configuration.
+        rows (`Callable`): `rows(known, new, num_rows, generator)`: its training rows. Random ones by default.
+        trainer_arguments (`dict`): Further arguments of the trainer.
+        prepare (`Callable[[Trainer], None]`, *optional*): Changes the trainer before training.
+    """
+
+    name: str
+    label: str
+    trainer_class: type[Trainer] = SFTTrainer
+    config: dict[str, Any] = {}
+    rows: Callable[[Dataset, Dataset, int, random.Random], Dataset] = lambda known, new, num_rows, generator: (
+        concatenate_datasets([known, new])
+    )
+    trainer_arguments: dict[str, Any] = {}
+    prepare: Callable[[Trainer], None] | None = None
+
+
+def methods_of(args: ComparisonArguments) -> list[Method]:
+    """The methods to train, plain SFT first, and self-distillation once for each λ and τ."""
+    methods = []
+    for name in sorted(args.methods, key=lambda name: name != "sft"):
+        found = _METHODS[name](args)
+        methods.extend(found if isinstance(found, list) else [found])
+    return methods
+
+
+def _self_distillation(args: ComparisonArguments) -> list[Method]:
+    return [
+        Method(
+            f"selfdistill-lambda{kl_weight:g}-tau{temperature:g}",
+            f"Self-distillation, λ = {kl_weight:g}, τ = {temperature:g}",
+            SelfDistillSFTTrainer,
+            {"kl_weight": kl_weight, "temperature": temperature},
+        )
+        for kl_weight in args.kl_weights
+        for temperature in args.temperatures
+    ]
+
+
+def _lora(args: ComparisonArguments) -> Method:
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear"
+    )
+    return Method(
+        "lora",
+        f"LoRA, rank {args.lora_rank}",
+        SFTTrainer,
+        {"learning_rate": args.lora_learning_rate},
+        trainer_arguments={"peft_config": adapter},
+    )
+
+
+def _replay(args: ComparisonArguments) -> Method:
+    def rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
+        return concatenate_datasets([known] * args.replay_ratio + [new])
+
+    return Method("replay", f"Replay of Known facts, {args.replay_ratio} times", rows=rows)
+
+
+def _known_patch(args: ComparisonArguments) -> Method:
+    """
+    New facts alone first, then Known ones among them (KnownPatch, arXiv 2511.02626, which mixes 5 to 20 % of known
+    examples into the last part). As many rows of each as in plain SFT, in another order.
+    """
+
+    def rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
+        num_known = round(num_rows * len(known) / (len(known) + len(new)))
+        late = min(num_rows, max(num_known, round(args.known_patch_share * num_rows)))
+        order_new = _cycled(range(len(known), len(known) + len(new)), num_rows - num_known, generator)
+        order_known = _cycled(range(len(known)), num_known, generator)
+        patch = order_new[num_rows - late :] + order_known
+        generator.shuffle(patch)
+        return concatenate_datasets([known, new]).select(order_new[: num_rows - late] + patch)
+
+    label = f"KnownPatch, in the last {args.known_patch_share:.0%}"
+    return Method("known_patch", label, config={"train_sampling_strategy": "sequential"}, rows=rows)
+
+
+def _cycled(items: range, number: int, generator: random.Random) -> list[int]:
+    """`number` of `items`, each as often as the others (give or take one), shuffled anew in each round."""
+    drawn: list[int] = []
+    while len(drawn) < number:
+        drawn += generator.sample(items, len(items))
+    return drawn[:number]
+
+
+def _stm(args: ComparisonArguments) -> Method:
+    def prepare(trainer: Trainer) -> None:
+        trainer.train_dataset = mask_unlikely_tokens(trainer.train_dataset, trainer.model, args.stm_max_perplexity)
+
+    return Method("stm", f"Masked tokens (STM), perplexity above {args.stm_max_perplexity:g}", prepare=prepare)
+
+
+_METHODS: dict[str, Callable[[ComparisonArguments], Method | list[Method]]] = {
+    "sft": lambda args: Method("sft", "SFT"),
+    "lora": _lora,
+    "frozen": lambda args: Method(
+        "frozen", "Frozen groups (attention only)", FrozenGroupsSFTTrainer, {"trainable_groups": ["attention"]}
+    ),
+    "l2": lambda args: Method("l2", "L2 to the start, matched", SelfDistillSFTTrainer, {"regularizer": "l2"}),
+    "replay": _replay,
+    "known_patch": _known_patch,
+    "stm": _stm,
+    "selfdistill": _self_distillation,
+}
+
+
+class WiseFT:
+    """
+    Asks the facts with weights between those of the start and of the end of a run, and adds a record of each to
+    `wise_ft.jsonl`, its `epoch` being the share of the end's weights.
+
+    Args:
+        mixing_weights (`list[float]`): The shares, in [0, 1].
+        fact_sets (`Callable[[], dict[str, Dataset]]`): The facts by name.
+    """
+
+    def __init__(self, mixing_weights: list[float], fact_sets: dict[str, Dataset]):
+        self.mixing_weights, self.fact_sets = mixing_weights, fact_sets
+
+    def note_start(self, trainer: Trainer) -> None:
+        """Keeps the weights that the run starts with; a run that goes on from a checkpoint has not loaded it yet."""
+        self._start = copy_weights(trainer.model)
+
+    def finish(self, trainer: Trainer, folder: Path) -> None:
+        """Writes the records into the run's folder."""
+        model, tokenizer, records = trainer.model, trainer.processing_class, []
+        for weight in self.mixing_weights:
+            with interpolated(model, self._start, weight), trainer.accelerator.autocast():
+                correct = {name: answered_correctly(model, tokenizer, facts) for name, facts in self.fact_sets.items()}
+            records.append(AccuracyRecord(trainer.state.global_step, weight, correct))
+        if trainer.is_world_process_zero():
+            write_records(folder / WISE_FT_FILE, records)
