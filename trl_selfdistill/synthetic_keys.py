@@ -220,7 +220,11 @@ class TokenKeys:
         return self._offsets[pools] + (random.random(len(pools)) * self._sizes[pools]).astype(np.int64)
 
     def _join(self, tokens: np.ndarray) -> list[str]:
-        return ["".join(words)[1:] for words in self._texts[tokens].tolist()]
+        # A column at a time: a list of lists would keep the garbage collector busy for as long as all the rest takes
+        joined = self._texts[tokens[:, 0]]
+        for column in tokens.T[1:]:
+            joined = joined + self._texts[column]
+        return [text[1:] for text in joined.tolist()]
 
     def _probe(self) -> np.ndarray:
         tokens, good = self._draw_tokens(
