@@ -97,8 +97,10 @@ def hub_id(name: str | None) -> str | None:
 
 
 def method_of(training: dict[str, Any]) -> str:
-    """How it was trained, as the tag of the trainer: without a KL, `SelfDistillSFTTrainer` is plain SFT."""
+    """How it was trained, as a tag: `SelfDistillSFTTrainer` is plain SFT without a KL, and has the control L2."""
     settings = training.get("settings", {})
+    if "l2_weight" in settings:
+        return "l2-to-start-sft"
     if settings.get("kl_weight"):
         return "self-distill-sft"
     if training.get("trainer") == "FrozenGroupsSFTTrainer" or training.get("groups"):

@@ -138,6 +138,8 @@ def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Exper
             # Rows go to a file as they are drawn, and are read from there: none of them stays in memory
             rows.append(_with_prompts(Dataset.from_generator(_rows, gen_kwargs={"stream": stream})))
             fact_sets["new"] = Dataset.from_list(list(stream.take(study.max_asked_new_facts)))
+        else:  # an epoch as long as that of the runs that it is compared with
+            rows = [rows[0].select([i % len(known) for i in range(len(known) + middle)])]
         return concatenate_datasets(rows), fact_sets
 
     def callbacks(trainer, partial: Path) -> list:

@@ -121,6 +121,13 @@ def test_it_is_matched_on_the_first_batch_and_kept(tmp_path):
         train(tmp_path / "cut", resume=True, **options | dict(regularizer="kl"))
 
 
+def test_the_card_says_what_was_done(tmp_path):
+    run = train(tmp_path, regularizer="l2", save_strategy="steps", save_steps=2)
+    card = (next(iter((tmp_path / "run").glob("checkpoint-*"))) / "README.md").read_text()
+    assert "loss = CE + l2_weight / 2 * ||student - teacher||²" in card and "KL(teacher" not in card
+    assert str(run.teacher.weight) in card and "l2-to-start-sft" in card
+
+
 def test_only_what_is_trained_is_pulled(tmp_path):
     run = train(tmp_path, regularizer="l2", trainable_groups=["attention"])
     assert run.teacher._teacher and all("self_attn" in name for name in run.teacher._teacher)

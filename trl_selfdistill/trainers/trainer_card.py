@@ -70,6 +70,9 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     settings = {
         name: v.value if isinstance(v, Enum) else v for name, v in settings.items() if (name, v) != ("max_steps", -1)
     }
+    if getattr(args, "regularizer", "kl") == "l2" and settings.get("kl_weight"):  # the strength that it has, or took
+        weight = getattr(trainer.teacher, "weight", None)
+        settings["l2_weight"] = "matched to the KL on the first batch" if weight is None else weight
     settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     groups = trainer.describe_groups() if getattr(trainer, "group_table", None) is not None else None
     return {
