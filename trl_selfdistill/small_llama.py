@@ -8,6 +8,7 @@ these facts, and answers zero-shot and few-shot prompts alike.
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -110,8 +111,9 @@ def pretrain_small_llama(
     tokenizer = train_tokenizer([*texts, *sorted(f" {name}" for name in other_names)], settings.vocab_size)
     model = _random_model(tokenizer, settings)
     arguments = TrainingArguments(
-        os.fspath(folder),
+        tempfile.gettempdir(),  # nothing is written there: without a model that knows enough, `folder` stays as it was
         num_train_epochs=1,  # the documents of all epochs are one dataset
+        train_sampling_strategy="sequential",  # shuffled within each epoch: `_documents`
         per_device_train_batch_size=settings.pretraining_batch_size,
         learning_rate=settings.pretraining_learning_rate,
         lr_scheduler_type="cosine_with_min_lr",

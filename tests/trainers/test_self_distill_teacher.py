@@ -168,9 +168,9 @@ model = build_model(TOKENIZER)
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* no teacher"),
         (
             None,
-            dict(peft_config=LoraConfig(**LORA)),
+            dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
             dict(teacher_snapshot_steps=1),
-            "got a PEFT model. Train stage 1",
+            "got a PEFT model that cannot hold a second adapter. Train stage 1",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_what_cannot_be_distilled_is_refused():
     plain = dict(is_fsdp_enabled=False, is_deepspeed_enabled=False, model=None)
     for what in ("fsdp", "deepspeed"):
         run = SimpleNamespace(**plain | {f"is_{what}_enabled": True}, args=SimpleNamespace(output_dir="run"))
-        with pytest.raises(ValueError, match=f"(?i)not sharded, got {what}. Train stage 1 first"):
+        with pytest.raises(ValueError, match=f"(?i)can be held twice, got {what}. Train stage 1 first"):
             TeacherSnapshotCallback(run)
 
     def refuse(stage, **parallelism):

@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 TEACHER_ADAPTER = "self_distill_teacher"
 _RECORD = "teacher.json"
-_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class AdapterTeacher(Teacher):
@@ -99,20 +99,20 @@ class AdapterTeacher(Teacher):
         for stale in (partial, folder):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in self._state.items()}, partial / _WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in self._state.items()}, partial / ADAPTER_WEIGHTS)
         (partial / _RECORD).write_text(json.dumps({"sha256": self.sha256}) + "\n", encoding="utf-8")
         partial.rename(folder)
 
     def restore(self, model: torch.nn.Module, folder: Path) -> None:
         """Takes the adapter that the run has kept in `folder`, if it has, in place of a copy of the student's."""
-        if not (folder / _WEIGHTS).is_file():
+        if not (folder / ADAPTER_WEIGHTS).is_file():
             return
         if damage := find_damage(folder):
             raise ValueError(f"The teacher's adapter cannot be read: {damage}. Put it back, or start the run anew.")
         if self.adapter_name is None:
             add_frozen_copy(model)
             self.adapter_name = TEACHER_ADAPTER
-        set_peft_model_state_dict(model, load_file(folder / _WEIGHTS), TEACHER_ADAPTER)
+        set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS), TEACHER_ADAPTER)
         self._take_state(model)
 
 

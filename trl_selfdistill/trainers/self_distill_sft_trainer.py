@@ -17,7 +17,7 @@ from .teacher_precomputation import precompute_teacher
 from .teacher_record import TEACHER_FOLDER, check_teacher_record, write_teacher_record
 from .teacher_rows import TEACHER_ROW
 from .teacher_snapshot import TeacherSnapshotCallback
-from .unsupported import refuse_joined_sequences, refuse_settings
+from .unsupported import refuse_adapter_on_head, refuse_joined_sequences, refuse_settings
 
 
 class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
@@ -97,6 +97,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if args.kl_weight == 0:
             return
         self._refuse_what_has_no_kl()
+        refuse_adapter_on_head(self.model)
         # The copy comes after `SFTTrainer.__init__`, which may resize the embeddings for a new chat template
         if args.regularizer == "l2":
             self._set_l2(given)

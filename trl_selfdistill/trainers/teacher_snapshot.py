@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .adapter_teacher import ADAPTER_WEIGHTS, fits_adapter_teacher
 from .checkpoints import find_damage
 from .sft_internals import base_causal_lm, frozen_copy
 from .teacher_record import TEACHER_FOLDER
@@ -17,21 +18,26 @@ logger = logging.get_logger(__name__)
 
 
 class TeacherSnapshotCallback(TrainerCallback):
-    """Freezes a snapshot of the student as the teacher, once, after the configured steps or epochs of plain SFT."""
+    """
+    Freezes a snapshot of the student as the teacher, once, after the configured steps or epochs of plain SFT: of an
+    adapter, a second one in the same model.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.folder = Path(trainer.args.output_dir) / TEACHER_FOLDER
+        self._has_adapter = hasattr(trainer.model, "peft_config")
         unsuited = {
-            "a PEFT model": hasattr(trainer.model, "peft_config"),
             "FSDP": trainer.is_fsdp_enabled,
             "DeepSpeed": trainer.is_deepspeed_enabled,
+            "a PEFT model that cannot hold a second adapter": self._has_adapter
+            and not fits_adapter_teacher(trainer.model),
         }
         if what := [name for name, applies in unsuited.items() if applies]:
             raise ValueError(
-                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take full models that are not sharded, got "
-                f"{what[0]}. Train stage 1 first, then start a run from its checkpoint: the teacher is then the model "
-                "as handed over."
+                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take models that are not sharded, full or with "
+                f"one adapter that can be held twice, got {what[0]}. Train stage 1 first, then start a run from its "
+                "checkpoint: the teacher is then the model as handed over."
             )
         if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
             raise ValueError(
@@ -56,7 +62,7 @@ class TeacherSnapshotCallback(TrainerCallback):
                 "Train longer or take it earlier, or set `kl_weight=0` for plain SFT."
             )
         if self._is_due(args, state):  # resumed after the snapshot: the student has moved on since
-            if not (self.folder / "config.json").is_file():
+            if not (self.folder / (ADAPTER_WEIGHTS if self._has_adapter else "config.json")).is_file():
                 raise FileNotFoundError(
                     f"Resuming at step {state.global_step}, after the teacher's snapshot, but {self.folder} does not "
                     "hold it. Put the folder back, or start the run anew."
@@ -65,13 +71,22 @@ class TeacherSnapshotCallback(TrainerCallback):
                 raise ValueError(
                     f"The teacher's snapshot cannot be read: {damage}. Put it back, or start the run anew."
                 )
-            self.trainer.set_teacher(type(base_causal_lm(self.trainer.model)).from_pretrained(self.folder))
+            if self._has_adapter:
+                self.trainer.set_teacher_to_student()
+                self.trainer.teacher.restore(self.trainer.model, self.folder)
+            else:
+                self.trainer.set_teacher(type(base_causal_lm(self.trainer.model)).from_pretrained(self.folder))
             self.trainer.check_teacher_of_checkpoint()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.teacher is None and self._is_due(args, state):
-            self._save_snapshot()
-            self.trainer.set_teacher(frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model)))
+            if self._has_adapter:
+                self.trainer.set_teacher_to_student()
+                if args.should_save:
+                    self.trainer.teacher.keep(self.folder)
+            else:
+                self._save_snapshot()
+                self.trainer.set_teacher(frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model)))
             logger.info(f"Step {state.global_step}: the teacher is a snapshot of the model ({self.folder}).")
 
     def _save_snapshot(self) -> None:

@@ -23,6 +23,22 @@ def refuse_settings(args: SFTConfig) -> None:
         )
 
 
+def refuse_adapter_on_head(model: torch.nn.Module) -> None:
+    """
+    Refuses an adapter on the LM head that is more than other weights: the head is read, not called.
+
+    Raises:
+        ValueError: If single tokens of the head are trained, as with `trainable_token_indices` and tied embeddings.
+    """
+    head = base_causal_lm(model).get_output_embeddings()
+    if hasattr(head, "token_adapter"):
+        raise ValueError(
+            "`trainable_token_indices` trains tokens of the embeddings, to which the LM head is tied, and the CE and "
+            "KL are computed from the head's weights as they are stored. Use `modules_to_save=['embed_tokens']`, or a "
+            "model with a head of its own, or set `kl_weight=0`."
+        )
+
+
 def refuse_joined_sequences(trainer: SFTTrainer, teacher: PreTrainedModel | None) -> None:
     """
     Refuses a student or teacher that does not tell joined sequences apart.
