@@ -113,7 +113,6 @@ def pretrain_small_llama(
     arguments = TrainingArguments(
         tempfile.gettempdir(),  # nothing is written there: without a model that knows enough, `folder` stays as it was
         num_train_epochs=1,  # the documents of all epochs are one dataset
-        train_sampling_strategy="sequential",  # shuffled within each epoch: `_documents`
         per_device_train_batch_size=settings.pretraining_batch_size,
         learning_rate=settings.pretraining_learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -189,8 +188,8 @@ def _random_model(tokenizer: PreTrainedTokenizerFast, settings: SmallLlamaSettin
 
 def _documents(facts: Dataset, tokenizer, num_epochs: int, seed: int) -> Iterator[dict]:
     """
-    Each fact once an epoch, in documents of one to five questions of a relation, as few-shot prompts are. Answers and
-    what ends them carry the labels.
+    Each fact `num_epochs` times, in documents of one to five questions of a relation, as few-shot prompts are. Answers
+    and what ends them carry the labels. (The trainer draws from the documents of all epochs at once.)
     """
     generator = random.Random(seed)
     by_relation: dict[str, list[tuple[str, str]]] = {}

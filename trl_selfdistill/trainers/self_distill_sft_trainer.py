@@ -179,10 +179,12 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if self._checkpoint is not None:
             check_teacher_record(self.teacher, Path(self._checkpoint))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # Not in `_save`, which FSDP does not call where the checkpoints are sharded
         if self.teacher is not None and self.args.should_save:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
             if isinstance(self.teacher, AdapterTeacher):
                 self.teacher.keep(Path(self.args.output_dir) / TEACHER_FOLDER)
             write_teacher_record(self.teacher, folder, self._teacher_name)

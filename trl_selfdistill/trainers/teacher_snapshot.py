@@ -35,9 +35,9 @@ class TeacherSnapshotCallback(TrainerCallback):
         }
         if what := [name for name, applies in unsuited.items() if applies]:
             raise ValueError(
-                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take models that are not sharded, full or with "
-                f"one adapter that can be held twice, got {what[0]}. Train stage 1 first, then start a run from its "
-                "checkpoint: the teacher is then the model as handed over."
+                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take models that are not sharded, full or "
+                f"with one adapter that can be held twice, got {what[0]}. Train stage 1 first, then start a run from "
+                "its checkpoint: the teacher is then the model as handed over."
             )
         if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
             raise ValueError(
