@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Checks on the machines at hand that a distributed run is the one-process run: losses, weights, frozen parameters,
+resuming. A small random Llama, in fp32, with the same 16 rows a step however many processes there are.
+
+First the reference, in one process, then each configuration; exit status 1 if a check fails:
+
+    accelerate launch --num_processes 1 --mixed_precision no scripts/check_distributed.py --write_reference
+
+    accelerate launch --config_file scripts/accelerate_configs/fsdp2.yaml scripts/check_distributed.py
+
+What a set-up refuses by design (a KL under ZeRO-3) is checked to be refused.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill.small_llama import train_tokenizer
+
+
+RUNS = {
+    "SFT": {"kl_weight": 0.0},
+    "self-distillation": {"kl_weight": 2.0},
+    "frozen groups": {"kl_weight": 0.0, "trainable_groups": ["attention"]},
+    "frozen groups and self-distillation": {"kl_weight": 2.0, "trainable_groups": ["attention"]},
+}
+STEPS, SAVED, ROWS = 6, 3, 16
+TEXTS = [(f"Q: What is {n} times {n + 1}?\nA:", f" {n * (n + 1)}" * (1 + n % 3)) for n in range(STEPS * ROWS)]
+
+
+def make_trainer(folder: Path, options: dict) -> SelfDistillSFTTrainer:
+    """A trainer of the small Llama, whose teacher is another one."""
+    tokenizer = train_tokenizer([question + answer for question, answer in TEXTS], 400)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2})
+    set_seed(0)
+    model, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    state = PartialState()
+    args = SelfDistillSFTConfig(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS // state.num_processes,
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        save_steps=SAVED,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=state.device.type == "cpu",
+        seed=0,
+        **options,
+    )
+    data = Dataset.from_list([{"prompt": question, "completion": answer} for question, answer in TEXTS])
+    extra = {"teacher_model": teacher} if options["kl_weight"] else {}
+    return SelfDistillSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, **extra)
+
+
+def measure(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], list[float], float]:
+    """The weights at the end and the losses of a run, and how far a run that resumes in the middle ends from it."""
+    ends, losses = [], []
+    for checkpoint in (None, str(folder / f"whole/checkpoint-{SAVED}")):
+        trainer = make_trainer(folder / ("resumed" if checkpoint else "whole"), RUNS[name])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+        ends.append({key: tensor.float().cpu().clone() for key, tensor in state.items()})
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        trainer.accelerator.free_memory()
+    return ends[0], losses[0], largest_difference(*ends)
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    return max(((tensor - theirs[key]).abs().max().item() for key, tensor in ours.items()), default=0.0)
+
+
+def compare(name: str, weights: dict, losses: list[float], resumed: float, reference: Path) -> list[tuple]:
+    """Rows of the table: what, the difference, the tolerance."""
+    expected = load_file(reference / f"{name}.safetensors")
+    start = load_file(reference / "start.safetensors")
+    their_losses = json.loads((reference / "losses.json").read_text())[name]
+    rows = [
+        ("losses", max(abs(a - b) for a, b in zip(losses, their_losses, strict=True)), 1e-3),
+        ("weights", largest_difference(weights, expected), 1e-4),
+        ("resumed weights", resumed, 1e-6),
+    ]
+    if "trainable_groups" in RUNS[name]:
+        frozen = {key: tensor for key, tensor in weights.items() if "self_attn" not in key}
+        rows.append(("frozen parameters against the start", largest_difference(frozen, start), 0.0))
+    return rows
+
+
+def main() -> int:
+    """Prints the table on the main process; the number of checks that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/check_distributed"), help="Where runs go.")
+    parser.add_argument("--write_reference", action="store_true", help="Write what the others are compared with.")
+    args = parser.parse_args()
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available())
+    reference, runs = args.output_dir / "reference", args.output_dir / f"{state.num_processes}-processes"
+    if not args.write_reference and not (reference / "losses.json").is_file():
+        raise FileNotFoundError(
+            f"{reference} holds no reference. Run this in one process with --write_reference first."
+        )
+    if ROWS % state.num_processes:
+        raise ValueError(f"{state.num_processes} processes cannot share {ROWS} rows. Start 1, 2, 4, 8 or 16.")
+    if state.is_main_process:
+        shutil.rmtree(runs, ignore_errors=True)
+        reference.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    table, all_losses = [], {}
+    for name, options in RUNS.items():
+        try:
+            weights, all_losses[name], resumed = measure(runs / name, name)
+        except ValueError as error:
+            if not (options["kl_weight"] and "is not supported with DeepSpeed ZeRO-3" in str(error)):
+                raise
+            table.append((name, "refused, as it should be", 0.0, 0.0))
+            continue
+        if args.write_reference:
+            save_file({key: tensor.contiguous() for key, tensor in weights.items()}, reference / f"{name}.safetensors")
+            save_file(make_trainer(runs / "start", RUNS["SFT"]).model.state_dict(), reference / "start.safetensors")
+        elif state.is_main_process:
+            table += [(name, *row) for row in compare(name, weights, all_losses[name], resumed, reference)]
+    if args.write_reference:
+        (reference / "losses.json").write_text(json.dumps(all_losses, indent=2) + "\n", encoding="utf-8")
+    failed = sum(difference > tolerance for _, _, difference, tolerance in table)
+    if state.is_main_process:
+        kind = "FSDP" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else state.distributed_type.value
+        print(f"{state.num_processes} processes, {kind}")
+        for name, what, difference, tolerance in table:
+            verdict = "passed" if difference <= tolerance else "FAILED"
+            print(f"{verdict}  {name}: {what}, {difference:.2e} (at most {tolerance:.0e})", flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return failed
+
+
+if __name__ == "__main__":
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # compared in fp32, whatever the configuration says
+    sys.exit(min(main(), 1))
