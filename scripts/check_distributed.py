@@ -42,8 +42,8 @@ TEXTS = [(f"Q: What is {n} times {n + 1}?\nA:", f" {n * (n + 1)}" * (1 + n % 3))
 def make_trainer(folder: Path, options: dict) -> SelfDistillSFTTrainer:
     """A trainer of the small Llama, whose teacher is another one."""
     tokenizer = train_tokenizer([question + answer for question, answer in TEXTS], 400)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2})
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **size)
     set_seed(0)
     model, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
     state = PartialState()
@@ -82,13 +82,13 @@ def measure(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], list[floa
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Over all tensors of `ours`."""
     return max(((tensor - theirs[key]).abs().max().item() for key, tensor in ours.items()), default=0.0)
 
 
 def compare(name: str, weights: dict, losses: list[float], resumed: float, reference: Path) -> list[tuple]:
     """Rows of the table: what, the difference, the tolerance."""
-    expected = load_file(reference / f"{name}.safetensors")
-    start = load_file(reference / "start.safetensors")
+    expected, start = (load_file(reference / f"{file}.safetensors") for file in (name, "start"))
     their_losses = json.loads((reference / "losses.json").read_text())[name]
     rows = [
         ("losses", max(abs(a - b) for a, b in zip(losses, their_losses, strict=True)), 1e-3),
@@ -135,16 +135,17 @@ def main() -> int:
             table += [(name, *row) for row in compare(name, weights, all_losses[name], resumed, reference)]
     if args.write_reference:
         (reference / "losses.json").write_text(json.dumps(all_losses, indent=2) + "\n", encoding="utf-8")
-    failed = sum(difference > tolerance for _, _, difference, tolerance in table)
     if state.is_main_process:
         kind = "FSDP" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else state.distributed_type.value
         print(f"{state.num_processes} processes, {kind}")
         for name, what, difference, tolerance in table:
-            verdict = "passed" if difference <= tolerance else "FAILED"
-            print(f"{verdict}  {name}: {what}, {difference:.2e} (at most {tolerance:.0e})", flush=True)
+            print(
+                f"{'passed' if difference <= tolerance else 'FAILED'}  {name}: {what}, {difference:.2e} (at most {tolerance:.0e})",
+                flush=True,
+            )
     state.wait_for_everyone()
     state.destroy_process_group()
-    return failed
+    return sum(difference > tolerance for _, _, difference, tolerance in table)
 
 
 if __name__ == "__main__":
