@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Which way to train on new facts keeps most of the old ones? Ten methods on the same facts, seeds and number of steps.
+Which way to train on new facts keeps most of the old ones? All methods on the same facts, seeds and number of steps.
 
 SFT, SFT stopped early, interpolation with the start (WiSE-FT), LoRA, frozen groups, L2 to the start, replay,
-KnownPatch, masked tokens (STM), and self-distillation over λ and τ. Output, in --output_dir: methods.md (the table,
-and whether self-distillation is on the Pareto front), methods.json and pareto.png. Interrupted, it goes on with the
-same command.
+KnownPatch, masked tokens (STM), and self-distillation over λ and τ, alone and with the model's own answers to
+further prompts (rehearsal). Output, in --output_dir: methods.md (the table, and whether self-distillation is on the
+Pareto front), methods.json and pareto.png. Interrupted, it goes on with the same command.
 
 --preset default: SmolLM2-135M out of a PyPI package. small_llama: a Llama of a few million parameters that learns the
 real facts from scratch first, in minutes. paper: the paper's size, for GPUs. tiny: a test.
@@ -61,7 +61,7 @@ def main(
     stage1 = train_stage(
         SFTTrainer, copy_config(SFTConfig, config, **changes), model, mix, ("known",), output / "stage1"
     )
-    outcomes = compare_methods(args, ComparisonInputs(str(stage1), mix, config), output / "runs")
+    outcomes = compare_methods(args, ComparisonInputs(str(stage1), mix, annotated, config), output / "runs")
 
     if PartialState().is_main_process:
         [before] = find_tradeoffs(outcomes[:1])

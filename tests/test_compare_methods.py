@@ -29,6 +29,7 @@ from trl_selfdistill.weight_interpolation import copy_weights, interpolated
 
 TOKENIZER = build_tokenizer()
 METHODS = ("sft", "lora", "frozen", "l2", "replay", "known_patch", "stm", "selfdistill-lambda1-tau0.5")
+METHODS += ("rehearsal", "rehearsal-selfdistill-lambda1-tau0.5")
 
 
 def start_comparison(folder: Path) -> tuple[Path, str]:

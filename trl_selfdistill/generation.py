@@ -130,7 +130,7 @@ def predict_answers(
         raise ValueError(f"`num_samples` is {num_samples}; it must be at least 1, or None for greedy decoding")
     token_ids = tokenizer(list(prompts))["input_ids"] if prompts else []
     stop_ids = answer_ends(model, tokenizer).stop_ids
-    config = _generation_config(num_samples, temperature, top_k, max_new_tokens, stop_ids)
+    config = generation_config(num_samples, temperature, top_k, max_new_tokens, stop_ids)
     # Prompts of like length share a batch (little padding); the longest come first, so that memory runs out at once.
     order = sorted(range(len(prompts)), key=lambda i: (-len(token_ids[i]), i))
     step = max(1, batch_size // (num_samples or 1))
@@ -141,14 +141,20 @@ def predict_answers(
         torch.manual_seed(seed)
         for begin in range(0, len(order), step):
             batch = order[begin : begin + step]
-            texts = _generate_batch(model, tokenizer, [token_ids[i] for i in batch], config, synced_gpus)
+            written = generate_tokens(model, [token_ids[i] for i in batch], config, synced_gpus)
+            # With the stop token: the text before its newline belongs to the answer
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts = [answer_from_generation(text) for text in texts]
             for row, i in enumerate(batch):
                 answers[i] = texts[row * (num_samples or 1) : (row + 1) * (num_samples or 1)]
             bar.update(len(batch))
     return answers
 
 
-def _generation_config(num_samples, temperature, top_k, max_new_tokens, stop_ids) -> GenerationConfig:
+def generation_config(
+    num_samples: int | None, temperature: float, top_k: int | None, max_new_tokens: int, stop_ids: Sequence[int]
+) -> GenerationConfig:
+    """Greedy generation for `num_samples=None`, else sampling, up to a token of `stop_ids`, and nothing else set."""
     sampling = {"do_sample": False}
     if num_samples is not None:
         sampling = {"do_sample": True, "temperature": float(temperature), "num_return_sequences": num_samples}
@@ -165,7 +171,18 @@ def _generation_config(num_samples, temperature, top_k, max_new_tokens, stop_ids
     )
 
 
-def _generate_batch(model, tokenizer, prompts: list[list[int]], config: GenerationConfig, synced_gpus) -> list[str]:
+def generate_tokens(
+    model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, synced_gpus: bool = False
+) -> list[list[int]]:
+    """
+    The tokens that the model writes after each prompt, up to its first stop token and with it, in one batch.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): In evaluation mode.
+        prompts (`Sequence[list[int]]`): Token ids, of any lengths; they are padded on the left.
+        config ([`~transformers.GenerationConfig`]): With a list as `eos_token_id`, and `pad_token_id`.
+        synced_gpus (`bool`, *optional*, defaults to `False`): As in [`predict_answers`].
+    """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -179,6 +196,5 @@ def _generate_batch(model, tokenizer, prompts: list[list[int]], config: Generati
     written = []
     for ids in output[:, width:].tolist():
         end = next((t for t, token in enumerate(ids) if token in stop_ids), len(ids))
-        written.append(ids[: end + 1])  # with the stop token: the text before its newline belongs to the answer
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [answer_from_generation(text) for text in texts]
+        written.append(ids[: end + 1])
+    return written

@@ -11,7 +11,9 @@ from trl import SFTConfig
 
 from .experiment import Experiment, run_experiment
 from .fact_accuracy import AccuracyRecord, read_records
+from .facts import fold_name, load_facts
 from .pareto import MethodOutcome
+from .prompts import question_prompt
 from .rival_methods import WISE_FT_FILE, ComparisonArguments, Method, WiseFT, methods_of
 from .trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
 from .training_mix import load_mix
@@ -29,11 +31,13 @@ class ComparisonInputs(NamedTuple):
     Args:
         model (`str`): Folder of the model that has learnt the format, the start of every run.
         mix (`Path`): Folder of the splits `known`, `new` and `heldout`.
+        annotated (`Path`): The facts that they were chosen from; the others lend their prompts to rehearsal.
         config ([`SelfDistillSFTConfig`]): The training of every run.
     """
 
     model: str
     mix: Path
+    annotated: Path
     config: SelfDistillSFTConfig
 
 
@@ -75,6 +79,31 @@ def _fact_sets(mix: Path) -> dict[str, Dataset]:
     return {"heldout": halves[0], "validation": halves[1], "known": splits["known"], "new": splits["new"]}
 
 
+def rehearsal_prompts(annotated: Dataset, splits: dict[str, Dataset], number: int) -> Dataset:
+    """
+    Prompts of facts that are in no split, of the splits' relations, drawn at random but always the same. Whether the
+    model knows them is not looked at, nor are their answers.
+
+    Args:
+        annotated (`Dataset`): The facts to draw from.
+        splits (`dict[str, Dataset]`): The splits, whose subjects are left out.
+        number (`int`): How many.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    used = {fold_name(subject) for split in splits.values() for subject in split["subject"]}
+    relations = {relation for split in splits.values() for relation in split["relation"]}
+    pairs = zip(annotated["subject"], annotated["relation"], strict=True)
+    free = [i for i, (name, relation) in enumerate(pairs) if relation in relations and fold_name(name) not in used]
+    if len(free) < number:
+        raise ValueError(
+            f"`num_rehearsal={number}`, but only {len(free)} facts are in no split. Lower it, or take more facts."
+        )
+    chosen = annotated.select(random.Random(0).sample(free, number))
+    return Dataset.from_dict({"prompt": [question_prompt(question) for question in chosen["question"]]})
+
+
 def _experiment(
     method: Method, seed: int, args: ComparisonArguments, inputs: ComparisonInputs, folder: Path, facts: dict
 ) -> Experiment:
@@ -99,6 +128,11 @@ def _experiment(
     about = {"method": method.name, "label": method.label, "seed": seed}
     if wise_ft is not None:
         about["mixing_weights"] = args.mixing_weights
+    trainer_arguments = dict(method.trainer_arguments)
+    if method.rehearses:
+        about["num_rehearsal"] = args.num_rehearsal
+        prompts = rehearsal_prompts(load_facts(inputs.annotated), facts, args.num_rehearsal)
+        trainer_arguments["rehearsal_dataset"] = prompts
     options = {"replay": "replay_ratio", "known_patch": "known_patch_share", "stm": "stm_max_perplexity"}
     if method.name in options:
         about[options[method.name]] = getattr(args, options[method.name])
@@ -110,9 +144,9 @@ def _experiment(
         config=copy_config(_CONFIGS.get(method.trainer_class, SFTConfig), config, **changes),
         model=inputs.model,
         data=data,
-        inputs=(inputs.mix,),
+        inputs=(inputs.mix, inputs.annotated) if method.rehearses else (inputs.mix,),
         about=about,
-        trainer_arguments=method.trainer_arguments,
+        trainer_arguments=trainer_arguments,
         callbacks=prepare,
         finish=wise_ft.finish if wise_ft is not None else None,
     )

@@ -31,7 +31,17 @@ class ComparisonArguments:
     _argument_group_name = "comparison"
 
     methods: list[str] = field(
-        default_factory=lambda: ["sft", "lora", "frozen", "l2", "replay", "known_patch", "stm", "selfdistill"],
+        default_factory=lambda: [
+            "sft",
+            "lora",
+            "frozen",
+            "l2",
+            "replay",
+            "known_patch",
+            "stm",
+            "selfdistill",
+            "rehearsal",
+        ],
         metadata={
             "help": "Methods to train. From `sft` come early stopping and the interpolations (WiSE-FT) too, without "
             "further training."
@@ -49,6 +59,10 @@ class ComparisonArguments:
     mixing_weights: list[float] = field(
         default_factory=lambda: [0.2, 0.4, 0.6, 0.8],
         metadata={"help": "WiSE-FT: shares of the fine-tuned weights, the rest being those of the start, in [0, 1]."},
+    )
+    num_rehearsal: int = field(
+        default=400,
+        metadata={"help": "Rehearsal: prompts of further facts that the start model answers; no labels are used."},
     )
     lora_rank: int = field(default=16, metadata={"help": "LoRA: rank."})
     lora_learning_rate: float = field(default=1e-3, metadata={"help": "LoRA: learning rate."})
@@ -76,8 +90,9 @@ class ComparisonArguments:
                 raise ValueError(f"`mixing_weights` are shares in [0, 1], got {weight}.")
         if not 0 < self.known_patch_share <= 1:
             raise ValueError(f"`known_patch_share` is a share in (0, 1], got {self.known_patch_share}.")
-        if self.replay_ratio < 1:
-            raise ValueError(f"`replay_ratio` must be at least 1, got {self.replay_ratio}.")
+        for name in ("replay_ratio", "num_rehearsal"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
 class Method(NamedTuple):
@@ -92,6 +107,7 @@ class Method(NamedTuple):
         rows (`Callable`): `rows(known, new, num_rows, generator)`: its training rows. Random ones by default.
         trainer_arguments (`dict`): Further arguments of the trainer.
         prepare (`Callable[[Trainer], None]`, *optional*): Changes the trainer before training.
+        rehearses (`bool`): Whether it gets prompts of further facts as `rehearsal_dataset`.
     """
 
     name: str
@@ -103,10 +119,11 @@ class Method(NamedTuple):
     )
     trainer_arguments: dict[str, Any] = {}
     prepare: Callable[[Trainer], None] | None = None
+    rehearses: bool = False
 
 
 def methods_of(args: ComparisonArguments) -> list[Method]:
-    """The methods to train, plain SFT first, and self-distillation once for each λ and τ."""
+    """The methods to train, plain SFT first, and self-distillation, alone and with rehearsal, for each λ and τ."""
     methods = []
     for name in sorted(args.methods, key=lambda name: name != "sft"):
         found = _METHODS[name](args)
@@ -124,6 +141,16 @@ def _self_distillation(args: ComparisonArguments) -> list[Method]:
         )
         for kl_weight in args.kl_weights
         for temperature in args.temperatures
+    ]
+
+
+def _rehearsal(args: ComparisonArguments) -> list[Method]:
+    """Self-distillation with the model's own answers to further prompts, and these answers without the KL."""
+    own = f"{args.num_rehearsal} own answers"
+    without = Method("rehearsal", f"SFT with {own}", SelfDistillSFTTrainer, {"kl_weight": 0.0}, rehearses=True)
+    return [without] + [
+        method._replace(name=f"rehearsal-{method.name}", label=f"{method.label}, with {own}", rehearses=True)
+        for method in _self_distillation(args)
     ]
 
 
@@ -192,6 +219,7 @@ _METHODS: dict[str, Callable[[ComparisonArguments], Method | list[Method]]] = {
     "known_patch": _known_patch,
     "stm": _stm,
     "selfdistill": _self_distillation,
+    "rehearsal": _rehearsal,
 }
 
 

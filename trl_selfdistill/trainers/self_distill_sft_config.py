@@ -69,6 +69,12 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         teacher_cache_dtype (`str`, *optional*, defaults to `bfloat16`):
             `"bfloat16"` (2 bytes a number, rounded to 8 bits of precision) or `"float32"` (4 bytes, as computed).
 
+        > Parameters that control the rehearsal
+
+        rehearsal_max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest of the model's own answers to the trainer's `rehearsal_dataset`, in tokens. Prompts with longer
+            ones are left out.
+
     > [!NOTE]
     > The defaults of all inherited parameters are those of [`~trl.SFTConfig`].
     """
@@ -130,8 +136,16 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         default="bfloat16", metadata={"help": "What they are stored in: `bfloat16` or `float32`."}
     )
 
+    # Parameters that control the rehearsal
+    rehearsal_max_new_tokens: int = field(
+        default=256,
+        metadata={"help": "Longest of the model's own answers to the prompts of `rehearsal_dataset`, in tokens."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        if self.rehearsal_max_new_tokens < 1:
+            raise ValueError(f"`rehearsal_max_new_tokens` must be at least 1, got {self.rehearsal_max_new_tokens}.")
         if not (math.isfinite(self.kl_weight) and self.kl_weight >= 0):
             raise ValueError(f"`kl_weight` must be a finite number >= 0, got {self.kl_weight}.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):

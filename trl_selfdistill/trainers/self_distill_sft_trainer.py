@@ -4,20 +4,36 @@
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .l2_to_teacher import L2ToTeacher
+from .rehearsal import rehearsal_rows
 from .self_distill_sft_config import SelfDistillSFTConfig
-from .sft_internals import DistillationTargets, add_distillation_forward, base_causal_lm, config_from, frozen_copy
+from .sft_internals import (
+    DistillationTargets,
+    add_distillation_forward,
+    add_training_rows,
+    base_causal_lm,
+    config_from,
+    frozen_copy,
+)
 from .teacher import ModelTeacher, Teacher, UntrainedStudent
 from .teacher_loading import load_teacher
 from .teacher_precomputation import precompute_teacher
 from .teacher_record import TEACHER_FOLDER, check_teacher_record, write_teacher_record
 from .teacher_rows import TEACHER_ROW
 from .teacher_snapshot import TeacherSnapshotCallback
-from .unsupported import refuse_adapter_on_head, refuse_joined_sequences, refuse_settings
+from .unsupported import (
+    refuse_adapter_on_head,
+    refuse_joined_sequences,
+    refuse_kl,
+    refuse_l2,
+    refuse_rehearsal,
+    refuse_settings,
+)
 
 
 class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
@@ -39,6 +55,10 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Teacher, by path, Hub id or instance. Defaults to `args.teacher_model_name_or_path`, and without that to a
             frozen copy of the model as handed over. An instance is frozen in place.
+        rehearsal_dataset (`Dataset`, *optional*):
+            Prompts (column `prompt`, texts or conversations) about what must not be forgotten. The model as handed
+            over answers them greedily before training, and these rows are trained on among those of `train_dataset`.
+            No labels are needed. The answers are kept in `output_dir/_rehearsal.json` for resuming.
         kwargs:
             The other arguments of [`~trl.SFTTrainer`].
 
@@ -68,6 +88,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         args: SelfDistillSFTConfig | None = None,
         *positional,
         teacher_model: str | PreTrainedModel | None = None,
+        rehearsal_dataset: Dataset | None = None,
         **kwargs,
     ):
         args = config_from(args, SelfDistillSFTConfig, model, self._name)
@@ -94,9 +115,11 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         self.teacher: Teacher | L2ToTeacher | None = None
         self._takes_snapshot = bool(snapshot)
         self._teacher_name = given if isinstance(given, str) else None
+        if rehearsal_dataset is not None:
+            self._add_rehearsal(rehearsal_dataset)
         if args.kl_weight == 0:
             return
-        self._refuse_what_has_no_kl()
+        refuse_kl(self)
         refuse_adapter_on_head(self.model)
         # The copy comes after `SFTTrainer.__init__`, which may resize the embeddings for a new chat template
         if args.regularizer == "l2":
@@ -113,32 +136,22 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if args.precompute_teacher:
             precompute_teacher(self)
 
-    def _refuse_what_has_no_kl(self) -> None:
-        plugin = self.args.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError(
-                "`kl_weight > 0` is not supported with DeepSpeed ZeRO-3: the teacher would be partitioned too. Use "
-                "ZeRO-2, or FSDP, which shards the student and leaves the teacher whole, or set `kl_weight=0`."
-            )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
-            raise ValueError(
-                "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1): "
-                "each rank holds a part of the sequence. Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
-            )
+    def _add_rehearsal(self, prompts: Dataset) -> None:
+        refuse_rehearsal(self)
+        args = self.args
+        rows = rehearsal_rows(
+            self.model,
+            self._tokenizer,
+            prompts,
+            args.output_dir,
+            max_new_tokens=args.rehearsal_max_new_tokens,
+            batch_size=args.per_device_eval_batch_size,
+            accelerator=self.accelerator,
+        )
+        add_training_rows(self, rows)
 
     def _set_l2(self, given) -> None:
-        unsuited = {
-            "`teacher_model`": given is not None,
-            "a PEFT model": hasattr(self.model, "peft_config"),
-            "FSDP": self.is_fsdp_enabled,
-            "DeepSpeed": self.is_deepspeed_enabled,
-        }
-        if what := [name for name, applies in unsuited.items() if applies]:
-            raise ValueError(
-                "`regularizer='l2'` pulls the weights of a full model to those it was handed over with, got "
-                f"{what[0]}. Set `regularizer='kl'`, or leave that out."
-            )
+        refuse_l2(self, given)
         add_distillation_forward(base_causal_lm(self.model))  # for the KL that its strength is matched to
         self.teacher = L2ToTeacher(self.model, self.args.l2_weight)
 

@@ -8,6 +8,8 @@ What it relies on, and what happens when a TRL release moves it:
 - `prepare_fsdp` and `prepare_deepspeed` shard the teacher like TRL's reference models. Were they gone, importing this
   file fails.
 - `use_adapter` switches a PEFT model to another adapter, or to none. Were it gone, importing this file fails.
+- `_prepare_dataset` truncates, packs and shuffles rows that are tokens already. Were it gone, `rehearsal_dataset`
+  fails when the trainer is made.
 - `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`.
 """
 
@@ -18,8 +20,10 @@ import types
 from typing import NamedTuple
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
@@ -30,6 +34,7 @@ __all__ = [
     "DistillationOutput",
     "DistillationTargets",
     "add_distillation_forward",
+    "add_training_rows",
     "base_causal_lm",
     "config_from",
     "create_model_from_path",
@@ -157,6 +162,16 @@ def _aux_loss(model: PreTrainedModel, outputs, kwargs: dict) -> torch.Tensor | N
     return load_balancing_loss_func(
         outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
     )
+
+
+def add_training_rows(trainer: SFTTrainer, rows: Dataset) -> None:
+    """Adds rows of tokens and labels to the trainer's dataset, truncated and packed as it is."""
+    args = trainer.args
+    prepared = trainer._prepare_dataset(rows, trainer.processing_class, args, args.packing, None, "rehearsal")
+    # What the dataset's own rows have beside them does not reach the model
+    columns = [name for name in prepared.column_names if name in trainer.train_dataset.column_names]
+    both = [trainer.train_dataset.select_columns(columns), prepared.select_columns(columns)]
+    trainer.train_dataset = concatenate_datasets(both)
 
 
 def config_from(args: TrainingArguments | None, config_class: type, model, suffix: str) -> TrainingArguments:

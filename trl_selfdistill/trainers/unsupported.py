@@ -3,6 +3,7 @@
 reason."""
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
@@ -20,6 +21,70 @@ def refuse_settings(args: SFTConfig) -> None:
         raise ValueError(
             "`activation_offloading=True` moves activations from an accelerator to the CPU, and there is no "
             "accelerator here. Set `activation_offloading=False`; `gradient_checkpointing=True` saves memory on a CPU."
+        )
+
+
+def refuse_kl(trainer: SFTTrainer) -> None:
+    """
+    Refuses what splits the model so that there is no KL to be had.
+
+    Raises:
+        ValueError: Under DeepSpeed ZeRO-3, and with sequence or context parallelism.
+    """
+    plugin = trainer.args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "`kl_weight > 0` is not supported with DeepSpeed ZeRO-3: the teacher would be partitioned too. Use "
+            "ZeRO-2, or FSDP, which shards the student and leaves the teacher whole, or set `kl_weight=0`."
+        )
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
+        raise ValueError(
+            "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1): "
+            "each rank holds a part of the sequence. Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
+        )
+
+
+def refuse_l2(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | None) -> None:
+    """
+    Refuses what has no full weights of its own to pull.
+
+    Raises:
+        ValueError: With a teacher given, an adapter, FSDP or DeepSpeed.
+    """
+    unsuited = {
+        "`teacher_model`": teacher_model is not None,
+        "a PEFT model": hasattr(trainer.model, "peft_config"),
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+    }
+    if what := [name for name, applies in unsuited.items() if applies]:
+        raise ValueError(
+            "`regularizer='l2'` pulls the weights of a full model to those it was handed over with, got "
+            f"{what[0]}. Set `regularizer='kl'`, or leave that out."
+        )
+
+
+def refuse_rehearsal(trainer: SFTTrainer) -> None:
+    """
+    Refuses `rehearsal_dataset` where its rows cannot be put among those of `train_dataset`, or come from a model that
+    does not know the format yet.
+
+    Raises:
+        ValueError: If `train_dataset` is a stream or not tokenised by the trainer, or stage 1 is part of the run.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    if args.teacher_snapshot_steps or args.teacher_snapshot_epochs:
+        raise ValueError(
+            "`rehearsal_dataset` is answered before training, and `teacher_snapshot_steps` and "
+            "`teacher_snapshot_epochs` train plain SFT first. Train stage 1 by itself and start this run from its "
+            "model, or leave `rehearsal_dataset` out."
+        )
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        what = "makes its tokens in the batch" if isinstance(dataset, Dataset) else f"is a {type(dataset).__name__}"
+        raise ValueError(
+            "`rehearsal_dataset` is mixed into the tokenised rows of `train_dataset`, which "
+            f"{what}. Pass a `datasets.Dataset` of text, or leave `rehearsal_dataset` out."
         )
 
 
