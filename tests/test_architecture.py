@@ -33,6 +33,7 @@ LAYERS = [
     ),
     ({"exemplars", "progress_file", "slick", "training_mix"}, {"trl"}),
     ({"environment", "hub_metadata", "model_card"}, {"transformers", "trl", "datasets", "accelerate"}),
+    ({"dataset_files"}, {"transformers", "trl", "torch"}),
     ({"trainers"}, set()),
     (
         {

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on a user's own dataset with the steps of `trl sft`: load, train, save, push if asked."""
 
-import os
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
 from transformers import Trainer, TrainingArguments
 
+from .dataset_files import load_splits
 from .models import load_model_and_tokenizer
 from .study_arguments import AdapterArguments, TrainingDataArguments
-
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def train_on_dataset(
@@ -53,20 +50,6 @@ def train_on_dataset(
     else:
         trainer.create_model_card(Path(config.output_dir).name)
     return Path(config.output_dir)
-
-
-def load_splits(name_or_path: str, config: str | None = None) -> DatasetDict:
-    """
-    The splits of a dataset: of a JSON, JSONL, CSV or Parquet file (its only one is `train`), of a folder written by
-    `save_to_disk`, or of whatever `datasets.load_dataset` takes.
-    """
-    path = Path(name_or_path)
-    if path.is_file() and path.suffix.lower() in _BUILDERS:
-        return load_dataset(_BUILDERS[path.suffix.lower()], data_files=os.fspath(path))
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        dataset = load_from_disk(path)
-        return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
-    return load_dataset(name_or_path, name=config)
 
 
 def _split(dataset: DatasetDict, argument: str, data: TrainingDataArguments) -> Dataset:

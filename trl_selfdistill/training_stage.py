@@ -86,6 +86,9 @@ def train_stage(
     arguments = {"trainer": trainer_class.__name__, "splits": list(splits), "config": effective_config(config), **name}
     if adapter is not None and adapter.use_peft:
         arguments["adapter"] = asdict(adapter)
+    rehearsal = getattr(config, "rehearsal_dataset_name", None)
+    if rehearsal is not None and Path(rehearsal).exists():
+        inputs = [*inputs, rehearsal]
 
     def work(partial: Path) -> None:
         facts = load_mix(mix)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..dataset_files import load_splits
 from ..generation import evaluation_mode, generate_tokens, generation_config
 from ..losses import IGNORE_INDEX
 from ..process_sharding import map_in_parallel, on_main_process
@@ -26,44 +27,34 @@ logger = logging.get_logger(__name__)
 REHEARSAL_FILE = "_rehearsal.json"
 
 
-def rehearsal_rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
-    output_dir: str,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    accelerator: Accelerator,
-) -> Dataset:
+def rehearse(trainer, prompts: Dataset | None) -> Dataset:
     """
-    What the model answers to each prompt, greedily, as training rows of tokens. A collective: the processes share the
-    prompts.
+    What the trainer's model answers to each prompt, greedily, as training rows of tokens. A collective: the processes
+    share the prompts.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model before training.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        prompts (`Dataset`): With a column `prompt`, texts or conversations. Other columns are not looked at.
-        output_dir (`str`): Where the answers are kept for a run that resumes.
-        max_new_tokens (`int`): Longest answer, in tokens with the one that ends it.
-        batch_size (`int`): Prompts answered at once, on each process.
-        accelerator ([`~accelerate.Accelerator`]): It says how the model is sharded.
+        trainer ([`SelfDistillSFTTrainer`]): Before its teacher is made.
+        prompts (`Dataset`, *optional*): With a column `prompt`, texts or conversations; other columns are not looked
+            at. Defaults to the dataset of `args.rehearsal_dataset_name`.
 
     Returns:
         `Dataset` with `input_ids` (prompt and answer) and `labels` (the answer, `-100` at the prompt's tokens), in the
-        order of `prompts`, without those whose answer was not over after `max_new_tokens` or was empty.
+        order of `prompts`, without those whose answer was not over after `args.rehearsal_max_new_tokens` or was empty.
 
     Raises:
         ValueError: If there is no column `prompt`, no row, or no answer that ends, or the model is sharded.
     """
-    _refuse_sharded(accelerator)
-    token_ids = _tokenize(tokenizer, prompts)
+    _refuse_sharded(trainer.accelerator)
+    model, tokenizer, args = trainer.model, trainer._tokenizer, trainer.args
+    max_new_tokens = args.rehearsal_max_new_tokens
+    token_ids = _tokenize(tokenizer, _load(args.rehearsal_dataset_name) if prompts is None else prompts)
     stop_ids = _stop_ids(model, tokenizer)
     key = hashlib.sha256(json.dumps([hash_model(model), token_ids, stop_ids, max_new_tokens]).encode()).hexdigest()
-    file = Path(output_dir) / REHEARSAL_FILE
+    file = Path(args.output_dir) / REHEARSAL_FILE
     answers = on_main_process(lambda: _read(file, key))
     if answers is None:
-        answers = _answer(model, token_ids, stop_ids, max_new_tokens, batch_size)
+        with trainer.accelerator.autocast():
+            answers = _answer(model, token_ids, stop_ids, max_new_tokens, args.per_device_eval_batch_size)
         on_main_process(lambda: _write(file, key, answers))
     rows = [
         {"input_ids": ids + answer, "labels": [IGNORE_INDEX] * len(ids) + answer}
@@ -94,6 +85,13 @@ def _refuse_sharded(accelerator: Accelerator) -> None:
             "`rehearsal_dataset` is answered by the model before it is sharded, which DeepSpeed ZeRO-3 has done "
             "already. Use ZeRO-2 or FSDP, or add the model's answers to `train_dataset` yourself."
         )
+
+
+def _load(name: str) -> Dataset:
+    splits = load_splits(name)
+    if "train" not in splits:
+        raise ValueError(f"`rehearsal_dataset_name={name!r}` has no split `train`; it has {', '.join(splits)}.")
+    return splits["train"]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Dataset) -> list[list[int]]:

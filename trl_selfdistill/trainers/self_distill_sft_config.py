@@ -71,9 +71,13 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
 
         > Parameters that control the rehearsal
 
+        rehearsal_dataset_name (`str`, *optional*):
+            Prompts about what must not be forgotten: a dataset with a column `prompt` (texts or conversations) and a
+            split `train`, by Hub id, as a folder, or as a JSON, JSONL, CSV or Parquet file. The model as handed over
+            answers them greedily before training, and these rows are trained on among those of the training data. No
+            labels are needed. The trainer's `rehearsal_dataset` argument takes a `Dataset` as well.
         rehearsal_max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest of the model's own answers to the trainer's `rehearsal_dataset`, in tokens. Prompts with longer
-            ones are left out.
+            Longest of these answers, in tokens. Prompts with longer ones are left out.
 
     > [!NOTE]
     > The defaults of all inherited parameters are those of [`~trl.SFTConfig`].
@@ -137,9 +141,16 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     )
 
     # Parameters that control the rehearsal
+    rehearsal_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts (a dataset with a column `prompt`) that the model answers before training; its own "
+            "answers are trained on among the rows, so that they are not forgotten."
+        },
+    )
     rehearsal_max_new_tokens: int = field(
         default=256,
-        metadata={"help": "Longest of the model's own answers to the prompts of `rehearsal_dataset`, in tokens."},
+        metadata={"help": "Longest of the model's own answers to these prompts, in tokens."},
     )
 
     def __post_init__(self):

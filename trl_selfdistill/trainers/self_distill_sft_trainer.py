@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .l2_to_teacher import L2ToTeacher
-from .rehearsal import rehearsal_rows
+from .rehearsal import rehearse
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     DistillationTargets,
@@ -56,9 +56,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             Teacher, by path, Hub id or instance. Defaults to `args.teacher_model_name_or_path`, and without that to a
             frozen copy of the model as handed over. An instance is frozen in place.
         rehearsal_dataset (`Dataset`, *optional*):
-            Prompts (column `prompt`, texts or conversations) about what must not be forgotten. The model as handed
-            over answers them greedily before training, and these rows are trained on among those of `train_dataset`.
-            No labels are needed. The answers are kept in `output_dir/_rehearsal.json` for resuming.
+            Prompts (column `prompt`, texts or conversations) that the model as handed over answers before training, to
+            train on its own answers too. Defaults to the dataset of `args.rehearsal_dataset_name`. The answers are
+            kept in `output_dir/_rehearsal.json` for resuming.
         kwargs:
             The other arguments of [`~trl.SFTTrainer`].
 
@@ -104,6 +104,11 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
                 "`teacher_model` was given together with `teacher_snapshot_steps` or `teacher_snapshot_epochs`, "
                 "which make a snapshot of the model the teacher. Set one of them."
             )
+        if rehearsal_dataset is not None and args.rehearsal_dataset_name is not None:
+            raise ValueError(
+                "The prompts are given twice: `rehearsal_dataset` and `args.rehearsal_dataset_name="
+                f"{args.rehearsal_dataset_name!r}`. Set one of them."
+            )
         given = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
             if getattr(args, name) is not None and not isinstance(given, str):
@@ -115,8 +120,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         self.teacher: Teacher | L2ToTeacher | None = None
         self._takes_snapshot = bool(snapshot)
         self._teacher_name = given if isinstance(given, str) else None
-        if rehearsal_dataset is not None:
-            self._add_rehearsal(rehearsal_dataset)
+        if rehearsal_dataset is not None or args.rehearsal_dataset_name is not None:
+            refuse_rehearsal(self)
+            add_training_rows(self, rehearse(self, rehearsal_dataset))
         if args.kl_weight == 0:
             return
         refuse_kl(self)
@@ -135,20 +141,6 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         add_distillation_forward(base_causal_lm(self.model))
         if args.precompute_teacher:
             precompute_teacher(self)
-
-    def _add_rehearsal(self, prompts: Dataset) -> None:
-        refuse_rehearsal(self)
-        args = self.args
-        rows = rehearsal_rows(
-            self.model,
-            self._tokenizer,
-            prompts,
-            args.output_dir,
-            max_new_tokens=args.rehearsal_max_new_tokens,
-            batch_size=args.per_device_eval_batch_size,
-            accelerator=self.accelerator,
-        )
-        add_training_rows(self, rows)
 
     def _set_l2(self, given) -> None:
         refuse_l2(self, given)
