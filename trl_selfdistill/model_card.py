@@ -27,7 +27,11 @@ EVAL_RESULTS_FILE = ".eval_results/facts.yaml"
 FIGURE_FILE = "curves.png"
 TEMPLATES = files("trl_selfdistill") / "templates"
 CATEGORIES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
-_SYMBOLS = {"kl_weight": "kl_weight (λ)", "temperature": "temperature (τ)"}
+_SYMBOLS = {
+    "kl_weight": "kl_weight (λ)",
+    "temperature": "temperature (τ)",
+    "rehearsal_rows": "rehearsal_rows (the model's own answers among the training rows)",
+}
 
 
 def update_model_card(folder: Path, **parts: dict[str, Any] | None) -> Path:

@@ -134,6 +134,16 @@ def test_an_adapter_answers_too(tmp_path):
     assert rows_of(run)[len(FACTS) :] == expected_rows(start) != expected_rows(answering_model())
 
 
+def test_the_card_counts_them_and_the_categories_of_the_facts(tmp_path):
+    facts = Dataset.from_list([{**fact, "slick_category": "HighlyKnown"} for fact in FACTS])
+    run = train(tmp_path, answering_model(), rehearsed(train_dataset=facts), max_steps=1, **SHORT)
+    run.save_model()
+    record = json.loads((tmp_path / "run/model_card.json").read_text())["training"]
+    assert record["settings"]["rehearsal_rows"] == len(expected_rows(answering_model()))
+    assert record["composition"] == {"train": {"HighlyKnown": len(FACTS)}}
+    assert "the model's own answers" in (tmp_path / "run/README.md").read_text()
+
+
 @pytest.mark.parametrize("stop", [2, 5])
 def test_a_resumed_run_takes_the_answers_that_are_there(tmp_path, stop, monkeypatch):
     options = dict(max_steps=8, save_strategy="steps", save_steps=1, **SHORT)

@@ -118,11 +118,14 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
                 )
         super().__init__(model, args, *positional, **kwargs)
         self.teacher: Teacher | L2ToTeacher | None = None
+        self.num_rehearsal_rows = 0
         self._takes_snapshot = bool(snapshot)
         self._teacher_name = given if isinstance(given, str) else None
         if rehearsal_dataset is not None or args.rehearsal_dataset_name is not None:
             refuse_rehearsal(self)
-            add_training_rows(self, rehearse(self, rehearsal_dataset))
+            rows = rehearse(self, rehearsal_dataset)
+            self.num_rehearsal_rows = len(rows)
+            add_training_rows(self, rows)
         if args.kl_weight == 0:
             return
         refuse_kl(self)

@@ -168,10 +168,8 @@ def add_training_rows(trainer: SFTTrainer, rows: Dataset) -> None:
     """Adds rows of tokens and labels to the trainer's dataset, truncated and packed as it is."""
     args = trainer.args
     prepared = trainer._prepare_dataset(rows, trainer.processing_class, args, args.packing, None, "rehearsal")
-    # What the dataset's own rows have beside them does not reach the model
-    columns = [name for name in prepared.column_names if name in trainer.train_dataset.column_names]
-    both = [trainer.train_dataset.select_columns(columns), prepared.select_columns(columns)]
-    trainer.train_dataset = concatenate_datasets(both)
+    # Columns that do not reach the model are empty in the new rows
+    trainer.train_dataset = concatenate_datasets([trainer.train_dataset, prepared])
 
 
 def config_from(args: TrainingArguments | None, config_class: type, model, suffix: str) -> TrainingArguments:

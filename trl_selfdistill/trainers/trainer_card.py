@@ -73,6 +73,8 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     if getattr(args, "regularizer", "kl") == "l2" and settings.get("kl_weight"):  # the strength that it has, or took
         weight = getattr(trainer.teacher, "weight", None)
         settings["l2_weight"] = "matched to the KL on the first batch" if weight is None else weight
+    if rehearsal_rows := getattr(trainer, "num_rehearsal_rows", 0):
+        settings["rehearsal_rows"] = rehearsal_rows
     settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     groups = trainer.describe_groups() if getattr(trainer, "group_table", None) is not None else None
     return {
@@ -120,7 +122,7 @@ def _shown(name_or_path: str) -> str:
 def count_categories(splits: dict[str, Any]) -> dict[str, dict[str, int]]:
     """For each split that has a column `slick_category`, how many of its rows are of each category."""
     return {
-        name: dict(Counter(map(str, split["slick_category"])))
+        name: dict(Counter(str(category) for category in split["slick_category"] if category is not None))
         for name, split in splits.items()
         if "slick_category" in (getattr(split, "column_names", None) or ()) and hasattr(split, "__len__")
     }
