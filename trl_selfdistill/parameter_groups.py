@@ -25,6 +25,7 @@ __all__ = [
     "freeze_groups",
     "group_of_parameters",
     "hash_parameters",
+    "hash_tensor",
     "parameter_table",
     "parse_group_specs",
     "verify_frozen",
@@ -247,20 +248,21 @@ def _refuse_unassigned(model: PreTrainedModel, names: list[str]) -> None:
         )
 
 
-def hash_parameters(model: PreTrainedModel, frozen_only: bool = True) -> dict[str, dict[str, str]]:
+def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
     """
-    SHA-256 of each frozen parameter, or of each at all (its dtype, shape and bytes), as `{group: {name: hash}}`.
+    SHA-256 of each frozen parameter, as `{group: {name: hash}}` (see [`hash_tensor`]).
 
     Under FSDP and DeepSpeed ZeRO-3 these are the shards of this process: comparable within a run, not with a file.
     """
     hashes: dict[str, dict[str, str]] = {}
     for parameter, names in named_tensors(model):
-        if not (frozen_only and parameter.requires_grad):
-            hashes.setdefault(group_of(names) or "unassigned", {})[names[0].name] = _sha256(parameter)
+        if not parameter.requires_grad:
+            hashes.setdefault(group_of(names) or "unassigned", {})[names[0].name] = hash_tensor(parameter)
     return hashes
 
 
-def _sha256(parameter: torch.Tensor) -> str:
+def hash_tensor(parameter: torch.Tensor) -> str:
+    """SHA-256 of a parameter's dtype, shape and bytes; of one that is sharded, those of this process's part."""
     data = getattr(parameter, "ds_tensor", parameter).detach()  # a partition of ZeRO-3; the parameter itself is empty
     data = data.to_local() if hasattr(data, "to_local") else data
     digest = hashlib.sha256(f"{parameter.dtype} {tuple(data.shape)} ".encode())
@@ -288,7 +290,7 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
     parameters = dict(model.named_parameters())
     for group, members in expected.items():
         moved = [
-            name for name, value in members.items() if name not in parameters or _sha256(parameters[name]) != value
+            name for name, value in members.items() if name not in parameters or hash_tensor(parameters[name]) != value
         ]
         if moved:
             raise ValueError(

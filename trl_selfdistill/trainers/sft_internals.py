@@ -28,6 +28,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
+from .zero3 import copy_partitioned, is_partitioned
 
 
 __all__ = [
@@ -76,7 +77,8 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy
     they would keep running the weights of the student in training, and accelerate would not prepare it anew.
     """
-    teacher = copy.deepcopy(model)
+    partitioned = any(map(is_partitioned, model.parameters()))
+    teacher = copy_partitioned(model) if partitioned else copy.deepcopy(model)
     for module in (teacher, base_causal_lm(teacher)):
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             module.__dict__.pop(name, None)

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 import torch
 from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..generation import evaluation_mode
 from ..losses import LMHead, ModelSide
-from ..parameter_groups import digest_groups, hash_parameters
+from ..parameter_groups import digest_groups, hash_tensor
 from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of, prepare_deepspeed, prepare_fsdp
+from .zero3 import gathered
 
 
 class Teacher(ABC):
@@ -61,6 +63,7 @@ class ModelTeacher(Teacher):
             self._lm_head = head.map_tensors(lambda tensor: tensor.detach().to(accelerator.device, copy=True))
             self.model = prepare_fsdp(model, accelerator)
         elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._lm_head = whole_head(model)  # read outside of the forward, too
             self.model = prepare_deepspeed(model, accelerator)
         else:
             self.model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -90,6 +93,18 @@ class UntrainedStudent(Teacher):
         return ModelSide(hidden_states, lm_head_of(base_causal_lm(student)).map_tensors(torch.Tensor.detach))
 
 
+def whole_head(model: PreTrainedModel) -> LMHead | None:
+    """
+    A copy of a model's LM head of which each process has the whole, under ZeRO-3; `None` without it, where the head is
+    whole as it is.
+    """
+    head = lm_head_of(base_causal_lm(model))
+    if not is_deepspeed_zero3_enabled():
+        return None
+    with gathered(head.weight, head.bias):
+        return head.map_tensors(lambda tensor: tensor.detach().clone())
+
+
 def refuse_empty_ranks(accelerator: Accelerator) -> None:
     """
     Raises:
@@ -104,7 +119,12 @@ def refuse_empty_ranks(accelerator: Accelerator) -> None:
 
 
 def hash_model(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a model's parameters (about a second for 1 GB)."""
-    groups = hash_parameters(model, frozen_only=False)
-    hashes = {f"{group} {name}": h for group, names in groups.items() for name, h in names.items()}
+    """
+    SHA-256 over the names, dtypes, shapes and bytes of a model's parameters (about a second for 1 GB). Under ZeRO-3 a
+    collective that gathers them one by one, so that it is that of the whole model.
+    """
+    hashes = {}
+    for name, parameter in model.named_parameters():
+        with gathered(parameter):
+            hashes[name] = hash_tensor(parameter.data)
     return digest_groups({"teacher": hashes})["teacher"]

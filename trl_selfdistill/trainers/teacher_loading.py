@@ -42,7 +42,8 @@ def load_teacher(
 
 
 def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -> None:
-    sizes = [base_causal_lm(m).get_output_embeddings().weight.shape[0] for m in (student, teacher)]
+    heads = [base_causal_lm(m).get_output_embeddings().weight for m in (student, teacher)]
+    sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # under ZeRO-3 the tensor itself is empty
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. The KL "

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from .sft_internals import base_causal_lm
+from .zero3 import is_partitioned
 
 
 def refuse_settings(args: SFTConfig) -> None:
@@ -29,14 +30,8 @@ def refuse_kl(trainer: SFTTrainer) -> None:
     Refuses what splits the model so that there is no KL to be had.
 
     Raises:
-        ValueError: Under DeepSpeed ZeRO-3, and with sequence or context parallelism.
+        ValueError: With sequence or context parallelism.
     """
-    plugin = trainer.args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
-            "`kl_weight > 0` is not supported with DeepSpeed ZeRO-3: the teacher would be partitioned too. Use "
-            "ZeRO-2, or FSDP, which shards the student and leaves the teacher whole, or set `kl_weight=0`."
-        )
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
         raise ValueError(
@@ -130,7 +125,7 @@ def refuse_joined_sequences(trainer: SFTTrainer, teacher: PreTrainedModel | None
             )
         model = base_causal_lm(side)
         # A model that is placed and sharded later may have other kernels there, and its weights may not be here yet
-        if model.device.type != trainer.args.device.type:
+        if model.device.type != trainer.args.device.type or any(map(is_partitioned, model.parameters())):
             continue
         with trainer.accelerator.autocast():
             why = why_joined_sequences_meet(model)
