@@ -73,7 +73,7 @@ class HallucinationEvalCallback(TrainerCallback):
 
     Under DDP, FSDP and ZeRO-3 each process answers a share of the questions; the main one scores. ZeRO-3 gathers each
     layer as it is needed, which is slow and takes no memory for a whole copy. Tested are DDP runs and generation from
-    FSDP2 shards, on two CPU processes; runs under FSDP and ZeRO-3 need GPUs and have not been made.
+    FSDP2 shards, on two CPU processes; runs under FSDP1 and ZeRO-3 have not been made.
 
     Args:
         trainer ([`~transformers.Trainer`]):

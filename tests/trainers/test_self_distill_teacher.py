@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from trl_selfdistill import SelfDistillSFTTrainer
 from trl_selfdistill.trainers import teacher_loading
 from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
+from trl_selfdistill.trainers.unsupported import refuse_kl
 
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -259,18 +260,14 @@ def test_what_cannot_be_distilled_is_refused():
         with pytest.raises(ValueError, match=f"(?i)can be held twice, got {what}. Train stage 1 first"):
             TeacherSnapshotCallback(run)
 
-    def refuse(stage, **parallelism):
+    def refuse(**parallelism):
         sizes = SimpleNamespace(**{"sp_enabled": False, "cp_enabled": False, **parallelism})
-        args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-        accelerator = SimpleNamespace(parallelism_config=sizes)
-        SelfDistillSFTTrainer._refuse_what_has_no_kl(SimpleNamespace(args=args, accelerator=accelerator))
+        refuse_kl(SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=sizes)))
 
-    refuse(2)
-    with pytest.raises(ValueError, match="ZeRO-3.* Use ZeRO-2, or FSDP"):
-        refuse(3)
+    refuse()
     for name in ("sp_enabled", "cp_enabled"):
         with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
-            refuse(2, **{name: True})
+            refuse(**{name: True})
 
 
 def test_without_kl_weight_no_teacher_is_loaded(tmp_path):

@@ -18,10 +18,12 @@ from transformers.utils import is_peft_available, logging
 
 from ..generation import evaluation_mode
 from ..losses import ModelSide
+from ..parameter_groups import hash_tensor
 from .checkpoints import find_damage
 from .quantised import keep_trainable
 from .sft_internals import base_causal_lm, lm_head_of, use_adapter
-from .teacher import Teacher
+from .teacher import Teacher, whole_head
+from .zero3 import gathered, is_partitioned
 
 
 if is_peft_available():
@@ -74,7 +76,8 @@ class AdapterTeacher(Teacher):
         with self._active(model), evaluation_mode(student):
             hidden_states = student(**inputs, distillation="hidden_states")
             head = lm_head_of(base_causal_lm(model))
-        return ModelSide(hidden_states, head.map_tensors(torch.Tensor.detach))
+            head = whole_head(model) if is_partitioned(head.weight) else head.map_tensors(torch.Tensor.detach)
+        return ModelSide(hidden_states, head)
 
     @contextmanager
     def _active(self, model: torch.nn.Module) -> Iterator[None]:
@@ -223,17 +226,16 @@ def hash_base(model: torch.nn.Module) -> str:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             attributes |= {*module.adapter_layer_names, *module.other_param_names}
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     return _digest(_hash_all({name: t for name, t in state.items() if attributes.isdisjoint(name.split("."))}))
 
 
 def _hash_all(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     hashes = {}
     for name, tensor in tensors.items():
-        hashes[name] = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        # NumPy has no bfloat16
-        hashes[name].update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return {name: digest.hexdigest() for name, digest in hashes.items()}
+        with gathered(tensor):
+            hashes[name] = hash_tensor(tensor.data)
+    return hashes
 
 
 def _digest(hashes: dict[str, str]) -> str:

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 import torch
 from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..generation import evaluation_mode
 from ..losses import LMHead, ModelSide
@@ -55,15 +54,16 @@ class ModelTeacher(Teacher):
         self.sha256 = hash_model(model)  # before it is prepared: a shard would have another hash
         add_distillation_forward(base_causal_lm(model))
         self._accelerator = accelerator
+        # The head is read outside of the forward, where shards are not gathered: then each process keeps it whole
         self._lm_head: LMHead | None = None
         if accelerator.distributed_type == DistributedType.FSDP:
             refuse_empty_ranks(accelerator)
-            # The head is read outside of the forward, where its shards are not gathered: each process keeps it whole
             head = lm_head_of(base_causal_lm(model))
             self._lm_head = head.map_tensors(lambda tensor: tensor.detach().to(accelerator.device, copy=True))
             self.model = prepare_fsdp(model, accelerator)
         elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self._lm_head = whole_head(model)  # read outside of the forward, too
+            if accelerator.state.deepspeed_plugin.zero_stage == 3:
+                self._lm_head = whole_head(model)
             self.model = prepare_deepspeed(model, accelerator)
         else:
             self.model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -93,14 +93,9 @@ class UntrainedStudent(Teacher):
         return ModelSide(hidden_states, lm_head_of(base_causal_lm(student)).map_tensors(torch.Tensor.detach))
 
 
-def whole_head(model: PreTrainedModel) -> LMHead | None:
-    """
-    A copy of a model's LM head of which each process has the whole, under ZeRO-3; `None` without it, where the head is
-    whole as it is.
-    """
+def whole_head(model: PreTrainedModel) -> LMHead:
+    """A copy of a model's LM head, of which each process has the whole under ZeRO-3. A collective there."""
     head = lm_head_of(base_causal_lm(model))
-    if not is_deepspeed_zero3_enabled():
-        return None
     with gathered(head.weight, head.bias):
         return head.map_tensors(lambda tensor: tensor.detach().clone())
 
