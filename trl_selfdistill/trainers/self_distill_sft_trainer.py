@@ -28,6 +28,7 @@ from .teacher_rows import TEACHER_ROW
 from .teacher_snapshot import TeacherSnapshotCallback
 from .unsupported import (
     refuse_adapter_on_head,
+    refuse_contradictions,
     refuse_joined_sequences,
     refuse_kl,
     refuse_l2,
@@ -93,29 +94,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     ):
         args = config_from(args, SelfDistillSFTConfig, model, self._name)
         refuse_settings(args)
-        if teacher_model is not None and args.teacher_model_name_or_path is not None:
-            raise ValueError(
-                f"The teacher is given twice: `teacher_model` and `args.teacher_model_name_or_path="
-                f"{args.teacher_model_name_or_path!r}`. Set one of them."
-            )
-        snapshot = args.teacher_snapshot_steps or args.teacher_snapshot_epochs
-        if teacher_model is not None and snapshot:
-            raise ValueError(
-                "`teacher_model` was given together with `teacher_snapshot_steps` or `teacher_snapshot_epochs`, "
-                "which make a snapshot of the model the teacher. Set one of them."
-            )
-        if rehearsal_dataset is not None and args.rehearsal_dataset_name is not None:
-            raise ValueError(
-                "The prompts are given twice: `rehearsal_dataset` and `args.rehearsal_dataset_name="
-                f"{args.rehearsal_dataset_name!r}`. Set one of them."
-            )
+        refuse_contradictions(args, teacher_model, rehearsal_dataset)
         given = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-            if getattr(args, name) is not None and not isinstance(given, str):
-                raise ValueError(
-                    f"`{name}` is for a teacher that is loaded by name, and no teacher is. Name it in `teacher_model` "
-                    f"or `args.teacher_model_name_or_path`, or leave `{name}` unset."
-                )
+        snapshot = args.teacher_snapshot_steps or args.teacher_snapshot_epochs
         super().__init__(model, args, *positional, **kwargs)
         self.teacher: Teacher | L2ToTeacher | None = None
         self.num_rehearsal_rows = 0

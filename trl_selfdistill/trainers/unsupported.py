@@ -25,6 +25,39 @@ def refuse_settings(args: SFTConfig) -> None:
         )
 
 
+def refuse_contradictions(
+    args: SFTConfig, teacher_model: str | PreTrainedModel | None, rehearsal_dataset: Dataset | None
+) -> None:
+    """
+    Refuses a trainer's arguments and a configuration that say two things.
+
+    Raises:
+        ValueError: If the teacher or the prompts are given twice, or options are for a teacher that is not loaded.
+    """
+    if teacher_model is not None and args.teacher_model_name_or_path is not None:
+        raise ValueError(
+            f"The teacher is given twice: `teacher_model` and `args.teacher_model_name_or_path="
+            f"{args.teacher_model_name_or_path!r}`. Set one of them."
+        )
+    if teacher_model is not None and (args.teacher_snapshot_steps or args.teacher_snapshot_epochs):
+        raise ValueError(
+            "`teacher_model` was given together with `teacher_snapshot_steps` or `teacher_snapshot_epochs`, "
+            "which make a snapshot of the model the teacher. Set one of them."
+        )
+    if rehearsal_dataset is not None and args.rehearsal_dataset_name is not None:
+        raise ValueError(
+            "The prompts are given twice: `rehearsal_dataset` and `args.rehearsal_dataset_name="
+            f"{args.rehearsal_dataset_name!r}`. Set one of them."
+        )
+    given = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None and not isinstance(given, str):
+            raise ValueError(
+                f"`{name}` is for a teacher that is loaded by name, and no teacher is. Name it in `teacher_model` "
+                f"or `args.teacher_model_name_or_path`, or leave `{name}` unset."
+            )
+
+
 def refuse_kl(trainer: SFTTrainer) -> None:
     """
     Refuses what splits the model so that there is no KL to be had.
