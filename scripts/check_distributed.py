@@ -32,7 +32,8 @@ from trl_selfdistill.small_llama import train_tokenizer
 RUNS = {
     "SFT": {"kl_weight": 0.0},
     "self-distillation": {"kl_weight": 2.0},
-    "another teacher": {"kl_weight": 2.0, "teacher_model_name_or_path": "teacher"},
+    "another teacher": {"kl_weight": 2.0, "teacher_model_name_or_path": None},
+    "cached teacher": {"precompute_teacher": True, "teacher_cache_dir": None, "teacher_cache_dtype": "float32"},
     "LoRA": {"kl_weight": 2.0},
     "frozen groups": {"kl_weight": 0.0, "trainable_groups": ["attention"], "gradient_checkpointing": True},
     "frozen groups and self-distillation": {"kl_weight": 2.0, "trainable_groups": ["attention"]},
@@ -57,9 +58,9 @@ def save_models(folder: Path) -> None:
 
 def make_trainer(reference: Path, folder: Path, name: str) -> SelfDistillSFTTrainer:
     """A trainer of the saved model, by default with itself as the teacher."""
-    state, options = PartialState(), dict(RUNS[name])
-    if "teacher_model_name_or_path" in options:
-        options["teacher_model_name_or_path"] = str(reference / "teacher")
+    state = PartialState()
+    paths = {"teacher_model_name_or_path": reference / "teacher", "teacher_cache_dir": folder.parent / "cache"}
+    options = {option: str(paths[option]) if option in paths else value for option, value in RUNS[name].items()}
     args = SelfDistillSFTConfig(
         str(folder),
         per_device_train_batch_size=ROWS // state.num_processes,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from toy_study import SCRIPTS
 
 
-NUM_CHECKS = 20
+NUM_CHECKS = 23
 
 
 def check(folder: Path, *flags: str, config: str | None = None) -> subprocess.CompletedProcess:
@@ -62,7 +62,7 @@ def test_deepspeed_is_the_one_process_run(reference, tmp_path, stage):
     done = check(tmp_path, config=f"deepspeed_zero{stage}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes, DEEPSPEED" in done.stdout and done.stdout.count("passed  ") == NUM_CHECKS
-    for name in ("self-distillation", "another teacher", "LoRA"):
+    for name in ("self-distillation", "another teacher", "cached teacher", "LoRA"):
         records = [
             json.loads((path / name / "whole/checkpoint-6/teacher.json").read_text())["sha256"]
             for path in (reference / "1-processes", tmp_path / "2-processes")
