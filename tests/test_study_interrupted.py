@@ -25,7 +25,7 @@ def start(tmp_path, patch: str, flags: list[str]) -> subprocess.Popen:
 
 
 SLOW_AT_STEP_6 = """
-import time
+import faulthandler, time
 from trl_selfdistill.run_cost import RunCost
 
 on_step_end = RunCost.on_step_end
@@ -33,6 +33,7 @@ on_step_end = RunCost.on_step_end
 def slow(self, args, state, control, **kwargs):
     on_step_end(self, args, state, control, **kwargs)
     if state.global_step == 6:  # in the second epoch, after the checkpoint of the first
+        faulthandler.dump_traceback_later(60)  # where it hangs, if it does
         open(args.output_dir + "/waiting", "w").close()
         time.sleep(250)
 
@@ -48,7 +49,11 @@ def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, 
     while process.poll() is None and not (partial / "waiting").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert errors.endswith("Interrupted. What is done stays: run the same command again to go on.\n")
     assert (partial / "checkpoint-4" / "trainer_state.json").is_file() and not (copied_study.output / "sft").exists()
