@@ -172,7 +172,11 @@ def generation_config(
 
 
 def generate_tokens(
-    model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, synced_gpus: bool = False
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    synced_gpus: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
     """
     The tokens that the model writes after each prompt, up to its first stop token and with it, in one batch.
@@ -182,6 +186,7 @@ def generate_tokens(
         prompts (`Sequence[list[int]]`): Token ids, of any lengths; they are padded on the left.
         config ([`~transformers.GenerationConfig`]): With a list as `eos_token_id`, and `pad_token_id`.
         synced_gpus (`bool`, *optional*, defaults to `False`): As in [`predict_answers`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): For stop strings in the config.
     """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
@@ -191,6 +196,7 @@ def generate_tokens(
         attention_mask=attention_mask.to(model.device),
         generation_config=config,
         synced_gpus=synced_gpus or None,  # None: as transformers finds it
+        tokenizer=tokenizer,
     )
     stop_ids = set(config.eos_token_id)
     written = []

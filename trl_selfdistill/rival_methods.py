@@ -147,9 +147,15 @@ def _self_distillation(args: ComparisonArguments) -> list[Method]:
 def _rehearsal(args: ComparisonArguments) -> list[Method]:
     """Self-distillation with the model's own answers to further prompts, and these answers without the KL."""
     own = f"{args.num_rehearsal} own answers"
-    without = Method("rehearsal", f"SFT with {own}", SelfDistillSFTTrainer, {"kl_weight": 0.0}, rehearses=True)
+    stop = {"rehearsal_stop_strings": ["\n"]}  # an answer is a line; the start may not have learnt to stop after it
+    without = Method("rehearsal", f"SFT with {own}", SelfDistillSFTTrainer, {"kl_weight": 0.0} | stop, rehearses=True)
     return [without] + [
-        method._replace(name=f"rehearsal-{method.name}", label=f"{method.label}, with {own}", rehearses=True)
+        method._replace(
+            name=f"rehearsal-{method.name}",
+            label=f"{method.label}, with {own}",
+            config=method.config | stop,
+            rehearses=True,
+        )
         for method in _self_distillation(args)
     ]
 

@@ -49,24 +49,27 @@ def rehearse(trainer, prompts: Dataset | None) -> Dataset:
     max_new_tokens = args.rehearsal_max_new_tokens
     token_ids = _tokenize(tokenizer, _load(args.rehearsal_dataset_name) if prompts is None else prompts)
     stop_ids = _stop_ids(model, tokenizer)
-    key = hashlib.sha256(json.dumps([hash_model(model), token_ids, stop_ids, max_new_tokens]).encode()).hexdigest()
+    stops = args.rehearsal_stop_strings
+    given = [hash_model(model), token_ids, stop_ids, stops, max_new_tokens]
+    key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
     file = Path(args.output_dir) / REHEARSAL_FILE
     answers = on_main_process(lambda: _read(file, key))
     if answers is None:
         with trainer.accelerator.autocast():
-            answers = _answer(model, token_ids, stop_ids, max_new_tokens, args.per_device_eval_batch_size)
+            answers = _answer(model, tokenizer, token_ids, stop_ids, args)
         on_main_process(lambda: _write(file, key, answers))
+    ended = [_ended(answer, tokenizer, stop_ids, stops or ()) for answer in answers]
     rows = [
         {"input_ids": ids + answer, "labels": [IGNORE_INDEX] * len(ids) + answer}
-        for ids, answer in zip(token_ids, answers, strict=True)
-        if len(answer) > 1 and answer[-1] in stop_ids
+        for ids, answer in zip(token_ids, ended, strict=True)
+        if answer is not None
     ]
     left_out = len(answers) - len(rows)
     if not rows:
         raise ValueError(
             f"`rehearsal_dataset`: none of the model's {len(answers)} answers has an end within "
-            f"`rehearsal_max_new_tokens={max_new_tokens}`, or all are empty. Raise it, or give prompts in the form "
-            "that the model was trained to answer."
+            f"`rehearsal_max_new_tokens={max_new_tokens}`, or all are empty. Raise it, set "
+            "`rehearsal_stop_strings`, or give prompts in the form that the model was trained to answer."
         )
     if left_out:
         logger.warning(
@@ -113,18 +116,34 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     return sorted({token for token in [tokenizer.eos_token_id, *configured] if token is not None})
 
 
-def _answer(model, token_ids, stop_ids, max_new_tokens, batch_size) -> list[list[int]]:
-    config = generation_config(None, 1.0, None, max_new_tokens, stop_ids)
+def _answer(model, tokenizer, token_ids, stop_ids, args) -> list[list[int]]:
+    config = generation_config(None, 1.0, None, args.rehearsal_max_new_tokens, stop_ids)
+    config.stop_strings = args.rehearsal_stop_strings
+    batch_size = args.per_device_eval_batch_size
     # Prompts of like length share a batch (little padding); the longest come first, so that memory runs out at once
     order = sorted(range(len(token_ids)), key=lambda i: (-len(token_ids[i]), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with evaluation_mode(model):
-        written = map_in_parallel(lambda batch: generate_tokens(model, [token_ids[i] for i in batch], config), batches)
+        written = map_in_parallel(
+            lambda batch: generate_tokens(model, [token_ids[i] for i in batch], config, tokenizer=tokenizer), batches
+        )
     answers: list[list[int]] = [[] for _ in token_ids]
     for batch, texts in zip(batches, written, strict=True):
         for i, answer in zip(batch, texts, strict=True):
             answers[i] = answer
     return answers
+
+
+def _ended(answer: list[int], tokenizer, stop_ids: list[int], stop_strings: list[str]) -> list[int] | None:
+    """The answer with the token that ends it; up to a stop string, with the end of sequence. `None` without an end."""
+    for end in range(1, len(answer) + 1) if stop_strings else ():
+        text = tokenizer.decode(answer[:end], skip_special_tokens=True)
+        starts = [text.index(string) for string in stop_strings if string in text]
+        if starts:  # within a token that has a part of the answer too, it cannot be cut off
+            kept = answer[: end - 1]
+            whole = tokenizer.decode(kept, skip_special_tokens=True) == text[: min(starts)]
+            return [*kept, tokenizer.eos_token_id] if kept and whole else None
+    return answer if len(answer) > 1 and answer[-1] in stop_ids else None
 
 
 def _read(file: Path, key: str) -> list[list[int]] | None:

@@ -78,6 +78,9 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             labels are needed. The trainer's `rehearsal_dataset` argument takes a `Dataset` as well.
         rehearsal_max_new_tokens (`int`, *optional*, defaults to `256`):
             Longest of these answers, in tokens. Prompts with longer ones are left out.
+        rehearsal_stop_strings (`list[str]`, *optional*):
+            What ends an answer beside the end of sequence, such as a newline for a model that has not learnt to stop
+            after its answer. The answer is what comes before, and the end of sequence.
 
     > [!NOTE]
     > The defaults of all inherited parameters are those of [`~trl.SFTConfig`].
@@ -151,6 +154,9 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     rehearsal_max_new_tokens: int = field(
         default=256,
         metadata={"help": "Longest of the model's own answers to these prompts, in tokens."},
+    )
+    rehearsal_stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "What ends such an answer beside the end of sequence, such as a newline."}
     )
 
     def __post_init__(self):
