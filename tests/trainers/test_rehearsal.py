@@ -107,6 +107,26 @@ def test_they_are_packed_as_the_others_are(tmp_path, strategy):
     assert len(packed) > len(rows_of(trainer(tmp_path, packing=True, packing_strategy=strategy, max_length=48)))
 
 
+def test_a_stop_string_ends_an_answer(tmp_path):
+    """Without an end-of-sequence token ever; what the model writes after it does not matter."""
+    model = build_model(TOKENIZER, initializer_range=0.4)
+    ids = [TOKENIZER(row["prompt"])["input_ids"] for row in PROMPTS]
+    written = [greedy(model, prompt) for prompt in ids]
+    string = TOKENIZER.decode([written[0][2]])
+    run = trainer(tmp_path, model, rehearsed(), rehearsal_stop_strings=[string], **SHORT)
+    rows = []
+    for prompt, answer in zip(ids, written, strict=True):
+        ends = [end for end in range(1, LONGEST + 1) if string in TOKENIZER.decode(answer[:end])]
+        if (
+            ends
+            and ends[0] > 1
+            and TOKENIZER.decode(answer[: ends[0]]).split(string)[0] == TOKENIZER.decode(answer[: ends[0] - 1])
+        ):
+            kept = [*answer[: ends[0] - 1], TOKENIZER.eos_token_id]
+            rows.append({"input_ids": prompt + kept, "labels": [-100] * len(prompt) + kept})
+    assert rows and rows_of(run)[len(FACTS) :] == rows
+
+
 def test_conversations(tmp_path):
     model = answering_model()
     conversations = [[{"role": "user", "content": row["prompt"]}] for row in PROMPTS]
