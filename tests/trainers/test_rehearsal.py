@@ -229,6 +229,12 @@ def test_less_than_one_token_is_refused(tmp_path):
         config(tmp_path, rehearsal_max_new_tokens=0)
 
 
+@pytest.mark.parametrize("stops", ["end", ["\n", ""]])
+def test_stop_strings_are_a_list_of_texts(tmp_path, stops):
+    with pytest.raises(ValueError, match="`rehearsal_stop_strings` must be a list of texts, none empty, got"):
+        config(tmp_path, rehearsal_stop_strings=stops)
+
+
 def run_together(folder: Path) -> None:
     run = trainer(folder, answering_model(), rehearsed(), **SHORT)
     assert run.accelerator.num_processes == 2

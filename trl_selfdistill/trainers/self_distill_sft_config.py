@@ -163,6 +163,9 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         super().__post_init__()
         if self.rehearsal_max_new_tokens < 1:
             raise ValueError(f"`rehearsal_max_new_tokens` must be at least 1, got {self.rehearsal_max_new_tokens}.")
+        stops = self.rehearsal_stop_strings
+        if stops is not None and (isinstance(stops, str) or not all(stops)):
+            raise ValueError(f"`rehearsal_stop_strings` must be a list of texts, none empty, got {stops!r}.")
         if not (math.isfinite(self.kl_weight) and self.kl_weight >= 0):
             raise ValueError(f"`kl_weight` must be a finite number >= 0, got {self.kl_weight}.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
