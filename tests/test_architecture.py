@@ -24,7 +24,7 @@ LAYERS = [
     ({"bootstrap", "hallucination"}, HEAVY | {"datasets"}),
     ({"kernels"}, {"transformers", "trl", "datasets", "accelerate"}),
     ({"losses"}, {"transformers", "trl", "datasets", "accelerate", "triton"}),
-    ({"model_structure", "parameter_groups"}, {"trl", "datasets"}),
+    ({"model_structure", "parameter_groups", "parameter_hashes"}, {"trl", "datasets"}),
     ({"facts", "fact_files", "geonames", "country_names", "currency_names", "invented_facts"}, HEAVY),
     ({"token_pairs", "name_tokens", "synthetic_keys", "synthetic_facts"}, HEAVY),
     (

@@ -73,6 +73,14 @@ def test_all_methods_start_alike_and_make_as_many_steps(finished):
     assert len({json.dumps(run.training["log_history"]) for run in runs_of(output, "sft")}) == 3  # seeds matter
 
 
+def test_only_sft_is_asked_after_each_epoch(finished):
+    output, _ = finished
+    for method in METHODS:
+        for run in runs_of(output, method):
+            steps = [record.step for record in run.records]
+            assert steps == ([0, 5, 10] if method == "sft" else [0, 10])
+
+
 def test_the_facts_that_choose_when_to_stop_are_not_those_that_judge(finished):
     output, _ = finished
     heldout = set(load_mix(output / "mix")["heldout"]["fact_id"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from toy_study import ANSWERS, toy_facts
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill.exact_match import exact_match
@@ -95,7 +96,7 @@ def test_records_come_back_from_their_file(tmp_path):
     assert len((tmp_path / "accuracy.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
-def make_trainer(toy_study, folder, path, **config) -> SFTTrainer:
+def make_trainer(toy_study, folder, path, each_epoch=True, **config) -> SFTTrainer:
     model, tokenizer = load_model_and_tokenizer(toy_study.model)
     facts = toy_facts().select(range(0, 80, 10))
     dataset = Dataset.from_dict({"prompt": ["Q: a\nA:"] * 8, "completion": [" b"] * 8})
@@ -103,7 +104,7 @@ def make_trainer(toy_study, folder, path, **config) -> SFTTrainer:
     settings |= {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     config = SFTConfig(folder, **{**settings, **config})
     trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
-    trainer.add_callback(FactAccuracyCallback(trainer, {"heldout": facts}, path))
+    trainer.add_callback(FactAccuracyCallback(trainer, {"heldout": facts}, path, each_epoch=each_epoch))
     return trainer
 
 
@@ -118,6 +119,25 @@ def test_callback_records_every_epoch_and_logs_it(toy_study, tmp_path):
     assert records[-1].correct["heldout"] == after != before
     logged = [log["eval_heldout_accuracy"] for log in trainer.state.log_history if "eval_heldout_accuracy" in log]
     assert logged == [record.accuracy("heldout") for record in records]
+
+
+class StopAtStepThree(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "stops", "last"), [({}, False, 4), ({"max_steps": 3}, False, 3), ({"max_steps": 8}, True, 3)]
+)
+def test_without_each_epoch_the_end_is_evaluated_wherever_it_is(toy_study, tmp_path, config, stops, last):
+    trainer = make_trainer(toy_study, tmp_path, tmp_path / "accuracy.jsonl", each_epoch=False, **config)
+    if stops:
+        trainer.add_callback(StopAtStepThree())
+    trainer.train()
+    records = read_records(tmp_path / "accuracy.jsonl")
+    assert [record.step for record in records] == [0, last]
+    after = answered_correctly(trainer.model, trainer.processing_class, toy_facts().select(range(0, 80, 10)))
+    assert records[-1].correct["heldout"] == after
 
 
 def test_callback_changes_nothing_in_the_training(toy_study, tmp_path):

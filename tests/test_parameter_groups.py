@@ -11,13 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_selfdistill.parameter_groups import (
     GROUPS,
-    digest_groups,
     freeze_groups,
     group_of_parameters,
-    hash_parameters,
     parameter_table,
-    verify_frozen,
 )
+from trl_selfdistill.parameter_hashes import digest_groups, hash_parameters, verify_frozen
 
 
 class Expected(NamedTuple):
@@ -276,10 +274,14 @@ def test_a_vision_tower_is_no_group_but_can_be_selected(model):
     model.set_input_embeddings(model.model.language_model.embed_tokens)
     with pytest.raises(ValueError, match="belong to none of"):
         group_of_parameters(model)
-    with pytest.raises(ValueError, match="belong to none of"):
+    with pytest.raises(ValueError, match="belong to none of") as refused:
         freeze_groups(model, frozen_groups=["mlp"])
     assert all(parameter.requires_grad for parameter in model.parameters())
-    table = freeze_groups(model, frozen_groups=["mlp", r"re:^model\.(layers|norm)\b"])
+    advice = re.search("as '(re:.*?)',", str(refused.value))[1]
+    assert advice == "re:^(model.layers|model.norm)"
+    with pytest.raises(ValueError, match=r"as 're:\^model.norm',"):
+        freeze_groups(model, frozen_groups=["mlp", r"re:^model\.layers\b"])
+    table = freeze_groups(model, frozen_groups=["mlp", advice])
     assert [row.group for row in table] == [*GROUPS, "unassigned"]
     freeze_groups(model, trainable_groups=["re:language_model.*self_attn"])
 

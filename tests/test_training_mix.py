@@ -184,7 +184,7 @@ def test_errors_name_what_to_change(annotated, changes, message):
 def test_nothing_left_to_hold_out():
     annotated = annotated_facts(num_relations=1, num_facts=20, num_answers=10)
     num_known = Counter(annotated["slick_category"])["HighlyKnown"]
-    with pytest.raises(ValueError, match=f"left to hold out beside `num_known={num_known}`. Lower `num_known`"):
+    with pytest.raises(ValueError, match=f"left to hold out beside `num_known={num_known}`. Lower one"):
         build_training_mix(annotated, settings(num_known=num_known, num_new=5, max_answer_share=1.0))
 
 
@@ -193,7 +193,17 @@ def test_facts_that_were_not_annotated(annotated):
         build_training_mix(annotated.remove_columns("slick_category"), settings())
 
 
-@pytest.mark.parametrize("name", ["num_known", "num_new", "num_heldout"])
+def test_too_few_to_judge_by(annotated):
+    available = len(build_training_mix(annotated, settings(num_heldout=500))["heldout"])
+    enough = build_training_mix(annotated, settings(num_heldout=500, min_heldout=available))
+    assert len(enough["heldout"]) == available
+    with pytest.raises(ValueError, match=rf"`min_heldout={available + 1}`, but {available} HighlyKnown facts of R0"):
+        build_training_mix(annotated, settings(num_heldout=500, min_heldout=available + 1))
+    with pytest.raises(ValueError, match="`min_heldout=81` is more than `num_heldout=80`"):
+        settings(min_heldout=81)
+
+
+@pytest.mark.parametrize("name", ["num_known", "num_new", "num_heldout", "min_heldout"])
 def test_counts_below_one(name):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         MixSettings(**{name: 0})

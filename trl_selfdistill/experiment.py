@@ -35,14 +35,14 @@ class Experiment(NamedTuple):
         config ([`~transformers.TrainingArguments`]): Its configuration; `output_dir` is set to the folder.
         model (`str`): Hub id or folder of the model to start from.
         data (`Callable[[], tuple[Dataset, dict[str, Dataset]]]`):
-            Makes the training data, and the facts to ask before the first step and after each epoch, by name. Called
-            if the run is to be made.
+            Makes the training data, and the facts to ask before and after, by name. Called if the run is to be made.
         inputs (`tuple[str | Path, ...]`): Files and folders that the two come from.
         about (`dict`): What else the run depends on, as JSON values.
         trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`.
         callbacks (`Callable[[Trainer, Path], list[TrainerCallback]]`, *optional*):
             Makes further callbacks, and may change the trainer before training.
         finish (`Callable[[Trainer, Path], None]`, *optional*): Called after training, with the folder to write into.
+        each_epoch (`bool`, *optional*, defaults to `False`): Whether the facts are asked after each epoch, too.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Experiment(NamedTuple):
     trainer_arguments: dict = {}
     callbacks: Callable[[Trainer, Path], list[TrainerCallback]] | None = None
     finish: Callable[[Trainer, Path], None] | None = None
+    each_epoch: bool = False
 
 
 class ExperimentResult(NamedTuple):
@@ -86,6 +87,7 @@ def run_experiment(experiment: Experiment) -> ExperimentResult:
         "trainer": experiment.trainer_class.__name__,
         "config": effective_config(experiment.config),
         "about": experiment.about,
+        "each_epoch": experiment.each_epoch,
         **name,
     }
     arguments = json.loads(json.dumps(arguments, default=str))
@@ -124,7 +126,8 @@ def _train(experiment: Experiment, folder: Path) -> None:
         **experiment.trainer_arguments,
     )
     cost = RunCost()
-    trainer.add_callback(FactAccuracyCallback(trainer, fact_sets, folder / RECORDS_FILE))
+    records = folder / RECORDS_FILE
+    trainer.add_callback(FactAccuracyCallback(trainer, fact_sets, records, each_epoch=experiment.each_epoch))
     for callback in experiment.callbacks(trainer, folder) if experiment.callbacks is not None else ():
         trainer.add_callback(callback)
     trainer.add_callback(cost)

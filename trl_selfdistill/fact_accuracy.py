@@ -170,8 +170,8 @@ def _share(outcomes: list[bool]) -> dict:
 
 class FactAccuracyCallback(TrainerCallback):
     """
-    Evaluates sets of facts at the end of every epoch, logs `eval_<set>_accuracy` to the trainer's reporters and adds
-    an [`AccuracyRecord`] to a JSONL file.
+    Evaluates sets of facts before the first step and at the end of every epoch, logs `eval_<set>_accuracy` to the
+    trainer's reporters and adds an [`AccuracyRecord`] to a JSONL file.
 
     Under DDP each process asks a share of the facts; where the weights are sharded (FSDP, DeepSpeed), every process
     asks all, as a forward pass is a collective there. The main process writes.
@@ -186,13 +186,23 @@ class FactAccuracyCallback(TrainerCallback):
             those of the steps that it does again.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompt-answer rows per forward pass.
+        each_epoch (`bool`, *optional*, defaults to `True`):
+            Whether to evaluate at the end of every epoch, or of the last one only.
     """
 
-    def __init__(self, trainer: Trainer, fact_sets: dict[str, Dataset], path: str | os.PathLike, batch_size: int = 64):
+    def __init__(
+        self,
+        trainer: Trainer,
+        fact_sets: dict[str, Dataset],
+        path: str | os.PathLike,
+        batch_size: int = 64,
+        each_epoch: bool = True,
+    ):
         self.trainer = trainer
         self.fact_sets = fact_sets
         self.path = Path(path)
         self.batch_size = batch_size
+        self.each_epoch = each_epoch
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed run has its first evaluation on file, and a checkpoint's step need not be the end of an epoch
@@ -207,7 +217,9 @@ class FactAccuracyCallback(TrainerCallback):
         return len(records)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self._evaluate(state)
+        # Not in `on_train_end`: the reporters close their logs there
+        if self.each_epoch or control.should_training_stop:
+            self._evaluate(state)
 
     def _evaluate(self, state) -> None:
         tokenizer = self.trainer.processing_class

@@ -83,7 +83,11 @@ class MechanismArguments:
     probe_steps: int = field(default=20, metadata={"help": "Optimizer steps between two measurements of the drift."})
     max_probed_facts: int = field(default=100, metadata={"help": "Held-out facts that the drift is measured on."})
     max_asked_new_facts: int = field(
-        default=500, metadata={"help": "Synthetic facts that the model is asked after each epoch, at most."}
+        default=500, metadata={"help": "Synthetic facts that the model is asked, at most."}
+    )
+    ask_each_epoch: bool = field(
+        default=False,
+        metadata={"help": "Whether all facts are asked after each epoch, not only before and after the run."},
     )
     stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
     stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})

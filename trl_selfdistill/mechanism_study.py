@@ -161,6 +161,7 @@ def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Exper
         inputs=(inputs.mix, inputs.annotated),
         about=about,
         callbacks=callbacks,
+        each_epoch=study.ask_each_epoch,
     )
 
 

@@ -149,6 +149,7 @@ def _experiment(
         trainer_arguments=trainer_arguments,
         callbacks=prepare,
         finish=wise_ft.finish if wise_ft is not None else None,
+        each_epoch=method.name == "sft",  # the best of its epochs is a method by itself
     )
 
 

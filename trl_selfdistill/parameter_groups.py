@@ -4,13 +4,11 @@
 Training the attention alone teaches a task without overwriting what the MLPs know (arXiv 2604.15574, Table 1).
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from .model_structure import GROUPS, ParameterName, group_of, named_tensors
@@ -21,14 +19,10 @@ __all__ = [
     "GroupRow",
     "GroupSpec",
     "GroupTable",
-    "digest_groups",
     "freeze_groups",
     "group_of_parameters",
-    "hash_parameters",
-    "hash_tensor",
     "parameter_table",
     "parse_group_specs",
-    "verify_frozen",
 ]
 
 _GROUP_SPEC = re.compile(rf"({'|'.join(GROUPS)})(?::(\d+)(?:-(\d+))?)?")
@@ -241,59 +235,19 @@ def _refuse_half(
 
 def _refuse_unassigned(model: PreTrainedModel, names: list[str]) -> None:
     if names:
+        modules = _outermost_modules(names, [name.name for _, found in named_tensors(model) for name in found])
+        expression = "re:^" + (modules[0] if len(modules) == 1 else f"({'|'.join(modules)})")
         raise ValueError(
             f"{len(names)} parameters of {type(model).__name__} belong to none of {', '.join(GROUPS)}: {names[:3]}. "
-            f"Select them too with a regular expression, as 're:^{names[0].rpartition('.')[0]}', or use regular "
-            "expressions only."
+            f"Select them too with a regular expression, as {expression!r}, or use regular expressions only."
         )
 
 
-def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
-    """
-    SHA-256 of each frozen parameter, as `{group: {name: hash}}` (see [`hash_tensor`]).
-
-    Under FSDP and DeepSpeed ZeRO-3 these are the shards of this process: comparable within a run, not with a file.
-    """
-    hashes: dict[str, dict[str, str]] = {}
-    for parameter, names in named_tensors(model):
-        if not parameter.requires_grad:
-            hashes.setdefault(group_of(names) or "unassigned", {})[names[0].name] = hash_tensor(parameter)
-    return hashes
-
-
-def hash_tensor(parameter: torch.Tensor) -> str:
-    """SHA-256 of a parameter's dtype, shape and bytes; of one that is sharded, those of this process's part."""
-    data = getattr(parameter, "ds_tensor", parameter).detach()  # a partition of ZeRO-3; the parameter itself is empty
-    data = data.to_local() if hasattr(data, "to_local") else data
-    digest = hashlib.sha256(f"{parameter.dtype} {tuple(data.shape)} ".encode())
-    digest.update(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # NumPy has no bfloat16
-    return digest.hexdigest()
-
-
-def digest_groups(hashes: dict[str, dict[str, str]]) -> dict[str, str]:
-    """One SHA-256 a group, over the names and hashes of [`hash_parameters`]."""
-    return {
-        group: hashlib.sha256(
-            "".join(f"{name} {value}\n" for name, value in sorted(members.items())).encode()
-        ).hexdigest()
-        for group, members in hashes.items()
-    }
-
-
-def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -> None:
-    """
-    Checks that the parameters of `expected`, the result of an earlier [`hash_parameters`], are bit for bit the same.
-
-    Raises:
-        ValueError: If any is not. It names the groups and the parameters.
-    """
-    parameters = dict(model.named_parameters())
-    for group, members in expected.items():
-        moved = [
-            name for name, value in members.items() if name not in parameters or hash_tensor(parameters[name]) != value
-        ]
-        if moved:
-            raise ValueError(
-                f"{len(moved)} of {len(members)} frozen parameters in '{group}' changed: {moved[:3]}. Something other "
-                "than the optimizer wrote to them: look for callbacks, weight tying and hooks."
-            )
+def _outermost_modules(names: list[str], all_names: list[str]) -> list[str]:
+    """The outermost modules that hold parameters of `names` and no others."""
+    others, modules = set(all_names) - set(names), set()
+    for name in names:
+        parts = name.split(".")
+        paths = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+        modules.add(next(path for path in paths if not any(f"{other}.".startswith(f"{path}.") for other in others)))
+    return sorted(modules)

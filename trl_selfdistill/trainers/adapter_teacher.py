@@ -18,7 +18,7 @@ from transformers.utils import is_peft_available, logging
 
 from ..generation import evaluation_mode
 from ..losses import ModelSide
-from ..parameter_groups import hash_tensor
+from ..parameter_hashes import hash_tensor
 from .checkpoints import find_damage
 from .quantised import keep_trainable
 from .sft_internals import base_causal_lm, lm_head_of, use_adapter

@@ -10,14 +10,8 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
-from ..parameter_groups import (
-    GroupSpec,
-    digest_groups,
-    freeze_groups,
-    hash_parameters,
-    parse_group_specs,
-    verify_frozen,
-)
+from ..parameter_groups import GroupSpec, freeze_groups, parse_group_specs
+from ..parameter_hashes import digest_groups, hash_parameters, verify_frozen
 from .adapter_groups import refuse_adapters_elsewhere, restrict_peft_config, skeleton
 from .checkpoints import CheckpointMixin
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig

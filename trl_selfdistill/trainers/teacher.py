@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..generation import evaluation_mode
 from ..losses import LMHead, ModelSide
-from ..parameter_groups import digest_groups, hash_tensor
+from ..parameter_hashes import digest_groups, hash_tensor
 from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of, prepare_deepspeed, prepare_fsdp
 from .zero3 import gathered
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models and datasets with images, as `SFTTrainer` takes them: student and teacher see the same image."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tokenizer
+from datasets import Dataset
+from PIL import Image
+from sft_runs import assert_same_weights, config, logs, weights
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from trl import SFTConfig, SFTTrainer
+
+from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
+
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+)
+
+
+def build_processor() -> LlavaProcessor:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    options = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return LlavaProcessor(images, tokenizer, chat_template=CHAT, **options)
+
+
+def build_vision_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
+    tokenizer = processor.tokenizer
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = LlamaConfig(**size, vocab_size=len(tokenizer), num_key_value_heads=1, initializer_range=0.4)
+    vision = CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=16)
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision.to_dict(),
+            text_config={**text.to_dict(), "pad_token_id": tokenizer.pad_token_id},
+            image_token_id=image_token_id,
+            vision_feature_layer=-1,
+        )
+    )
+
+
+def build_dataset() -> Dataset:
+    generator = np.random.default_rng(0)
+    chats = [
+        [dict(role="user", content="where is this"), dict(role="assistant", content=place)]
+        for place in ("paris", "rome and its many old places", "oslo", "madrid in spain")
+    ]
+    images = [Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in chats]
+    return Dataset.from_list([dict(images=[i], messages=chat) for i, chat in zip(images, chats, strict=True)])
+
+
+@pytest.fixture
+def build(tmp_path):
+    processor = build_processor()
+    model = build_vision_model(processor)
+    configs = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer: FrozenGroupsSFTConfig}
+
+    def make(trainer_class=SelfDistillSFTTrainer, arguments=None, **options):
+        args = config(tmp_path, configs.get(trainer_class, SFTConfig), max_length=None, **options)
+        data = dict(train_dataset=build_dataset(), processing_class=processor)
+        return trainer_class(copy.deepcopy(model), args, **data, **(arguments or {}))
+
+    make.processor = processor
+    return make
+
+
+def test_without_a_kl_it_is_sft(build):
+    runs = [build(SFTTrainer), build(kl_weight=0.0)]
+    for run in runs:
+        run.train()
+    assert logs(runs[0]) == logs(runs[1])
+    assert_same_weights(runs[0].model, runs[1].model)
+
+
+def test_kl_is_that_of_the_logits_given_the_images(build):
+    teacher = build_vision_model(build.processor, seed=1)
+    run = build(arguments=dict(teacher_model=teacher), max_steps=1, temperature=0.7)
+    student = copy.deepcopy(run.model)
+    batches = []
+    collate = run.data_collator
+    run.data_collator = lambda rows: batches.append(collate(rows)) or batches[-1]
+    run.train()
+    batch = batches[0]  # the next one may have been fetched already
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+
+    def kl(pixel_values_of_teacher):
+        labels = batch["labels"][:, 1:]
+        mask = labels != -100
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            own = student(**inputs, pixel_values=batch["pixel_values"]).logits[:, :-1][mask] / 0.7
+            theirs = teacher(**inputs, pixel_values=pixel_values_of_teacher).logits[:, :-1][mask] / 0.7
+        return torch.nn.functional.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="batchmean").item()
+
+    logged = logs(run)[0]["kl_loss"]
+    assert logged == pytest.approx(kl(batch["pixel_values"]), rel=1e-4)
+    assert logged != pytest.approx(kl(-batch["pixel_values"]), rel=1e-3)  # another image
+
+
+def test_the_first_step_is_that_of_sft_and_the_snapshot_stays(build):
+    run = build()
+    before = weights(run.teacher_model)
+    run.train()
+    rows = [row for row in logs(run) if "kl_loss" in row]
+    assert rows[0]["kl_loss"] == pytest.approx(0, abs=1e-5) and all(row["kl_loss"] > 0.01 for row in rows[1:])
+    assert all(torch.equal(value, before[name]) for name, value in run.teacher_model.named_parameters())
+
+
+def test_the_vision_tower_is_frozen_or_trained_as_asked(build):
+    with pytest.raises(ValueError, match=r"re:\^\(model.multi_modal_projector\|model.vision_tower\)") as refused:
+        build(FrozenGroupsSFTTrainer, frozen_groups=["mlp"])
+    expression = str(refused.value).split("as '")[1].split("'")[0]
+    run = build(FrozenGroupsSFTTrainer, frozen_groups=["mlp", expression])
+    before = weights(run.model)
+    run.train()
+    moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all("language_model" in name or "lm_head" in name for name in moved)
+    assert not any(".mlp." in name for name in moved)
+
+
+def test_a_cache_of_the_teacher_needs_the_tokens(build):
+    with pytest.raises(ValueError, match="`train_dataset` becomes tokens only in a batch"):
+        build(precompute_teacher=True)
