@@ -75,7 +75,7 @@ def plot_tradeoffs(tradeoffs: list[Tradeoff], before: Tradeoff, model: str, path
     axis.axhline(before.stability.value, color="grey", linestyle=":", label="before training")
     front = sorted((p.plasticity.value, p.stability.value) for p in tradeoffs if not p.dominated_by)
     axis.plot(*zip(*front, strict=True), color="black", linewidth=1, linestyle="--", label="Pareto front")
-    markers = iter("osv^<>DPX*hpd" * 4)
+    markers = iter("osv^<>DPX*hpd1234+x" * 4)
     for point in tradeoffs:
         family = next((name for name in _COLOURS if point.label.startswith(name)), None)
         spread = [

@@ -111,6 +111,9 @@ def _draw_tradeoff(results: MechanismResults, study: MechanismArguments, axes) -
         axis.errorbar(
             learnt, -loss.value, yerr=spread, color=colour, marker=marker, capsize=3, label=condition.label, **filled
         )
+        if condition.overlap is not None:  # one colour and marker for all of them
+            offset = {"xytext": (6, 4), "textcoords": "offset points"}
+            axis.annotate(f"{condition.overlap:g}", (learnt, -loss.value), fontsize="small", color=colour, **offset)
     axis.set(
         xlabel="plasticity: new facts learnt",
         ylabel="stability: change of held-out accuracy",
