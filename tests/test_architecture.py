@@ -25,7 +25,13 @@ LAYERS = [
     ({"kernels"}, {"transformers", "trl", "datasets", "accelerate"}),
     ({"losses"}, {"transformers", "trl", "datasets", "accelerate", "triton"}),
     ({"model_structure", "parameter_groups", "parameter_hashes"}, {"trl", "datasets"}),
-    ({"facts", "fact_files", "geonames", "country_names", "currency_names", "invented_facts"}, HEAVY),
+    (
+        {
+            "entity_questions", "facts", "fact_files", "geonames", "country_names", "currency_names",
+            "invented_facts",
+        },
+        HEAVY,
+    ),
     ({"token_pairs", "name_tokens", "synthetic_keys", "synthetic_facts"}, HEAVY),
     (
         {"process_sharding", "generation", "answer_scoring", "subject_tokens", "prompt_states", "drift"},

