@@ -16,6 +16,7 @@ from .models import load_model_and_tokenizer
 from .run_cost import RunCost
 from .stage import model_identity, run_stage
 from .trainers.checkpoints import last_complete_checkpoint
+from .trainers.sft_internals import label_positions_only
 from .trainers.trainer_card import describe_training
 from .training_stage import effective_config
 
@@ -131,7 +132,8 @@ def _train(experiment: Experiment, folder: Path) -> None:
     for callback in experiment.callbacks(trainer, folder) if experiment.callbacks is not None else ():
         trainer.add_callback(callback)
     trainer.add_callback(cost)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    with label_positions_only():  # most positions of a fact are its question
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     if experiment.finish is not None:
         experiment.finish(trainer, folder)
     if trainer.is_world_process_zero():

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the trainers rely on inside TRL and transformers: forwards bound to instances, heads, config classes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from sft_runs import ARCHITECTURES, TOKENIZER, architecture, config, trainer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -15,6 +18,7 @@ from trl_selfdistill.trainers.sft_internals import (
     base_causal_lm,
     config_from,
     frozen_copy,
+    label_positions_only,
     lm_head_of,
 )
 
@@ -95,3 +99,21 @@ def test_config_from_nothing_names_the_folder_after_the_model(name, monkeypatch)
     model.config._name_or_path = name
     for source in (name, model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
         assert config_from(None, SelfDistillSFTConfig, source, "X").output_dir == "some-model-X"
+
+
+def test_the_head_sees_the_label_positions_only_and_the_loss_is_the_same(tmp_path):
+    run = trainer(tmp_path, None, kl_weight=0.0)
+    labels = torch.where(torch.arange(10) < 6, -100, IDS)
+    flops, losses, gradients = [], [], []
+    for context in (nullcontext, label_positions_only, nullcontext):
+        run.model.zero_grad()
+        with context(), FlopCounterMode(display=False) as counter:
+            output = run.model(input_ids=IDS, labels=labels, fused_lm_head=True)
+        output.loss.backward()
+        flops.append(counter.get_total_flops())
+        losses.append(output.loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+    head = run.model.get_output_embeddings().weight.numel()
+    assert flops[0] - flops[1] == 2 * head * 2 * (9 - 4) and flops[2] == flops[0]
+    for values in (losses, gradients):
+        torch.testing.assert_close(values[1], values[0])

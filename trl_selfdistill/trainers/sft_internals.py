@@ -11,12 +11,16 @@ What it relies on, and what happens when a TRL release moves it:
 - `_prepare_dataset` truncates, packs and shuffles rows that are tokens already. Were it gone, `rehearsal_dataset`
   fails when the trainer is made.
 - `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`.
+- `_use_triton` decides whether the LM head is applied to the label positions only. Were it gone,
+  [`label_positions_only`] fails.
 """
 
 import copy
 import dataclasses
 import functools
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -25,6 +29,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
@@ -41,6 +46,7 @@ __all__ = [
     "create_model_from_path",
     "frozen_copy",
     "get_config_model_id",
+    "label_positions_only",
     "lm_head_of",
     "prepare_deepspeed",
     "prepare_fsdp",
@@ -154,6 +160,21 @@ def _head_loss(
         temperature=targets.temperature,
         num_items_in_batch=targets.num_items_in_batch,
     )
+
+
+@contextmanager
+def label_positions_only() -> Iterator[None]:
+    """
+    Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as it does on a GPU: elsewhere TRL
+    1.16 scores every position, for devices that recompile when a shape changes. The loss is the same; a step of a
+    small model on short answers takes half as long.
+    """
+    uses_triton = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = uses_triton
 
 
 def _aux_loss(model: PreTrainedModel, outputs, kwargs: dict) -> torch.Tensor | None:
