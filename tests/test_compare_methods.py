@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison of methods, whole on a small Llama, and the law of each rival."""
 
+import hashlib
 import json
 import math
 import os
@@ -116,10 +117,13 @@ def test_nothing_is_done_twice(finished, tmp_path):
     assert len(before) == 3 * len(METHODS)
 
 
-def rows_of(method: str, num_rows: int, **options) -> list[str]:
-    known, new = (Dataset.from_dict({"prompt": [f"{kind}{i}" for i in range(n)]}) for kind, n in (("k", 4), ("n", 8)))
+def rows_of(method: str, num_rows: int, counts: tuple[int, int] = (4, 8), seed: int = 0, **options) -> list[str]:
+    """The rows of a method, `k` and a number for a Known fact, `n` and a number for a new one."""
+    facts = [
+        Dataset.from_dict({"prompt": [f"{kind}{i}" for i in range(n)]}) for kind, n in zip("kn", counts, strict=True)
+    ]
     [found] = [each for each in methods_of(ComparisonArguments(**options)) if each.name == method]
-    return found.rows(known, new, num_rows, random.Random(0))["prompt"][:]
+    return found.rows(*facts, num_rows, random.Random(seed))["prompt"][:]
 
 
 def test_replay_shows_known_facts_more_often():
@@ -127,16 +131,33 @@ def test_replay_shows_known_facts_more_often():
     assert sorted(rows) == sorted([f"k{i}" for i in range(4)] * 3 + [f"n{i}" for i in range(8)])
 
 
-@pytest.mark.parametrize("num_rows", [60, 61])
-def test_known_patch_shows_known_facts_late_and_as_often_as_sft(num_rows):
-    rows = rows_of("known_patch", num_rows, known_patch_share=0.5)
-    assert len(rows) == num_rows and rows == rows_of("known_patch", num_rows, known_patch_share=0.5)
-    late = num_rows - round(0.5 * num_rows)
+@pytest.mark.parametrize("counts", [(4, 8), (20, 80), (80, 140), (500, 500)])
+@pytest.mark.parametrize(("ratio", "share"), [(0.2, 0.3), (0.05, 0.5), (0.9, 1.0)])
+def test_known_patch_mixes_its_share_of_known_facts_into_its_last_part(counts, ratio, share):
+    options = dict(counts=counts, known_patch_ratio=ratio, known_patch_share=share)
+    rows = rows_of("known_patch", 1001, **options)
+    assert len(rows) == 1001 and rows == rows_of("known_patch", 1001, **options)
+    late = 1001 - round(share * 1001)
     assert all(row.startswith("n") for row in rows[:late])
-    assert {row[0] for row in rows[late:]} == {"k", "n"}
-    assert sum(row.startswith("k") for row in rows) == round(num_rows / 3)
-    counts = [rows.count(f"k{i}") for i in range(4)]
-    assert max(counts) - min(counts) <= 1
+    assert sum(row.startswith("k") for row in rows[late:]) == round(ratio * 1001)  # 2 of 3 there by default
+    assert any(row.startswith("n") for row in rows[late:])
+    for kind, count in zip("kn", counts, strict=True):
+        shown = [rows.count(f"{kind}{i}") for i in range(count)]
+        assert max(shown) - min(shown) <= 1
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"), list(enumerate(["43adebcbf353cc26", "4426c7064394dc82", "ae11ca91b083db1b"]))
+)
+def test_known_patch_orders_the_rows_as_in_the_runs_of_the_documentation(seed, expected):
+    rows = rows_of("known_patch", 1000, counts=(20, 80), seed=seed)
+    assert hashlib.sha256(" ".join(rows).encode()).hexdigest()[:16] == expected
+
+
+def test_known_patch_is_identified_by_both_its_numbers():
+    [method] = [m for m in methods_of(ComparisonArguments(known_patch_ratio=0.125)) if m.name == "known_patch"]
+    assert method.about == {"known_patch_ratio": 0.125, "known_patch_share": 0.3}
+    assert method.label == "KnownPatch, 12.5 % of all rows, in the last 30 %"
 
 
 def sft_run(folder: Path, max_perplexity: float | None = None) -> SFTTrainer:
@@ -218,7 +239,9 @@ def test_interpolation_is_between_the_weights_and_leaves_them():
         (dict(seeds=[0, 1]), "`seeds` needs at least 3"),
         (dict(seeds=[0, 1, 1]), "none twice"),
         (dict(mixing_weights=[2.0]), "got 2.0"),
-        (dict(known_patch_share=0.0), "got 0.0"),
+        (dict(known_patch_ratio=0.0), "got 0.0 and 0.3"),
+        (dict(known_patch_ratio=0.3), "`known_patch_ratio` < `known_patch_share` <= 1, .* got 0.3 and 0.3"),
+        (dict(known_patch_share=1.5), "got 0.2 and 1.5"),
         (dict(replay_ratio=0), "got 0"),
     ],
 )

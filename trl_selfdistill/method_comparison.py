@@ -125,19 +125,13 @@ def _experiment(
             wise_ft.note_start(trainer)
         return []
 
-    about = {"method": method.name, "label": method.label, "seed": seed}
+    about = {"method": method.name, "label": method.label, "seed": seed, **method.about}
     if wise_ft is not None:
         about["mixing_weights"] = args.mixing_weights
     trainer_arguments = dict(method.trainer_arguments)
     if method.rehearses:
-        about["num_rehearsal"] = args.num_rehearsal
         prompts = rehearsal_prompts(load_facts(inputs.annotated), facts, args.num_rehearsal)
         trainer_arguments["rehearsal_dataset"] = prompts
-    options = {"replay": "replay_ratio", "known_patch": "known_patch_share", "stm": "stm_max_perplexity"}
-    if method.name in options:
-        about[options[method.name]] = getattr(args, options[method.name])
-    if method.name == "lora":
-        about["lora_rank"] = args.lora_rank
     return Experiment(
         folder=folder / f"{method.name}-seed{seed}",
         trainer_class=method.trainer_class,

@@ -69,8 +69,15 @@ class ComparisonArguments:
     replay_ratio: int = field(
         default=3, metadata={"help": "Replay: times that a Known fact comes for a new one's one."}
     )
+    known_patch_ratio: float = field(
+        default=0.2, metadata={"help": "KnownPatch: share of all rows that are Known facts, in (0, 1)."}
+    )
     known_patch_share: float = field(
-        default=0.3, metadata={"help": "KnownPatch: share of the steps, at the end, that show Known facts, in (0, 1]."}
+        default=0.3,
+        metadata={
+            "help": "KnownPatch: share of the steps, at the end, that show Known facts among new ones, in (0, 1], above "
+            "the ratio."
+        },
     )
     stm_max_perplexity: float = field(default=2.5, metadata={"help": "STM: largest perplexity of a trained token."})
     stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
@@ -88,8 +95,11 @@ class ComparisonArguments:
         for weight in self.mixing_weights:
             if not 0 <= weight <= 1:
                 raise ValueError(f"`mixing_weights` are shares in [0, 1], got {weight}.")
-        if not 0 < self.known_patch_share <= 1:
-            raise ValueError(f"`known_patch_share` is a share in (0, 1], got {self.known_patch_share}.")
+        if not 0 < self.known_patch_ratio < self.known_patch_share <= 1:
+            raise ValueError(
+                "KnownPatch needs 0 < `known_patch_ratio` < `known_patch_share` <= 1, so that new facts come among Known "
+                f"ones, got {self.known_patch_ratio} and {self.known_patch_share}."
+            )
         for name in ("replay_ratio", "num_rehearsal"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -108,6 +118,7 @@ class Method(NamedTuple):
         trainer_arguments (`dict`): Further arguments of the trainer.
         prepare (`Callable[[Trainer], None]`, *optional*): Changes the trainer before training.
         rehearses (`bool`): Whether it gets prompts of further facts as `rehearsal_dataset`.
+        about (`dict`): What of its settings `config` does not hold, as JSON values; with it a run is identified.
     """
 
     name: str
@@ -120,6 +131,7 @@ class Method(NamedTuple):
     trainer_arguments: dict[str, Any] = {}
     prepare: Callable[[Trainer], None] | None = None
     rehearses: bool = False
+    about: dict[str, Any] = {}
 
 
 def methods_of(args: ComparisonArguments) -> list[Method]:
@@ -148,15 +160,14 @@ def _rehearsal(args: ComparisonArguments) -> list[Method]:
     """Self-distillation with the model's own answers to further prompts, and these answers without the KL."""
     own = f"{args.num_rehearsal} own answers"
     stop = {"rehearsal_stop_strings": ["\n"]}  # an answer is a line; the start may not have learnt to stop after it
-    without = Method("rehearsal", f"SFT with {own}", SelfDistillSFTTrainer, {"kl_weight": 0.0} | stop, rehearses=True)
-    return [without] + [
-        method._replace(
-            name=f"rehearsal-{method.name}",
-            label=f"{method.label}, with {own}",
-            config=method.config | stop,
-            rehearses=True,
-        )
+    without = Method("rehearsal", f"SFT with {own}", SelfDistillSFTTrainer, {"kl_weight": 0.0})
+    settings = [
+        method._replace(name=f"rehearsal-{method.name}", label=f"{method.label}, with {own}")
         for method in _self_distillation(args)
+    ]
+    about = {"num_rehearsal": args.num_rehearsal}
+    return [
+        method._replace(config=method.config | stop, rehearses=True, about=about) for method in [without, *settings]
     ]
 
 
@@ -170,6 +181,7 @@ def _lora(args: ComparisonArguments) -> Method:
         SFTTrainer,
         {"learning_rate": args.lora_learning_rate},
         trainer_arguments={"peft_config": adapter},
+        about={"lora_rank": args.lora_rank},
     )
 
 
@@ -177,26 +189,31 @@ def _replay(args: ComparisonArguments) -> Method:
     def rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
         return concatenate_datasets([known] * args.replay_ratio + [new])
 
-    return Method("replay", f"Replay of Known facts, {args.replay_ratio} times", rows=rows)
+    about = {"replay_ratio": args.replay_ratio}
+    return Method("replay", f"Replay of Known facts, {args.replay_ratio} times", rows=rows, about=about)
 
 
 def _known_patch(args: ComparisonArguments) -> Method:
     """
     New facts alone first, then Known ones among them (KnownPatch, arXiv 2511.02626, which mixes 5 to 20 % of known
-    examples into the last part). As many rows of each as in plain SFT, in another order.
+    examples into the last part). As many rows as in plain SFT.
     """
 
     def rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
-        num_known = round(num_rows * len(known) / (len(known) + len(new)))
-        late = min(num_rows, max(num_known, round(args.known_patch_share * num_rows)))
+        num_known, late = round(args.known_patch_ratio * num_rows), round(args.known_patch_share * num_rows)
         order_new = _cycled(range(len(known), len(known) + len(new)), num_rows - num_known, generator)
         order_known = _cycled(range(len(known)), num_known, generator)
         patch = order_new[num_rows - late :] + order_known
         generator.shuffle(patch)
         return concatenate_datasets([known, new]).select(order_new[: num_rows - late] + patch)
 
-    label = f"KnownPatch, in the last {args.known_patch_share:.0%}"
-    return Method("known_patch", label, config={"train_sampling_strategy": "sequential"}, rows=rows)
+    return Method(
+        "known_patch",
+        f"KnownPatch, {100 * args.known_patch_ratio:g} % of all rows, in the last {100 * args.known_patch_share:g} %",
+        config={"train_sampling_strategy": "sequential"},
+        rows=rows,
+        about={name: getattr(args, name) for name in ("known_patch_ratio", "known_patch_share")},
+    )
 
 
 def _cycled(items: range, number: int, generator: random.Random) -> list[int]:
@@ -211,7 +228,9 @@ def _stm(args: ComparisonArguments) -> Method:
     def prepare(trainer: Trainer) -> None:
         trainer.train_dataset = mask_unlikely_tokens(trainer.train_dataset, trainer.model, args.stm_max_perplexity)
 
-    return Method("stm", f"Masked tokens (STM), perplexity above {args.stm_max_perplexity:g}", prepare=prepare)
+    limit = args.stm_max_perplexity
+    about = {"stm_max_perplexity": limit}
+    return Method("stm", f"Masked tokens (STM), perplexity above {limit:g}", prepare=prepare, about=about)
 
 
 _METHODS: dict[str, Callable[[ComparisonArguments], Method | list[Method]]] = {
