@@ -117,6 +117,26 @@ def test_nothing_is_done_twice(finished, tmp_path):
     assert len(before) == 3 * len(METHODS)
 
 
+def test_mistakes_that_only_the_facts_show_come_before_the_first_run(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "study", ignore=shutil.ignore_patterns("runs"))
+    with pytest.raises(ValueError, match="`num_rehearsal=4000`, but only [0-9]+ facts are in no split"):
+        run_script(
+            "compare_methods.py", "--preset", "tiny", "--output_dir", tmp_path / "study", "--num_rehearsal", "4000"
+        )
+    assert not (tmp_path / "study" / "runs").exists()
+
+
+def test_each_weight_of_the_l2_sweep_is_a_method_of_its_own(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "study")
+    flags = ["--methods", "sft", "l2", "--l2_weights", "1e-6", "1e6"]
+    run_script("compare_methods.py", "--preset", "tiny", "--output_dir", tmp_path / "study", *flags)
+    points = {point["label"] for point in json.loads((tmp_path / "study" / "methods.json").read_text())}
+    assert {f"L2 to the start, {which}" for which in ("matched", "weight 1e-06", "weight 1e+06")} <= points
+    weak, strong = (runs_of(tmp_path / "study", f"l2-weight{weight}")[0] for weight in ("1e-06", "1e+06"))
+    assert weak.training["settings"]["l2_weight"] == 1e-6
+    assert strong.records[-1].accuracy("new") == strong.records[0].accuracy("new")  # nothing is learnt
+
+
 def rows_of(method: str, num_rows: int, counts: tuple[int, int] = (4, 8), seed: int = 0, **options) -> list[str]:
     """The rows of a method, `k` and a number for a Known fact, `n` and a number for a new one."""
     facts = [
@@ -238,11 +258,20 @@ def test_interpolation_is_between_the_weights_and_leaves_them():
         (dict(methods=["lora"]), "`sft` must be one"),
         (dict(seeds=[0, 1]), "`seeds` needs at least 3"),
         (dict(seeds=[0, 1, 1]), "none twice"),
-        (dict(mixing_weights=[2.0]), "got 2.0"),
+        (dict(mixing_weights=[0.5, 2.0]), r"`mixing_weights` must be shares in \[0, 1\], got 2.0"),
+        (dict(kl_weights=[1.0, -1.0]), "`kl_weights` must be finite and at least 0, got -1.0"),
+        (dict(kl_weights=[math.nan]), "`kl_weights` .* got nan"),
+        (dict(temperatures=[0.0]), "`temperatures` must be finite and above 0, got 0.0"),
+        (dict(l2_weights=[0.0]), "`l2_weights` must be finite and above 0, got 0.0"),
+        (dict(l2_weights=[math.inf]), "`l2_weights` .* got inf"),
+        (dict(num_rehearsal=0), "`num_rehearsal` must be at least 1, got 0"),
+        (dict(lora_rank=0), "`lora_rank` must be at least 1, got 0"),
+        (dict(lora_learning_rate=0.0), "`lora_learning_rate` must be finite and above 0, got 0.0"),
+        (dict(stm_max_perplexity=1.0), "`stm_max_perplexity` must be above 1, .* got 1.0"),
         (dict(known_patch_ratio=0.0), "got 0.0 and 0.3"),
-        (dict(known_patch_ratio=0.3), "`known_patch_ratio` < `known_patch_share` <= 1, .* got 0.3 and 0.3"),
+        (dict(known_patch_ratio=0.3), "`known_patch_ratio` < `known_patch_share` <= 1, got 0.3 and 0.3"),
         (dict(known_patch_share=1.5), "got 0.2 and 1.5"),
-        (dict(replay_ratio=0), "got 0"),
+        (dict(replay_ratio=0), "`replay_ratio` must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_errors(options, message):

@@ -47,10 +47,18 @@ def compare_methods(args: ComparisonArguments, inputs: ComparisonInputs, folder:
 
     Of the held-out facts, one half chooses where to stop early; every method is judged by the other half.
     """
-    facts = _fact_sets(inputs.mix)
+    facts, methods = _fact_sets(inputs.mix), methods_of(args)
+    rehearsal = None
+    if any(method.rehearses for method in methods):
+        rehearsal = rehearsal_prompts(load_facts(inputs.annotated), facts, args.num_rehearsal)
+    # All before the first run, so that a setting that cannot be is an error at once
+    experiments = [
+        [_experiment(method, seed, args, inputs, folder, facts, rehearsal) for seed in args.seeds]
+        for method in methods
+    ]
     outcomes, start = [], None
-    for method in methods_of(args):
-        results = [run_experiment(_experiment(method, seed, args, inputs, folder, facts)) for seed in args.seeds]
+    for method, runs in zip(methods, experiments, strict=True):
+        results = [run_experiment(run) for run in runs]
         last = [result.records[-1] for result in results]
         outcomes.append(_outcome(method.label, last))
         if method.name == "sft":
@@ -105,7 +113,13 @@ def rehearsal_prompts(annotated: Dataset, splits: dict[str, Dataset], number: in
 
 
 def _experiment(
-    method: Method, seed: int, args: ComparisonArguments, inputs: ComparisonInputs, folder: Path, facts: dict
+    method: Method,
+    seed: int,
+    args: ComparisonArguments,
+    inputs: ComparisonInputs,
+    folder: Path,
+    facts: dict[str, Dataset],
+    rehearsal: Dataset | None,
 ) -> Experiment:
     known, new = (facts[name].select_columns(["prompt", "completion"]) for name in ("known", "new"))
     config = inputs.config
@@ -128,10 +142,6 @@ def _experiment(
     about = {"method": method.name, "label": method.label, "seed": seed, **method.about}
     if wise_ft is not None:
         about["mixing_weights"] = args.mixing_weights
-    trainer_arguments = dict(method.trainer_arguments)
-    if method.rehearses:
-        prompts = rehearsal_prompts(load_facts(inputs.annotated), facts, args.num_rehearsal)
-        trainer_arguments["rehearsal_dataset"] = prompts
     return Experiment(
         folder=folder / f"{method.name}-seed{seed}",
         trainer_class=method.trainer_class,
@@ -140,7 +150,7 @@ def _experiment(
         data=data,
         inputs=(inputs.mix, inputs.annotated) if method.rehearses else (inputs.mix,),
         about=about,
-        trainer_arguments=trainer_arguments,
+        trainer_arguments=method.trainer_arguments | ({"rehearsal_dataset": rehearsal} if method.rehearses else {}),
         callbacks=prepare,
         finish=wise_ft.finish if wise_ft is not None else None,
         each_epoch=method.name == "sft",  # the best of its epochs is a method by itself

@@ -4,6 +4,7 @@
 All of them make as many optimizer steps of as many rows, on the same Known and new facts.
 """
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,6 +61,12 @@ class ComparisonArguments:
         default_factory=lambda: [0.2, 0.4, 0.6, 0.8],
         metadata={"help": "WiSE-FT: shares of the fine-tuned weights, the rest being those of the start, in [0, 1]."},
     )
+    l2_weights: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "L2 to the start: weights of a sweep, beside the one that is matched to the KL at the start."
+        },
+    )
     num_rehearsal: int = field(
         default=400,
         metadata={"help": "Rehearsal: prompts of further facts that the start model answers; no labels are used."},
@@ -75,8 +82,8 @@ class ComparisonArguments:
     known_patch_share: float = field(
         default=0.3,
         metadata={
-            "help": "KnownPatch: share of the steps, at the end, that show Known facts among new ones, in (0, 1], above "
-            "the ratio."
+            "help": "KnownPatch: share of the steps, at the end, that show Known facts among new ones, above the ratio "
+            "and at most 1."
         },
     )
     stm_max_perplexity: float = field(default=2.5, metadata={"help": "STM: largest perplexity of a trained token."})
@@ -92,17 +99,31 @@ class ComparisonArguments:
             raise ValueError(f"`methods` may hold {', '.join(_METHODS)}, and `sft` must be one, got {self.methods}.")
         if len(set(self.seeds)) < max(3, len(self.seeds)):
             raise ValueError(f"`seeds` needs at least 3 different ones, none twice, got {self.seeds}.")
-        for weight in self.mixing_weights:
-            if not 0 <= weight <= 1:
-                raise ValueError(f"`mixing_weights` are shares in [0, 1], got {weight}.")
+        for name, (allowed, is_allowed) in _ALLOWED.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, list) else [values]:
+                if not is_allowed(value):
+                    raise ValueError(f"`{name}` must be {allowed}, got {value}.")
         if not 0 < self.known_patch_ratio < self.known_patch_share <= 1:
             raise ValueError(
-                "KnownPatch needs 0 < `known_patch_ratio` < `known_patch_share` <= 1, so that new facts come among Known "
-                f"ones, got {self.known_patch_ratio} and {self.known_patch_share}."
+                "KnownPatch shows new facts among Known ones and needs 0 < `known_patch_ratio` < `known_patch_share` "
+                f"<= 1, got {self.known_patch_ratio} and {self.known_patch_share}."
             )
-        for name in ("replay_ratio", "num_rehearsal"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+_POSITIVE = ("finite and above 0", lambda value: 0 < value < math.inf)
+_COUNT = ("at least 1", lambda value: value >= 1)
+_ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "kl_weights": ("finite and at least 0", lambda value: 0 <= value < math.inf),
+    "temperatures": _POSITIVE,
+    "l2_weights": _POSITIVE,
+    "mixing_weights": ("shares in [0, 1]", lambda value: 0 <= value <= 1),
+    "num_rehearsal": _COUNT,
+    "lora_rank": _COUNT,
+    "lora_learning_rate": _POSITIVE,
+    "replay_ratio": _COUNT,
+    "stm_max_perplexity": ("above 1, that of a certain token", lambda value: value > 1),
+}
 
 
 class Method(NamedTuple):
@@ -135,7 +156,7 @@ class Method(NamedTuple):
 
 
 def methods_of(args: ComparisonArguments) -> list[Method]:
-    """The methods to train, plain SFT first, and self-distillation, alone and with rehearsal, for each λ and τ."""
+    """The methods to train, plain SFT first; self-distillation, alone and with rehearsal, for each λ and τ."""
     methods = []
     for name in sorted(args.methods, key=lambda name: name != "sft"):
         found = _METHODS[name](args)
@@ -168,6 +189,19 @@ def _rehearsal(args: ComparisonArguments) -> list[Method]:
     about = {"num_rehearsal": args.num_rehearsal}
     return [
         method._replace(config=method.config | stop, rehearses=True, about=about) for method in [without, *settings]
+    ]
+
+
+def _l2(args: ComparisonArguments) -> list[Method]:
+    """The control with its weight matched to the KL one step from the start, which is too strong later, and others."""
+    matched = Method("l2", "L2 to the start, matched", SelfDistillSFTTrainer, {"regularizer": "l2"})
+    return [matched] + [
+        matched._replace(
+            name=f"l2-weight{weight:g}",
+            label=f"L2 to the start, weight {weight:g}",
+            config=matched.config | {"l2_weight": weight},
+        )
+        for weight in args.l2_weights
     ]
 
 
@@ -239,7 +273,7 @@ _METHODS: dict[str, Callable[[ComparisonArguments], Method | list[Method]]] = {
     "frozen": lambda args: Method(
         "frozen", "Frozen groups (attention only)", FrozenGroupsSFTTrainer, {"trainable_groups": ["attention"]}
     ),
-    "l2": lambda args: Method("l2", "L2 to the start, matched", SelfDistillSFTTrainer, {"regularizer": "l2"}),
+    "l2": _l2,
     "replay": _replay,
     "known_patch": _known_patch,
     "stm": _stm,
