@@ -104,7 +104,8 @@ def test_the_facts_that_choose_when_to_stop_are_not_those_that_judge(finished):
 def test_wise_ft_goes_from_the_start_to_sft(finished):
     output, _ = finished
     for run in runs_of(output, "sft"):
-        start, middle, end = read_records(output / "runs" / run.name / "wise_ft.jsonl")
+        folder = output / "runs" / run.name.replace("sft", "wise_ft")
+        start, middle, end = read_records(folder / "accuracy.jsonl")
         assert [start.epoch, middle.epoch, end.epoch] == [0.0, 0.5, 1.0]
         assert start.correct == run.records[0].correct and end.correct == run.records[-1].correct
 
@@ -114,7 +115,20 @@ def test_nothing_is_done_twice(finished, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "study").glob("*/*/run.json")}
     run_script("compare_methods.py", "--preset", "tiny", "--output_dir", tmp_path / "study")
     assert {path: path.read_bytes() for path in (tmp_path / "study").glob("*/*/run.json")} == before
-    assert len(before) == 3 * len(METHODS)
+    assert len(before) == 3 * (len(METHODS) + 1)  # WiSE-FT has a stage of its own
+
+
+def test_other_mixing_weights_train_nothing_again(finished, tmp_path):
+    runs = shutil.copytree(finished[0], tmp_path / "study") / "runs"
+    before = {path: path.read_bytes() for path in runs.glob("*/run.json")}
+    flags = ["--mixing_weights", "0.25", "1.0"]
+    run_script("compare_methods.py", "--preset", "tiny", "--output_dir", tmp_path / "study", *flags)
+    changed = {path.parent.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {f"wise_ft-seed{seed}" for seed in range(3)}
+    labels = {point["label"] for point in json.loads((tmp_path / "study" / "methods.json").read_text())}
+    assert {label for label in labels if "WiSE" in label} == {"WiSE-FT, 0.25 of SFT", "WiSE-FT, 1 of SFT"}
+    kept = {path.parents[1].name for path in runs.glob("*/*/*.safetensors")}
+    assert kept == {f"sft-seed{seed}" for seed in range(3)}  # the weights of no other run
 
 
 def test_mistakes_that_only_the_facts_show_come_before_the_first_run(finished, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run made for its measurements: accuracy over the epochs, drift, cost. Its weights are not kept."""
+"""A training run made for its measurements: accuracy, drift, cost. Its weights are kept only if `finish` does so."""
 
 import json
 import os

@@ -7,21 +7,24 @@ from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from transformers import Trainer
 from trl import SFTConfig
 
 from .experiment import Experiment, run_experiment
-from .fact_accuracy import AccuracyRecord, read_records
+from .fact_accuracy import AccuracyRecord
 from .facts import fold_name, load_facts
 from .pareto import MethodOutcome
 from .prompts import question_prompt
-from .rival_methods import WISE_FT_FILE, ComparisonArguments, Method, WiseFT, methods_of
+from .rival_methods import ComparisonArguments, Method, methods_of
 from .trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
 from .training_mix import load_mix
 from .training_stage import copy_config
+from .weight_interpolation import interpolation_stage
 
 
 _CONFIGS = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer: FrozenGroupsSFTConfig}
 EARLY_STOPPING = "SFT, stopped early"
+SFT_MODEL = "model"  # in the folder of an SFT run: the model that it ends with, for WiSE-FT
 
 
 class ComparisonInputs(NamedTuple):
@@ -64,10 +67,25 @@ def compare_methods(args: ComparisonArguments, inputs: ComparisonInputs, folder:
         if method.name == "sft":
             start = [result.records[0] for result in results]
             outcomes.append(_outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results]))
-            mixed = [read_records(folder / result.name / WISE_FT_FILE) for result in results]
+            mixed = [_wise_ft(folder, seed, args, inputs, facts) for seed in args.seeds]
             for i, weight in enumerate(args.mixing_weights):
                 outcomes.append(_outcome(f"WiSE-FT, {weight:g} of SFT", [records[i] for records in mixed]))
     return [_outcome("before", start), *outcomes]
+
+
+def _wise_ft(
+    folder: Path, seed: int, args: ComparisonArguments, inputs: ComparisonInputs, facts: dict[str, Dataset]
+) -> list[AccuracyRecord]:
+    run = folder / f"sft-seed{seed}"
+    return interpolation_stage(
+        inputs.model,
+        run / SFT_MODEL,
+        args.mixing_weights,
+        facts,
+        (run, inputs.mix),
+        folder / f"wise_ft-seed{seed}",
+        inputs.config.bf16,
+    )
 
 
 def best_epoch(records: list[AccuracyRecord]) -> AccuracyRecord:
@@ -127,21 +145,16 @@ def _experiment(
     steps = max(1, round(config.num_train_epochs * -(-(len(known) + len(new)) // rows_of_step)))
     groups = {"frozen_groups": None, "trainable_groups": None}
     changes = {"seed": seed, "max_steps": steps} | (groups if method.trainer_class in _CONFIGS else {}) | method.config
-    wise_ft = WiseFT(args.mixing_weights, facts) if method.name == "sft" else None
 
     def data() -> tuple[Dataset, dict[str, Dataset]]:
         return method.rows(known, new, steps * rows_of_step, random.Random(seed)), facts
 
-    def prepare(trainer, partial: Path) -> list:
+    def prepare(trainer: Trainer, partial: Path) -> list:
         if method.prepare is not None:
             method.prepare(trainer)
-        if wise_ft is not None:
-            wise_ft.note_start(trainer)
         return []
 
-    about = {"method": method.name, "label": method.label, "seed": seed, **method.about}
-    if wise_ft is not None:
-        about["mixing_weights"] = args.mixing_weights
+    is_sft = method.name == "sft"
     return Experiment(
         folder=folder / f"{method.name}-seed{seed}",
         trainer_class=method.trainer_class,
@@ -149,11 +162,11 @@ def _experiment(
         model=inputs.model,
         data=data,
         inputs=(inputs.mix, inputs.annotated) if method.rehearses else (inputs.mix,),
-        about=about,
+        about={"method": method.name, "label": method.label, "seed": seed, **method.about},
         trainer_arguments=method.trainer_arguments | ({"rehearsal_dataset": rehearsal} if method.rehearses else {}),
         callbacks=prepare,
-        finish=wise_ft.finish if wise_ft is not None else None,
-        each_epoch=method.name == "sft",  # the best of its epochs is a method by itself
+        finish=(lambda trainer, partial: trainer.save_model(str(partial / SFT_MODEL))) if is_sft else None,
+        each_epoch=is_sft,  # the best of its epochs is a method by itself
     )
 
 

@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
@@ -16,13 +15,8 @@ from peft import LoraConfig
 from transformers import Trainer
 from trl import SFTTrainer
 
-from .fact_accuracy import AccuracyRecord, answered_correctly, write_records
 from .token_masking import mask_unlikely_tokens
 from .trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
-from .weight_interpolation import copy_weights, interpolated
-
-
-WISE_FT_FILE = "wise_ft.jsonl"
 
 
 @dataclass
@@ -82,8 +76,8 @@ class ComparisonArguments:
     known_patch_share: float = field(
         default=0.3,
         metadata={
-            "help": "KnownPatch: share of the steps, at the end, that show Known facts among new ones, above the ratio "
-            "and at most 1."
+            "help": "KnownPatch: share of the steps, at the end, that show Known facts among new ones, above the "
+            "ratio and at most 1."
         },
     )
     stm_max_perplexity: float = field(default=2.5, metadata={"help": "STM: largest perplexity of a trained token."})
@@ -280,31 +274,3 @@ _METHODS: dict[str, Callable[[ComparisonArguments], Method | list[Method]]] = {
     "selfdistill": _self_distillation,
     "rehearsal": _rehearsal,
 }
-
-
-class WiseFT:
-    """
-    Asks the facts with weights between those of the start and of the end of a run, and adds a record of each to
-    `wise_ft.jsonl`, its `epoch` being the share of the end's weights.
-
-    Args:
-        mixing_weights (`list[float]`): The shares, in [0, 1].
-        fact_sets (`Callable[[], dict[str, Dataset]]`): The facts by name.
-    """
-
-    def __init__(self, mixing_weights: list[float], fact_sets: dict[str, Dataset]):
-        self.mixing_weights, self.fact_sets = mixing_weights, fact_sets
-
-    def note_start(self, trainer: Trainer) -> None:
-        """Keeps the weights that the run starts with; a run that goes on from a checkpoint has not loaded it yet."""
-        self._start = copy_weights(trainer.model)
-
-    def finish(self, trainer: Trainer, folder: Path) -> None:
-        """Writes the records into the run's folder."""
-        model, tokenizer, records = trainer.model, trainer.processing_class, []
-        for weight in self.mixing_weights:
-            with interpolated(model, self._start, weight), trainer.accelerator.autocast():
-                correct = {name: answered_correctly(model, tokenizer, facts) for name, facts in self.fact_sets.items()}
-            records.append(AccuracyRecord(trainer.state.global_step, weight, correct))
-        if trainer.is_world_process_zero():
-            write_records(folder / WISE_FT_FILE, records)
