@@ -7,13 +7,22 @@ import shutil
 import pytest
 import torch
 from conftest import build_model
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LilyConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from sft_runs import TOKENIZER, StopAt, assert_same_weights, logs, train, trainer
 
 from trl_selfdistill.trainers.adapter_teacher import TEACHER_ADAPTER, AdapterTeacher
 from trl_selfdistill.trainers.sft_internals import frozen_copy
 
 
+IDS = torch.arange(3, 23).reshape(2, 10)
 LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
 ADAPTERS = {
     "fresh": LoraConfig(**LORA),
@@ -147,6 +156,55 @@ def test_a_model_that_was_trained_before_gets_a_new_teacher(tmp_path):
 def test_what_a_model_cannot_hold_twice_is_copied_whole(tmp_path, config):
     run = train(tmp_path, None, dict(peft_config=config))
     assert run.teacher_model is not None and logs(run)[0]["kl_loss"] < 1e-6
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_weights_that_are_trained_beside_the_adapter_make_the_teacher_a_copy(tmp_path, init, caplog):
+    """As in LongLoRA: switching adapters off would leave them moved."""
+    torch.manual_seed(5)
+    model = get_peft_model(build_model(TOKENIZER), LoraConfig(**LORA, init_lora_weights=init))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed" in name:
+            parameter.requires_grad_(True)
+    run = trainer(tmp_path, model, learning_rate=0.1)
+    inputs = dict(input_ids=IDS, labels=IDS)
+    before = run.teacher.targets(run.model, inputs).hidden_states
+    run.train()
+    assert torch.equal(run.teacher.targets(run.model, inputs).hidden_states, before)
+    assert run.teacher_model is not None and "parameters beside the adapter are trained too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", total_step=100, init_r=4),
+        LilyConfig(target_modules=["q_proj", "up_proj"], r=4),
+    ],
+    ids=["AdaLoRA", "Lily"],
+)
+def test_adapters_that_share_or_mask_their_matrices(tmp_path, config):
+    torch.manual_seed(5)
+    model = get_peft_model(build_model(TOKENIZER), config)
+    copy = frozen_copy(model)
+    ours, theirs = train(tmp_path, model), train(tmp_path, frozen_copy_in_training(copy), dict(teacher_model=copy))
+    assert isinstance(ours.teacher, AdapterTeacher)
+    kl = [[row["kl_loss"] for row in logs(run) if "kl_loss" in row] for run in (ours, theirs)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-4, abs=1e-6) and kl[0][-1] > 0
+
+
+def frozen_copy_in_training(model):
+    """A copy with the trainable parameters that the original had."""
+    twin = frozen_copy(model).train()
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_("default" in name.split("."))
+    return twin
+
+
+def test_an_adapter_of_transformers_own_is_copied_with_the_base_and_a_warning(tmp_path, caplog):
+    model = build_model(TOKENIZER)
+    model.add_adapter(LoraConfig(**LORA))
+    assert trainer(tmp_path, model).teacher_model is not None
+    assert "Wrap the model with `peft.get_peft_model`" in caplog.text
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path):

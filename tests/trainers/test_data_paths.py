@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
 from sft_runs import ARCHITECTURES, FACTS, TINY, TOKENIZER, architecture, assert_same_weights, logs, train, trainer
 from transformers import AutoModelForCausalLM, MambaConfig, OPTConfig
+from trl import SFTTrainer
 
 
 KL_WEIGHT, TEMPERATURE = 0.7, 0.5
@@ -238,12 +239,16 @@ def test_evaluation_sets_of_a_dictionary_are_each_their_own(tmp_path, packing):
     options = dict(eval_packing=packing, max_length=64, per_device_eval_batch_size=6)
     run = trainer(tmp_path, student(), extra, **OPTIONS, **options)
     metrics = run.evaluate()
+    extra.pop("teacher_model")
+    plain = trainer(tmp_path, student(), extra, SFTTrainer, **options).evaluate()
     for name, examples in {"first": ONLY[:2], "rest": ONLY[2:]}.items():
         expected = terms(examples, [student(), teacher()])
         value = -expected["log_probs"].mean() + KL_WEIGHT * TEMPERATURE**2 * expected["kl"].mean()
         if not packing:  # TRL's collator is made for the training set, so that packed evaluation joins its rows
             assert metrics[f"eval_{name}_loss"] == pytest.approx(value.item(), rel=1e-4)
-        assert metrics[f"eval_{name}_loss"] > 0
+        assert metrics[f"eval_{name}_ce_loss"] == pytest.approx(plain[f"eval_{name}_loss"], rel=1e-4)
+        pull = KL_WEIGHT * TEMPERATURE**2 * metrics[f"eval_{name}_kl_loss"]
+        assert pull > 0 and metrics[f"eval_{name}_loss"] == pytest.approx(plain[f"eval_{name}_loss"] + pull, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -277,6 +277,19 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, whole, what):
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+def test_a_full_disk_at_the_snapshot_says_so(tmp_path):
+    options = RUN | dict(teacher_snapshot_steps=3)
+    full = FillDisk(2, 2000)
+    run = trainer(tmp_path, student(), dict(callbacks=[full]), **options)
+    try:
+        with pytest.raises(OSError, match=r"_teacher could not be written .*Free some space.*checkpoint-2, which"):
+            run.train()
+    finally:
+        full.full.__exit__(None, None, None)
+    assert not (tmp_path / "run" / "_teacher").exists()
+    assert train(tmp_path, student(), resume=True, **options).state.global_step == 6
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run that stopped at step 4, whose folder tests take copies of."""

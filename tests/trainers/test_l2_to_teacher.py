@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from conftest import build_model
+from datasets import Dataset
 from peft import LoraConfig
-from sft_runs import TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
+from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
 from trl import SFTTrainer
 
 from trl_selfdistill.trainers.l2_to_teacher import L2ToTeacher
@@ -119,6 +120,17 @@ def test_it_is_matched_on_the_first_batch_and_kept(tmp_path):
     assert_same_weights(resumed.model, whole.model)
     with pytest.raises(ValueError, match="`regularizer` is not the one .* which was 'l2'"):
         train(tmp_path / "cut", resume=True, **options | dict(regularizer="kl"))
+
+
+def test_an_evaluation_before_the_first_step_does_not_match_it(tmp_path):
+    other = dict(eval_dataset=Dataset.from_list(FACTS[4:]))
+    first, plain = (
+        train(tmp_path, arguments=dict(other), regularizer="l2", eval_on_start=on_start, eval_strategy="steps")
+        for on_start in (True, False)
+    )
+    assert first.teacher.weight == plain.teacher.weight > 0
+    rows = [row for row in first.state.log_history if "eval_loss" in row]
+    assert "eval_l2_loss" not in rows[0] and rows[-1]["eval_l2_loss"] > 0
 
 
 def test_the_card_says_what_was_done(tmp_path):

@@ -212,6 +212,15 @@ def test_another_teacher_template_or_row_makes_a_new_cache(tmp_path):
     assert len(cache_folders(tmp_path)) == 5
 
 
+def test_an_adapter_with_another_scale_makes_a_new_cache(tmp_path):
+    for alpha in (1, 64):
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=alpha)
+        given = data() | dict(teacher_model=get_peft_model(build_model(TOKENIZER), config))
+        trainer(tmp_path, arguments=given, **cached(tmp_path))
+    assert len(cache_folders(tmp_path)) == 2
+
+
 def test_what_they_do_not_depend_on_makes_none(tmp_path):
     for options in ({}, dict(learning_rate=0.1), dict(kl_weight=3.0), dict(per_device_train_batch_size=5)):
         trainer(tmp_path, arguments=data(), **cached(tmp_path), **options)

@@ -7,6 +7,8 @@ from peft import LoraConfig, get_peft_model
 from sft_runs import logs, train, trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from trl_selfdistill.trainers.model_identity import hash_model
+
 
 pytest.importorskip("bitsandbytes")
 NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -41,6 +43,14 @@ def test_a_quantised_run_trains_the_adapter_and_leaves_the_base(tmp_path, model_
     after = base_bytes(run.model)
     assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
     assert all(not torch.equal(p, adapter[n]) for n, p in run.model.named_parameters() if n in adapter)
+
+
+def test_the_hash_of_a_quantised_model_is_of_its_scales_too(model_dir):
+    model = quantised(model_dir)
+    before = hash_model(model)
+    assert before == hash_model(quantised(model_dir))
+    next(p for p in model.parameters() if p.dtype == torch.uint8).quant_state.absmax.mul_(4)
+    assert hash_model(model) != before
 
 
 def test_evaluation_does_not_end_the_training_of_a_quantised_model(tmp_path, model_dir):

@@ -4,18 +4,21 @@
 import shutil
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import DistributedType
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTTrainer
 from trl_selfdistill.trainers import teacher_loading
+from trl_selfdistill.trainers.model_identity import hash_model
 from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
 from trl_selfdistill.trainers.unsupported import refuse_kl
 
@@ -262,12 +265,96 @@ def test_what_cannot_be_distilled_is_refused():
 
     def refuse(**parallelism):
         sizes = SimpleNamespace(**{"sp_enabled": False, "cp_enabled": False, **parallelism})
-        refuse_kl(SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=sizes)))
+        accelerator = SimpleNamespace(parallelism_config=sizes, distributed_type=DistributedType.NO)
+        args = SimpleNamespace(loss_type="nll", gradient_checkpointing=False)
+        refuse_kl(SimpleNamespace(accelerator=accelerator, args=args, label_smoother=None, compute_loss_func=None))
 
     refuse()
     for name in ("sp_enabled", "cp_enabled"):
         with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
             refuse(**{name: True})
+
+
+@pytest.mark.parametrize("options", [dict(loss_type="dft"), dict(label_smoothing_factor=0.1)])
+def test_two_forwards_with_reentrant_checkpoints_are_refused_under_ddp(tmp_path, options):
+    checkpoints = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    run = trainer(tmp_path, **checkpoints, **options)
+    refuse_kl(run)
+    with patch.object(type(run.accelerator), "distributed_type", DistributedType.MULTI_GPU):
+        with pytest.raises(ValueError, match="allows one forward a step.*{'use_reentrant': False}"):
+            refuse_kl(run)
+        run.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        refuse_kl(run)
+
+
+def test_the_hash_is_of_all_that_the_teacher_computes_with(tmp_path):
+    adapted = partial(get_peft_model, peft_config=LoraConfig(**LORA, init_lora_weights=False))
+    teachers = {
+        "itself": other_model(),
+        "other weights": build_model(TOKENIZER, seed=2),
+        "other positions": other_model(rope_theta=2.0),
+        "other attention": other_model(attention_bias=True),
+        "an adapter": fixed(adapted(other_model())),
+        "another scale": fixed(get_peft_model(other_model(), LoraConfig(**LORA, lora_alpha=64))),
+    }
+    hashes = {name: hash_model(model) for name, model in teachers.items()}
+    assert len({*hashes.values()}) == len(hashes), hashes
+    other_model().save_pretrained(tmp_path / "saved")
+    assert hash_model(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == hashes["itself"]
+
+
+def fixed(model):
+    """The same adapter weights whatever drew them."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.constant_(parameter, 0.01)
+    return model
+
+
+def test_a_teacher_with_another_scale_is_refused_when_resuming(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+
+    def extra(alpha):
+        return dict(teacher_model=fixed(get_peft_model(other_model(), LoraConfig(**LORA, lora_alpha=alpha))))
+
+    train(tmp_path, None, extra(8) | dict(callbacks=[StopAt(2)]), **options)
+    with pytest.raises(ValueError, match="The teacher is not the one that"):
+        train(tmp_path, None, extra(64), resume=True, **options)
+    train(tmp_path, None, extra(8), resume=True, **options)
+
+
+def test_an_adapter_on_the_teachers_head_is_refused(tmp_path):
+    teacher = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    with pytest.raises(ValueError, match="In `teacher_model`, an adapter .* adds to the LM head.*merge_and_unload"):
+        trainer(tmp_path, None, dict(teacher_model=teacher))
+    trainer(tmp_path, None, dict(teacher_model=teacher.merge_and_unload()))
+
+
+def test_a_teacher_in_the_students_memory_is_refused(tmp_path):
+    student, teacher = build_model(TOKENIZER), other_model()
+    teacher.load_state_dict(student.state_dict(), assign=True)
+    assert {*teacher.parameters()}.isdisjoint(student.parameters())
+    with pytest.raises(ValueError, match="`teacher_model` is the model in training itself, or shares parameters"):
+        trainer(tmp_path, student, dict(teacher_model=teacher))
+
+
+@pytest.mark.parametrize("first", [{}, dict(teacher_snapshot_steps=2)])
+def test_a_later_snapshot_does_not_make_the_drifted_student_the_teacher(tmp_path, first):
+    options = dict(max_steps=8, save_strategy="steps", save_steps=4)
+    train(tmp_path, None, dict(callbacks=[StopAt(4)]), **options, **first)
+    with pytest.raises(ValueError, match="checkpoint-4 was written with a teacher.* Set them as they were"):
+        train(tmp_path, resume=True, **options, teacher_snapshot_steps=6)
+
+
+def test_the_best_checkpoint_is_not_chosen_by_two_objectives(tmp_path):
+    evaluation = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    options = dict(teacher_snapshot_steps=2, load_best_model_at_end=True, **evaluation)
+    extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]))
+    for metric in (None, "eval_loss", "eval_ce_loss"):
+        with pytest.raises(ValueError, match="`load_best_model_at_end=True` compares.*'eval_mean_token_accuracy'"):
+            trainer(tmp_path, None, extra, metric_for_best_model=metric, **options)
+    run = train(tmp_path, None, extra, metric_for_best_model="eval_mean_token_accuracy", **options)
+    assert run.state.best_model_checkpoint is not None
 
 
 def test_without_kl_weight_no_teacher_is_loaded(tmp_path):

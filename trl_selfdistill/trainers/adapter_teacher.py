@@ -2,7 +2,6 @@
 """The teacher of a student with an adapter: the same base model, with a frozen second adapter or with none."""
 
 import copy
-import hashlib
 import json
 import shutil
 import types
@@ -18,12 +17,12 @@ from transformers.utils import is_peft_available, logging
 
 from ..generation import evaluation_mode
 from ..losses import ModelSide
-from ..parameter_hashes import hash_tensor
 from .checkpoints import find_damage
+from .model_identity import digest, hash_base, hash_settings, hash_tensors
 from .quantised import keep_trainable
 from .sft_internals import base_causal_lm, lm_head_of, use_adapter
 from .teacher import Teacher, whole_head
-from .zero3 import gathered, is_partitioned
+from .zero3 import is_partitioned
 
 
 if is_peft_available():
@@ -69,7 +68,8 @@ class AdapterTeacher(Teacher):
         state = get_peft_model_state_dict(model, adapter_name=TEACHER_ADAPTER, save_embedding_layers=False)
         # On the CPU, as the model may be sharded when it is to be kept
         self._state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-        self.sha256 = _digest({"base": self._base_sha256, **_hash_all(self._state)})
+        settings = hash_settings(model.peft_config[TEACHER_ADAPTER].to_dict())
+        self.sha256 = digest({"base": self._base_sha256, "settings": settings, **hash_tensors(self._state)})
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         model = self._accelerator.unwrap_model(student, keep_torch_compile=False)
@@ -125,6 +125,11 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
     can hold two. Where a PEFT model cannot, the reason is logged: its teacher is a copy of the whole.
     """
     if not is_peft_model(model):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            logger.warning(
+                "The teacher is a copy of the whole model: its adapter was added by `model.add_adapter`. Wrap the "
+                "model with `peft.get_peft_model`, or pass `peft_config`, and the teacher is a second adapter."
+            )
         return False
     config = model.active_peft_config
     reason = None
@@ -134,6 +139,8 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
         reason = f"{len(model.active_adapters)} adapters are active"
     elif getattr(config, "bias", "none") != "none":
         reason = f"PEFT trains the base model's own biases with `bias={config.bias!r}`"
+    elif others := _trained_beside(model):
+        reason = f"{len(others)} parameters beside the adapter are trained too, such as {others[0]}"
     elif getattr(config, "target_parameters", None):
         reason = "PEFT holds one adapter only with `target_parameters`"
     if reason is not None:
@@ -141,13 +148,22 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
     return reason is None
 
 
+def _trained_beside(model: torch.nn.Module) -> list[str]:
+    """The trainable parameters that are not the active adapter's: with another adapter they would still be read."""
+    [adapter] = model.active_adapters
+    return [name for name, p in model.named_parameters() if p.requires_grad and adapter not in name.split(".")]
+
+
 @torch.no_grad()
 def is_identity(model: torch.nn.Module) -> bool:
     """
     Whether the active adapter of a PEFT model changes nothing: a LoRA whose every B is zero, as a fresh one's. The
-    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too.
+    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too. Other kinds may change
+    nothing either; their teacher is a copy all the same.
     """
     [name] = model.active_adapters
+    if model.peft_config[name].peft_type != "LORA":
+        return False
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             if not _same_weights(module.modules_to_save[name], module.original_module):
@@ -198,7 +214,8 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
 @torch.no_grad()
 def _copy_adapter(model: torch.nn.Module, student: str) -> None:
     """Copies each tensor as it is: TRL casts the adapter of a quantised model to bf16, a new one is fp32."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # With those that modules share under each of their names: the student's and the teacher's come in different orders
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         parts = name.split(".")
         if TEACHER_ADAPTER in parts:
@@ -215,28 +232,3 @@ def _save_without_teacher(model: torch.nn.Module) -> None:
         type(self).save_pretrained(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
 
     model.save_pretrained = types.MethodType(save_pretrained, model)
-
-
-def hash_base(model: torch.nn.Module) -> str:
-    """
-    SHA-256 over the base under the adapters of a PEFT model: about a second for 1 GB. Of a quantised one it takes the
-    packed bytes and the scales, which `state_dict` holds.
-    """
-    attributes = {"modules_to_save", "token_adapter"}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            attributes |= {*module.adapter_layer_names, *module.other_param_names}
-    state = model.state_dict(keep_vars=True)
-    return _digest(_hash_all({name: t for name, t in state.items() if attributes.isdisjoint(name.split("."))}))
-
-
-def _hash_all(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    hashes = {}
-    for name, tensor in tensors.items():
-        with gathered(tensor):
-            hashes[name] = hash_tensor(tensor.data)
-    return hashes
-
-
-def _digest(hashes: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()

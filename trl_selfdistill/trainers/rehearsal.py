@@ -18,7 +18,9 @@ from ..dataset_files import load_splits
 from ..generation import evaluation_mode, generate_tokens, generation_config
 from ..losses import IGNORE_INDEX
 from ..process_sharding import map_in_parallel, on_main_process
-from .teacher import hash_model, refuse_empty_ranks
+from .model_identity import hash_model
+from .sft_internals import tokenizer_of
+from .teacher import refuse_empty_ranks
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +47,7 @@ def rehearse(trainer, prompts: Dataset | None) -> Dataset:
         ValueError: If there is no column `prompt`, no row, or no answer that ends, or the model is sharded.
     """
     _refuse_sharded(trainer.accelerator)
-    model, tokenizer, args = trainer.model, trainer._tokenizer, trainer.args
+    model, tokenizer, args = trainer.model, tokenizer_of(trainer), trainer.args
     max_new_tokens = args.rehearsal_max_new_tokens
     token_ids = _tokenize(tokenizer, _load(args.rehearsal_dataset_name) if prompts is None else prompts)
     stop_ids = _stop_ids(model, tokenizer)

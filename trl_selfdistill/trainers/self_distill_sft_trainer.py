@@ -18,7 +18,10 @@ from .sft_internals import (
     add_training_rows,
     base_causal_lm,
     config_from,
+    count_input_tokens,
     frozen_copy,
+    log_means,
+    tokenizer_of,
 )
 from .teacher import ModelTeacher, Teacher, UntrainedStudent
 from .teacher_loading import load_teacher
@@ -27,6 +30,7 @@ from .teacher_record import TEACHER_FOLDER, check_teacher_record, write_teacher_
 from .teacher_rows import TEACHER_ROW
 from .teacher_snapshot import TeacherSnapshotCallback
 from .unsupported import (
+    needs_own_ce,
     refuse_adapter_on_head,
     refuse_contradictions,
     refuse_joined_sequences,
@@ -120,7 +124,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         elif given is None:
             self.set_teacher_to_student()
         else:
-            self.set_teacher(load_teacher(given, self.model, self._tokenizer, args))
+            self.set_teacher(load_teacher(given, self.model, tokenizer_of(self), args))
         refuse_joined_sequences(self, self.teacher_model)
         add_distillation_forward(base_causal_lm(self.model))
         if args.precompute_teacher:
@@ -183,9 +187,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if isinstance(self.teacher, L2ToTeacher):
             return self._compute_l2_loss(model, inputs, return_outputs, num_items_in_batch)
-        # What SFTTrainer computes otherwise than by one pass of the fused head keeps its own loss, to which the KL is
-        # added
-        own_ce = self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
+        own_ce = needs_own_ce(self)
         mode = "train" if self.model.training else "eval"
         inputs["use_cache"] = False
         teacher = self.teacher.targets(model, inputs)
@@ -221,6 +223,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
 
     def _compute_l2_loss(self, model, inputs, return_outputs, num_items_in_batch):
         student = self.accelerator.unwrap_model(model)
+        mode = "train" if self.model.training else "eval"
+        if self.teacher.weight is None and mode == "eval":  # before the first step there is nothing to pull
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.teacher.weight is None:
             batch = {**inputs, "use_cache": False}
             args = self.args
@@ -231,7 +236,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = loss if return_outputs else (loss, None)
         penalty = self.teacher.penalty(student)
-        self._metrics["train" if self.model.training else "eval"]["l2_loss"].append(penalty.item())
+        log_means(self, mode, l2_loss=penalty.item())
         # A term of the whole step: with `num_items_in_batch`, Trainer leaves accumulation to the loss
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         loss = loss + penalty / steps
@@ -248,15 +253,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         local = torch.cat([means * counts[0], counts]).unsqueeze(0)
         *sums, num_tokens, num_input_tokens = self.accelerator.gather_for_metrics(local).sum(0).tolist()
         ce_loss, kl_loss, entropy, accuracy = (total / max(num_tokens, 1.0) for total in sums)
-        metrics = self._metrics[mode]
-        metrics["ce_loss"].append(ce_loss)
-        metrics["kl_loss"].append(kl_loss)
-        if not sft_metrics:  # SFTTrainer's own pass recorded the others
-            return
-        metrics["entropy"].append(entropy)
-        metrics["mean_token_accuracy"].append(accuracy)
-        if mode == "train":
-            self._total_train_tokens += int(num_input_tokens) // self._tp_size
-        metrics["num_tokens"] = [self._total_train_tokens]
-        if aux_loss is not None:
-            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        log_means(self, mode, ce_loss=ce_loss, kl_loss=kl_loss)
+        if sft_metrics:  # otherwise SFTTrainer's own pass has recorded them
+            log_means(self, mode, entropy=entropy, mean_token_accuracy=accuracy)
+            count_input_tokens(self, mode, int(num_input_tokens))
+            if aux_loss is not None:
+                log_means(self, mode, aux_loss=self.accelerator.gather_for_metrics(aux_loss).mean().item())

@@ -10,7 +10,13 @@ What it relies on, and what happens when a TRL release moves it:
 - `use_adapter` switches a PEFT model to another adapter, or to none. Were it gone, importing this file fails.
 - `_prepare_dataset` truncates, packs and shuffles rows that are tokens already. Were it gone, `rehearsal_dataset`
   fails when the trainer is made.
-- `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`.
+- `get_config_model_id` reads the name that a model was loaded by. Were it gone, importing this file fails.
+- `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`, of which
+  transformers' `load_balancing_loss_func` makes the loss that `router_aux_loss_coef` weighs.
+- `_metrics`, `_total_train_tokens` and `_tp_size` are what `SFTTrainer.log` reports from. Were they gone, the first
+  step with a teacher fails.
+- `_tokenizer` is the tokenizer, also of a processor. Were it gone, making a trainer with another teacher, or with
+  `rehearsal_dataset`, fails.
 - `_use_triton` decides whether the LM head is applied to the label positions only. Were it gone,
   [`label_positions_only`] fails.
 """
@@ -25,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -43,13 +49,16 @@ __all__ = [
     "add_training_rows",
     "base_causal_lm",
     "config_from",
+    "count_input_tokens",
     "create_model_from_path",
     "frozen_copy",
     "get_config_model_id",
     "label_positions_only",
     "lm_head_of",
+    "log_means",
     "prepare_deepspeed",
     "prepare_fsdp",
+    "tokenizer_of",
     "use_adapter",
 ]
 
@@ -193,6 +202,24 @@ def add_training_rows(trainer: SFTTrainer, rows: Dataset) -> None:
     prepared = trainer._prepare_dataset(rows, trainer.processing_class, args, args.packing, None, "rehearsal")
     # Columns that do not reach the model are empty in the new rows
     trainer.train_dataset = concatenate_datasets([trainer.train_dataset, prepared])
+
+
+def tokenizer_of(trainer: SFTTrainer) -> PreTrainedTokenizerBase:
+    """The tokenizer of a trainer's `processing_class`, which may be a processor."""
+    return trainer._tokenizer
+
+
+def log_means(trainer: SFTTrainer, mode: str, **values: float) -> None:
+    """Adds values of this step (`mode="train"`) or batch (`"eval"`) to the means that the trainer logs next."""
+    for name, value in values.items():
+        trainer._metrics[mode][name].append(value)
+
+
+def count_input_tokens(trainer: SFTTrainer, mode: str, number: int) -> None:
+    """Adds the input tokens of this step, over all processes, to the logged `num_tokens` of the run."""
+    if mode == "train":
+        trainer._total_train_tokens += number // trainer._tp_size
+    trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
 
 
 def config_from(args: TrainingArguments | None, config_class: type, model, suffix: str) -> TrainingArguments:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..generation import evaluation_mode
 from ..losses import LMHead, ModelSide
-from ..parameter_hashes import digest_groups, hash_tensor
+from .model_identity import hash_model
 from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of, prepare_deepspeed, prepare_fsdp
 from .zero3 import gathered
 
@@ -19,7 +19,7 @@ class Teacher(ABC):
     A frozen model that the student is pulled to.
 
     Attributes:
-        sha256 (`str`): Hash of its weights. A run resumes only with a teacher of the same hash.
+        sha256 (`str`): Hash of its weights and settings. A run resumes only with a teacher of the same hash.
     """
 
     sha256: str
@@ -111,15 +111,3 @@ def refuse_empty_ranks(accelerator: Accelerator) -> None:
             "sharded, and the teacher is copied before that. Set it to false, as "
             "scripts/accelerate_configs/fsdp2.yaml does, or set `kl_weight=0`."
         )
-
-
-def hash_model(model: torch.nn.Module) -> str:
-    """
-    SHA-256 over the names, dtypes, shapes and bytes of a model's parameters (about a second for 1 GB). Under ZeRO-3 a
-    collective that gathers them one by one, so that it is that of the whole model.
-    """
-    hashes = {}
-    for name, parameter in model.named_parameters():
-        with gathered(parameter):
-            hashes[name] = hash_tensor(parameter.data)
-    return digest_groups({"teacher": hashes})["teacher"]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A teacher that the user names or hands over: loaded, and refused if it does not fit the student."""
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import base_causal_lm, create_model_from_path, frozen_copy, get_config_model_id
+from .unsupported import refuse_adapter_on_head
 
 
 logger = logging.get_logger(__name__)
@@ -32,13 +34,19 @@ def load_teacher(
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init_kwargs["device_map"] = None
         teacher = create_model_from_path(teacher, **init_kwargs)
-    if not set(teacher.parameters()).isdisjoint(student.parameters()):
+    if not _storages(teacher).isdisjoint(_storages(student)):
         raise ValueError(
             "`teacher_model` is the model in training itself, or shares parameters with it, which would make it a "
             "moving teacher. Leave `teacher_model` unset to take a frozen copy of the model."
         )
+    refuse_adapter_on_head(teacher, "teacher_model")
     _check_vocabulary(teacher, student, tokenizer, args)
     return frozen_copy(teacher) if "forward" in base_causal_lm(teacher).__dict__ else teacher
+
+
+def _storages(model: torch.nn.Module) -> set[int]:
+    """Where a model's parameters lie. By address, as `load_state_dict(assign=True)` shares the memory only."""
+    return {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()} - {0}
 
 
 def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -> None:

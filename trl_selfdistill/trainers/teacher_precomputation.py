@@ -18,15 +18,12 @@ from ..losses import IGNORE_INDEX, LMHead, ModelSide
 from .adapter_teacher import TEACHER_ADAPTER
 from .cached_teacher import CachedTeacher
 from .hidden_state_cache import HiddenStateCache, format_bytes, read_num_tokens, write_layout
-from .sft_internals import base_causal_lm
 from .teacher_rows import TeacherRowCollator, number_rows
 from .training_data_record import describe_training_data
 
 
 DEFAULT_CACHE_DIR = os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache")
 _FORMAT = 1
-# Of a config, what does not change a model's output
-_NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"}
 
 
 def precompute_teacher(trainer) -> None:
@@ -179,7 +176,6 @@ def _fill_cache(
     description = {
         "format": _FORMAT,
         "teacher": trainer.teacher.sha256,
-        "teacher_config": _describe_config(trainer),
         "data": data_sha256,
         "padding_free": trainer.padding_free,
         "mixed_precision": accelerator.mixed_precision,
@@ -238,18 +234,3 @@ def _write_missing(cache: HiddenStateCache, missing: list[int], run: _TeacherRun
         if accelerator.distributed_type == DistributedType.FSDP:
             for _ in range(most - num_batches):  # a forward gathers the shards of all processes
                 run.targets([0])
-
-
-def _describe_config(trainer) -> str:
-    """SHA-256 of what the teacher computes with its weights: its config, and that of its adapter."""
-    teacher = trainer.teacher
-    model = getattr(teacher, "model", trainer.model)
-    config = base_causal_lm(trainer.accelerator.unwrap_model(model)).config.to_dict()
-    settings = {"config": {name: value for name, value in config.items() if name not in _NO_MATTER}}
-    if getattr(teacher, "adapter_name", None) is not None:
-        settings["adapter"] = model.peft_config[teacher.adapter_name].to_dict()
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-def _plain(value):
-    return sorted(map(str, value)) if isinstance(value, set) else str(value)

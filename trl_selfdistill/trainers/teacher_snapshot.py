@@ -9,12 +9,28 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .adapter_teacher import ADAPTER_WEIGHTS, fits_adapter_teacher
-from .checkpoints import find_damage
+from .checkpoints import explain_full_disk, find_damage
 from .sft_internals import base_causal_lm, frozen_copy
 from .teacher_record import TEACHER_FOLDER
 
 
 logger = logging.get_logger(__name__)
+
+
+def refuse_best_of_two_objectives(args) -> None:
+    """
+    Refuses to choose the best checkpoint by a loss that is another one before the snapshot than after it.
+
+    Raises:
+        ValueError: If `metric_for_best_model` is a loss, as it is by default.
+    """
+    metric = args.metric_for_best_model or "loss"
+    if args.load_best_model_at_end and metric.endswith("loss"):
+        raise ValueError(
+            f"`load_best_model_at_end=True` compares checkpoints by `metric_for_best_model={metric!r}`, which is the "
+            "cross-entropy before the teacher's snapshot and holds the KL after it. Set `metric_for_best_model` to "
+            "'eval_mean_token_accuracy' or to the accuracy of a callback."
+        )
 
 
 class TeacherSnapshotCallback(TrainerCallback):
@@ -39,6 +55,7 @@ class TeacherSnapshotCallback(TrainerCallback):
                 f"with one adapter that can be held twice, got {what[0]}. Train stage 1 first, then start a run from "
                 "its checkpoint: the teacher is then the model as handed over."
             )
+        refuse_best_of_two_objectives(trainer.args)
         if trainer.args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
             raise ValueError(
                 f"`teacher_snapshot_epochs={trainer.args.teacher_snapshot_epochs}` needs a `train_dataset` of known "
@@ -76,16 +93,18 @@ class TeacherSnapshotCallback(TrainerCallback):
                 self.trainer.teacher.restore(self.trainer.model, self.folder)
             else:
                 self.trainer.set_teacher(type(base_causal_lm(self.trainer.model)).from_pretrained(self.folder))
-            self.trainer.check_teacher_of_checkpoint()
+        self.trainer.check_teacher_of_checkpoint()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.teacher is None and self._is_due(args, state):
             if self._has_adapter:
                 self.trainer.set_teacher_to_student()
                 if args.should_save:
-                    self.trainer.teacher.keep(self.folder)
+                    with explain_full_disk(self.folder):
+                        self.trainer.teacher.keep(self.folder)
             else:
-                self._save_snapshot()
+                with explain_full_disk(self.folder):
+                    self._save_snapshot()
                 self.trainer.set_teacher(frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model)))
             logger.info(f"Step {state.global_step}: the teacher is a snapshot of the model ({self.folder}).")
 

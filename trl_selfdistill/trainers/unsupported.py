@@ -3,6 +3,7 @@
 reason."""
 
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -60,17 +61,42 @@ def refuse_contradictions(
 
 def refuse_kl(trainer: SFTTrainer) -> None:
     """
-    Refuses what splits the model so that there is no KL to be had.
+    Refuses what splits the model so that there is no KL to be had, or what DDP cannot reduce.
 
     Raises:
-        ValueError: With sequence or context parallelism.
+        ValueError: With sequence or context parallelism; under DDP with re-entrant checkpoints and a loss that takes a
+            forward of its own beside the KL's.
     """
+    if needs_own_ce(trainer) and _has_reentrant_checkpoints(trainer) and _is_ddp(trainer):
+        raise ValueError(
+            "Under DDP, re-entrant gradient checkpointing allows one forward a step, and `loss_type="
+            f"{trainer.args.loss_type!r}`, label smoothing or `compute_loss_func` takes one beside that of the KL. "
+            "Set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+        )
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
         raise ValueError(
             "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1): "
             "each rank holds a part of the sequence. Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
         )
+
+
+def needs_own_ce(trainer: SFTTrainer) -> bool:
+    """
+    Whether `SFTTrainer` computes its loss otherwise than by one pass of the fused head: then it is kept as it is, and
+    the KL, which takes a forward of its own, is added to it.
+    """
+    args = trainer.args
+    return args.loss_type != "nll" or trainer.label_smoother is not None or trainer.compute_loss_func is not None
+
+
+def _has_reentrant_checkpoints(trainer: SFTTrainer) -> bool:
+    args = trainer.args
+    return args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+
+
+def _is_ddp(trainer: SFTTrainer) -> bool:
+    return trainer.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def refuse_l2(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | None) -> None:
@@ -116,19 +142,30 @@ def refuse_rehearsal(trainer: SFTTrainer) -> None:
         )
 
 
-def refuse_adapter_on_head(model: torch.nn.Module) -> None:
+def refuse_adapter_on_head(model: torch.nn.Module, name: str = "model") -> None:
     """
     Refuses an adapter on the LM head that is more than other weights: the head is read, not called.
 
+    Args:
+        model (`torch.nn.Module`): The student or the teacher.
+        name (`str`, *optional*, defaults to `"model"`): The trainer's argument that it is.
+
     Raises:
-        ValueError: If single tokens of the head are trained, as with `trainable_token_indices` and tied embeddings.
+        ValueError: If single tokens of the head are trained, as with `trainable_token_indices` and tied embeddings, or
+            an adapter adds to its weights.
     """
     head = base_causal_lm(model).get_output_embeddings()
     if hasattr(head, "token_adapter"):
         raise ValueError(
-            "`trainable_token_indices` trains tokens of the embeddings, to which the LM head is tied, and the CE and "
-            "KL are computed from the head's weights as they are stored. Use `modules_to_save=['embed_tokens']`, or a "
-            "model with a head of its own, or set `kl_weight=0`."
+            f"In `{name}`, `trainable_token_indices` trains tokens of the embeddings, to which the LM head is tied, "
+            "and the CE and KL are computed from the head's weights as they are stored. Use "
+            "`modules_to_save=['embed_tokens']`, or a model with a head of its own, or set `kl_weight=0`."
+        )
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"In `{name}`, an adapter ({type(head).__name__}) adds to the LM head, and the CE and KL are computed "
+            "from the head's weights as they are stored. Merge it (`merge_and_unload`), or use "
+            "`modules_to_save=['lm_head']`."
         )
 
 
