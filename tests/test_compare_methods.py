@@ -63,7 +63,7 @@ def test_the_report_holds_what_the_runs_recorded(finished):
             accuracy = sum(run.records[-1].accuracy(name) for run in runs) / 3
             assert point[key]["value"] == pytest.approx(accuracy) and f"{accuracy:.3f} [" in report
     assert report.split("![")[0].strip() in stdout and Image.open(output / "pareto.png").width > 1000
-    assert "small Llama (width 64, 2 layers)" in report
+    assert "small Llama (width 64, 2 layers)" in report and " is better (clear: " in report
 
 
 def test_all_methods_start_alike_and_make_as_many_steps(finished):
