@@ -44,7 +44,8 @@ LAYERS = [
     (
         {
             "stage", "models", "callback_logging", "fact_accuracy", "forgetting", "hallucination_callback",
-            "drift_probe", "run_cost", "small_llama", "token_masking", "weight_interpolation", "pareto",
+            "drift_probe", "run_cost", "small_llama", "token_masking", "weight_interpolation",
+            "random_effects", "pareto",
         },
         {"trl"},
     ),

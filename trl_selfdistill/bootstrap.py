@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % bootstrap percentile interval, as fractions in [-1, 1]."""
+    """An estimate with its 95 % interval."""
 
     value: float
     low: float

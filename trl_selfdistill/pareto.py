@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .bootstrap import Interval
+from .random_effects import random_effects_interval
 
 
 class MethodOutcome(NamedTuple):
@@ -42,22 +43,16 @@ class Tradeoff(NamedTuple):
     dominated_by: list[str]
 
 
-def accuracy_interval(outcomes: np.ndarray, resamples: int = 2000, seed: int = 0) -> Interval:
+def accuracy_interval(outcomes: np.ndarray) -> Interval:
     """
-    Mean accuracy with a 95 % percentile interval that draws seeds and facts anew (a crossed bootstrap).
+    Mean accuracy with a 95 % interval over seeds and facts, cut off at 0 and 1: see
+    [`~trl_selfdistill.random_effects.random_effects_interval`].
 
     Args:
         outcomes (`np.ndarray` of shape `(num_seeds, num_facts)`): Right or wrong.
-        resamples (`int`, *optional*, defaults to `2000`): Resamples.
-        seed (`int`, *optional*, defaults to `0`): Their seed.
     """
-    generator = np.random.default_rng(seed)
-    num_seeds, num_facts = outcomes.shape
-    seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=resamples) / num_seeds
-    facts = generator.multinomial(num_facts, np.full(num_facts, 1 / num_facts), size=resamples) / num_facts
-    means = ((seeds @ outcomes) * facts).sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(outcomes.mean()), float(low), float(high))
+    value, low, high = random_effects_interval(outcomes)
+    return Interval(value, max(low, 0.0), min(high, 1.0))
 
 
 def find_tradeoffs(outcomes: Sequence[MethodOutcome]) -> list[Tradeoff]:
