@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 
 import torch
 from datasets import Dataset
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill.trainers.sft_internals import label_positions_only
 
 
 # Rows of a batch, tokens of a row, and how many of them at its end are labels
@@ -83,6 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     arms = {
         "SFTTrainer": (SFTTrainer, SFTConfig, {}),
+        "SFTTrainer, label positions": (SFTTrainer, SFTConfig, {}),  # as it is on a GPU anyway
         "SelfDistillSFTTrainer": (SelfDistillSFTTrainer, SelfDistillSFTConfig, {}),
         "precompute_teacher": (SelfDistillSFTTrainer, SelfDistillSFTConfig, dict(precompute_teacher=True)),
     }
@@ -91,13 +94,14 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, (trainer_class, config_class, options) in arms.items():
                 where = dict(teacher_cache_dir=cache) if options else {}
-                times = run(trainer_class, config_class, args, folder, **options, **where)
+                with label_positions_only() if name.endswith("label positions") else nullcontext():
+                    times = run(trainer_class, config_class, args, folder, **options, **where)
                 parts[name]["forward + backward"] += times.forward_backward[WARMUP_STEPS:]
                 parts[name]["whole step"] += times.whole[WARMUP_STEPS:]
     rows, length, num_labels = WORKLOADS[args.workload]
     print(f"{args.workload}: {rows} x {length} tokens, {num_labels} labels a row; bf16 {args.bf16}; "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms, median [quartiles]")  # fmt: skip
-    print(f"| part | {' | '.join(arms)} | ratios to SFTTrainer |\n|---|---|---|---|---|")
+    print(f"| part | {' | '.join(arms)} | ratios to SFTTrainer |\n{'|---' * (len(arms) + 2)}|")
     for part in ("forward + backward", "whole step"):
         medians = {name: statistics.median(parts[name][part]) for name in arms}
         cells = []
