@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,25 @@ from trl_selfdistill.mechanism_verdict import (
 )
 from trl_selfdistill.models import load_model_and_tokenizer
 from trl_selfdistill.name_tokens import token_overlap
+from trl_selfdistill.random_effects import random_effects_interval
 
 
 def losing(share: float, num_facts: int = 400) -> np.ndarray:
-    """That share of the facts is lost, the same ones first."""
-    return (np.arange(num_facts) < round(share * num_facts)).astype(float)
+    """That share of the facts is lost under the one seed, the same ones first."""
+    return (np.arange(num_facts) < round(share * num_facts)).astype(float)[None]
 
 
 def table(**shares: float) -> LossTable:
-    return LossTable({name: losing(share) for name, share in shares.items()}, resamples=2000)
+    return LossTable({name: losing(share) for name, share in shares.items()})
 
 
 SIZES = [100, 1000, 10_000]
+LEARNT = defaultdict(lambda: 0.9)
+
+
+def capacity(names, uuids, learnt=LEARNT):
+    losses = table(**{f"n{i}": share for i, share in enumerate(names)}, **{f"u{i}": s for i, s in enumerate(uuids)})
+    return judge_capacity(losses, SIZES, ["n0", "n1", "n2"], ["u0", "u1", "u2"], learnt)
 
 
 @pytest.mark.parametrize(
@@ -47,64 +55,108 @@ SIZES = [100, 1000, 10_000]
     [
         ((0.1, 0.2, 0.3), (0.1, 0.2, 0.3), Verdict.SUPPORTED),  # whatever the keys look like
         ((0.1, 0.2, 0.3), (0.02, 0.12, 0.2), Verdict.SUPPORTED),
+        ((0.1, 0.2, 0.3), (0.02, 0.07, 0.13), Verdict.UNDECIDED),  # half of it, give or take
         ((0.1, 0.2, 0.4), (0.02, 0.02, 0.03), Verdict.CONTRADICTED),  # the paper's result
         ((0.1, 0.1, 0.1), (0.1, 0.1, 0.1), Verdict.UNDECIDED),  # nothing grows
     ],
 )
 def test_capacity_needs_a_loss_that_grows_for_all_keys(names, uuids, verdict):
-    losses = table(**{f"n{i}": share for i, share in enumerate(names)}, **{f"u{i}": s for i, s in enumerate(uuids)})
-    finding = judge_capacity(losses, SIZES, ["n0", "n1", "n2"], ["u0", "u1", "u2"])
+    finding = capacity(names, uuids)
     assert finding.verdict == verdict, finding.numbers
+    assert finding.learnt == {"name-like keys": 0.9, "UUID keys": 0.9}
+
+
+@pytest.mark.parametrize("uuids", [(0.1, 0.2, 0.3), (0.0, 0.0, 0.0)])
+def test_what_was_not_learnt_says_nothing_on_capacity(uuids):
+    assert capacity((0.1, 0.2, 0.3), uuids).verdict != Verdict.UNDECIDED
+    # Of smaller numbers it does not matter
+    assert capacity((0.1, 0.2, 0.3), uuids, LEARNT | {"n0": 0.1, "u1": 0.1}).verdict != Verdict.UNDECIDED
+    finding = capacity((0.1, 0.2, 0.3), uuids, {"n2": 0.9, "u2": 0.49})
+    assert finding.verdict == Verdict.UNDECIDED
+    assert finding.rule.endswith("Learnt of 10,000 facts were only 49.0% of those with UUID keys.")
 
 
 @pytest.mark.parametrize(
-    ("known", "names", "others", "verdict"),
+    ("known", "names", "pseudo", "uuid", "verdict"),
     [
-        (0.02, 0.3, (0.3, 0.25), Verdict.SUPPORTED),
-        (0.02, 0.3, (0.03, 0.02), Verdict.CONTRADICTED),
-        (0.3, 0.3, (0.3, 0.3), Verdict.UNDECIDED),  # Known facts alone cost as much
+        (0.02, 0.3, 0.3, 0.25, Verdict.SUPPORTED),
+        (0.02, 0.3, 0.03, 0.02, Verdict.CONTRADICTED),
+        (0.3, 0.3, 0.3, 0.3, Verdict.UNDECIDED),  # Known facts alone cost as much
+        (0.02, 0.3, 0.6, 0.02, Verdict.UNDECIDED),  # each kind for itself, not their mean
+        (0.02, 0.3, 0.02, 0.2, Verdict.UNDECIDED),
+        (0.02, 0.3, 0.17, 0.17, Verdict.UNDECIDED),  # just above half
     ],
 )
-def test_behaviour_cloning_needs_a_loss_without_overlap(known, names, others, verdict):
-    losses = table(known=known, names=names, pseudo=others[0], uuid=others[1])
-    assert judge_behaviour_cloning(losses, "known", "names", ["pseudo", "uuid"]).verdict == verdict
+def test_behaviour_cloning_needs_a_loss_of_each_kind_without_overlap(known, names, pseudo, uuid, verdict):
+    losses = table(known=known, names=names, pseudo=pseudo, uuid=uuid)
+    kinds = {"pseudo-word keys": "pseudo", "UUID keys": "uuid"}
+    finding = judge_behaviour_cloning(losses, "known", "names", kinds, LEARNT)
+    assert finding.verdict == verdict, finding.numbers
+    assert [*finding.learnt] == ["name-like keys", *kinds]
 
 
 @pytest.mark.parametrize(
-    ("shares", "verdict"),
+    ("known", "shares", "verdict"),
     [
-        ((0.02, 0.1, 0.2), Verdict.SUPPORTED),
-        ((0.2, 0.2, 0.2), Verdict.CONTRADICTED),
-        ((0.3, 0.2, 0.1), Verdict.CONTRADICTED),
-        ((0.0, 0.0, 0.005), Verdict.UNDECIDED),
+        (0.0, (0.02, 0.1, 0.2), Verdict.SUPPORTED),
+        (0.3, (0.3, 0.34, 0.38), Verdict.SUPPORTED),  # all that new facts cost is slope
+        (0.0, (0.3, 0.34, 0.38), Verdict.CONTRADICTED),
+        (0.0, (0.3, 0.4, 0.5), Verdict.CONTRADICTED),  # 0.3 of 0.5 are lost without overlap
+        (0.0, (0.22, 0.32, 0.42), Verdict.UNDECIDED),  # about half
+        (0.0, (0.2, 0.2, 0.2), Verdict.CONTRADICTED),
+        (0.0, (0.3, 0.2, 0.1), Verdict.CONTRADICTED),
+        (0.2, (0.2, 0.2, 0.2), Verdict.UNDECIDED),  # new facts cost nothing
+        (0.0, (0.0, 0.0, 0.005), Verdict.UNDECIDED),
     ],
 )
-def test_interference_needs_a_slope_over_the_overlap(shares, verdict):
-    losses = table(**{f"o{i}": share for i, share in enumerate(shares)})
-    finding = judge_interference(losses, [0.0, 0.5, 1.0], ["o0", "o1", "o2"])
+def test_interference_needs_a_slope_that_is_most_of_what_full_overlap_costs(known, shares, verdict):
+    losses = table(known=known, **{f"o{i}": share for i, share in enumerate(shares)})
+    finding = judge_interference(losses, "known", [0.0, 0.5, 1.0], ["o0", "o1", "o2"], LEARNT)
     assert finding.verdict == verdict, finding.numbers
+    slope, whole, surplus = finding.numbers.values()
+    line = np.polyfit([0.0, 0.5, 1.0], np.array(shares) - known, 1)
+    assert slope.value == pytest.approx(line[0], abs=1e-9) and whole.value == pytest.approx(line.sum(), abs=1e-9)
+    assert surplus.value == pytest.approx(slope.value - 0.5 * whole.value) and len(finding.learnt) == 3
 
 
-def test_the_interval_of_a_slope_covers_it_as_often_as_it_says():
-    """Facts that are lost with a probability of 0.1 + 0.2 overlap; 95 % of the intervals should hold 0.2."""
+def seeds_of(*effects: float, losses: float, num_facts: int = 400) -> np.ndarray:
+    """A share of facts lost, more or less of them under each seed."""
+    return np.concatenate([losing(losses + effect, num_facts) for effect in effects])
+
+
+def test_a_verdict_needs_seeds_that_agree():
+    """The mean slope is the same; it is a verdict if the seeds agree on it, not if one of three has all of it."""
+    agreeing = {"known": seeds_of(0, 0, 0, losses=0.02), "a": seeds_of(0, 0, 0, losses=0.02)}
+    for effects, verdict in (((-0.01, 0, 0.01), Verdict.SUPPORTED), ((-0.18, -0.18, 0.36), Verdict.UNDECIDED)):
+        losses = LossTable(agreeing | {"b": seeds_of(*effects, losses=0.2)})
+        finding = judge_interference(losses, "known", [0.0, 1.0], ["a", "b"], LEARNT)
+        assert finding.verdict == verdict, finding.numbers
+        assert finding.numbers["slope of the loss from overlap 0 to 1"].value == pytest.approx(0.18)
+
+
+@pytest.mark.parametrize(("num_seeds", "seed_effect"), [(1, 0.0), (3, 0.0), (3, 0.05)])
+def test_the_interval_of_a_slope_covers_it_as_often_as_it_says(num_seeds, seed_effect):
+    """Facts that are lost with a probability of 0.3 + 0.2 overlap, more or less under a seed; 95 % should hold 0.2."""
     generator = np.random.default_rng(0)
     overlaps = np.linspace(0, 1, 4)
     held = 0
-    for repeat in range(200):
-        losses = {str(x): (generator.random(150) < 0.1 + 0.2 * x).astype(float) for x in overlaps}
-        slope = LossTable(losses, resamples=500, seed=repeat).slope([str(x) for x in overlaps], overlaps)
+    for _ in range(500):
+        effects = seed_effect * generator.normal(size=(4, num_seeds, 1))
+        chances = 0.3 + 0.2 * overlaps[:, None, None] + effects
+        drawn = (generator.random((4, num_seeds, 150)) < chances).astype(float)
+        losses = LossTable(dict(zip("abcd", drawn, strict=True)))
+        slope = random_effects_interval(losses.slope([*"abcd"], overlaps))
         held += slope.low <= 0.2 <= slope.high
-    assert 180 <= held <= 199
+    assert held >= 465
 
 
 def test_facts_are_paired():
-    """Two runs that lose the same facts differ by nothing for sure, as long as the draws are the same."""
+    """Two runs that lose the same facts differ by nothing for sure."""
     same = LossTable({"a": losing(0.3), "b": losing(0.3)})
-    difference = same.interval(lambda mean: mean["a"] - mean["b"])
-    assert difference.low == difference.high == 0 and same.loss("a").high > 0.32
+    assert random_effects_interval(same.beyond("a", "b")) == (0, 0, 0) and same.loss("a").high > 0.32
     assert least_squares_slope(np.array([0, 1, 2]), np.array([[1, 2, 3], [0, 0, 0]])).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="the same facts in each run, got numbers of facts {'a': 400, 'b': 3}"):
-        LossTable({"a": losing(0.3), "b": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"the same seeds and facts in each run, got shapes {'a': \(1, 400\), 'b'"):
+        LossTable({"a": losing(0.3), "b": np.zeros((1, 3))})
 
 
 def test_every_run_is_made_once():
@@ -171,7 +223,8 @@ def test_the_report_says_what_was_measured(finished):
         assert run["seconds_per_step"] > 0 and run["peak_memory_bytes"] > 2**20
         assert not [*(output / "runs" / f"{name}-seed0").glob("*.safetensors")]
     for finding in results["findings"]:
-        assert f"## {finding['hypothesis'].capitalize()}: {finding['verdict']}" in report
+        assert f"## {finding['hypothesis'].capitalize()}: {finding['verdict']} (one seed)" in report
+    assert "nothing is known about other seeds" in report
     for image in ("capacity", "overlap", "drift", "tradeoff"):
         assert f"({image}.png)" in report and Image.open(output / f"{image}.png").width > 800
     assert "small Llama (width 64, 2 layers)" in report

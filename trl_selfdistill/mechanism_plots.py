@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .mechanism_conditions import Condition, MechanismArguments, condition_of_overlap
-from .mechanism_report import new_learnt
-from .mechanism_study import MechanismResults
+from .mechanism_study import MechanismResults, new_learnt
 
 
 # Colours that stay apart for colour-blind readers (Okabe-Ito), and a marker each for print

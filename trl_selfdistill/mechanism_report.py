@@ -4,7 +4,7 @@
 from statistics import fmean
 
 from .mechanism_conditions import PREDICTIONS, Condition
-from .mechanism_study import MechanismResults
+from .mechanism_study import MechanismResults, new_learnt
 from .model_card import format_interval
 
 
@@ -16,26 +16,28 @@ def render_mechanism_report(results: MechanismResults, model: str) -> str:
         results ([`MechanismResults`]): What was measured.
         model (`str`): Name of the model for readers.
     """
-    first = next(iter(results.runs.values()))
-    num_facts, num_seeds = len(first[0].records[0].correct["heldout"]), len(first)
+    table = results.table
+    # Beside a verdict that few seeds support
+    few = {1: " (one seed)", 2: " (two seeds)"}.get(table.num_seeds, "")
     lines = [
         f"# Why fine-tuning makes {model} forget",
         "",
-        f"Lost: accuracy before minus after on {num_facts} held-out facts that it knew, with a 95 % bootstrap "
-        f"interval over these facts; {num_seeds} seed{'s' if num_seeds > 1 else ''}.",
+        f"Lost: accuracy before minus after on {table.num_facts} held-out facts that it knew, with a 95 % interval. "
+        f"{_what_intervals_cover(table.num_seeds)}",
         "",
         *_table(*_runs_table(results)),
         "",
     ]
     for finding in results.findings:
         lines += [
-            f"## {finding.hypothesis.capitalize()}: {finding.verdict.value}",
+            f"## {finding.hypothesis.capitalize()}: {finding.verdict.value}{few}",
             "",
             f"Prediction: {PREDICTIONS[finding.hypothesis]}",
             "",
             f"Rule: {finding.rule}",
             "",
             *(f"- {what}: {format_interval(x._asdict(), signed=True)}" for what, x in finding.numbers.items()),
+            *(f"- new facts learnt, {what}: {share:.3f}" for what, share in finding.learnt.items()),
             "",
         ]
     probed = {condition: runs for condition, runs in results.runs.items() if runs[0].drift}
@@ -66,10 +68,16 @@ def summarise(results: MechanismResults) -> dict:
     }
 
 
-def new_learnt(runs: list) -> float | None:
-    """Share of the synthetic facts asked that were answered at the end, a mean over seeds; `None` without any."""
-    last = [run.records[-1] for run in runs]
-    return fmean(record.accuracy("new") for record in last) if "new" in last[0].correct else None
+def _what_intervals_cover(num_seeds: int) -> str:
+    if num_seeds == 1:
+        return (
+            "There is one seed: the intervals cover other facts only, and nothing is known about other seeds. What "
+            "stands below holds for this seed."
+        )
+    return (
+        f"The intervals cover other facts and other seeds, by a two-way random-effects model of {num_seeds} seeds and "
+        "these facts."
+    )
 
 
 def _runs_table(results: MechanismResults) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -85,16 +86,38 @@ def run_mechanism_study(
             experiment = _experiment(condition, seed, study, inputs, folder, heldout, known)
             runs[condition].append(run_experiment(experiment))
     table = LossTable({condition.name: losses_of(results) for condition, results in runs.items()})
-    return MechanismResults(dict(runs), table, _judge(study, table))
+    return MechanismResults(dict(runs), table, judge(study, table, runs))
 
 
 def losses_of(results: list[ExperimentResult], set_name: str = "heldout") -> np.ndarray:
-    """Of each fact, right before minus right after the run, as a mean over the runs; shape `(num_facts,)`."""
+    """Of each seed's run and each fact, right before minus right after it; shape `(num_seeds, num_facts)`."""
     losses = []
     for result in results:
         before, after = (record.correct[set_name] for record in (result.records[0], result.records[-1]))
         losses.append([float(before[fact]) - float(after[fact]) for fact in sorted(before)])
-    return np.mean(losses, axis=0)
+    return np.array(losses)
+
+
+def new_learnt(results: list[ExperimentResult]) -> float | None:
+    """Share of the synthetic facts asked that were answered at the end, a mean over seeds; `None` without any."""
+    last = [result.records[-1] for result in results]
+    return fmean(record.accuracy("new") for record in last) if "new" in last[0].correct else None
+
+
+def judge(study: MechanismArguments, table: LossTable, runs: dict[Condition, list[ExperimentResult]]) -> list[Finding]:
+    """Holds the three hypotheses to the losses of all runs."""
+    sizes, middle = sorted(study.num_synthetic_facts), study.num_facts_of_overlap
+    by_keys = {keys: [Condition(size, keys).name for size in sizes] for keys in ("recombined", "uuid")}
+    foreign = [Condition(middle, keys) for keys in ("pseudo", "uuid")]
+    without_overlap = {condition.label: condition.name for condition in foreign}
+    overlaps = sorted(study.overlaps)
+    shares = [condition_of_overlap(middle, overlap).name for overlap in overlaps]
+    known_only, learnt = Condition(0).name, {run.name: new_learnt(results) for run, results in runs.items()}
+    return [
+        judge_capacity(table, sizes, by_keys["recombined"], by_keys["uuid"], learnt),
+        judge_behaviour_cloning(table, known_only, Condition(middle).name, without_overlap, learnt),
+        judge_interference(table, known_only, overlaps, shares, learnt),
+    ]
 
 
 def _facts_of(condition: Condition, seed: int, study: MechanismArguments, inputs: MechanismInputs, tokenizer):
@@ -181,16 +204,3 @@ def _with_prompts(facts: Dataset) -> Dataset:
         lambda fact: {"prompt": question_prompt(fact["question"]), "completion": answer_completion(fact["answer"])},
         remove_columns=facts.column_names,
     )
-
-
-def _judge(study: MechanismArguments, table: LossTable) -> list[Finding]:
-    sizes, middle = sorted(study.num_synthetic_facts), study.num_facts_of_overlap
-    by_keys = {keys: [Condition(size, keys).name for size in sizes] for keys in ("recombined", "uuid")}
-    without_overlap = [Condition(middle, keys).name for keys in ("pseudo", "uuid")]
-    overlaps = sorted(study.overlaps)
-    shares = [condition_of_overlap(middle, overlap).name for overlap in overlaps]
-    return [
-        judge_capacity(table, sizes, by_keys["recombined"], by_keys["uuid"]),
-        judge_behaviour_cloning(table, Condition(0).name, Condition(middle).name, without_overlap),
-        judge_interference(table, overlaps, shares),
-    ]
