@@ -18,7 +18,7 @@ from toy_study import SCRIPTS, run_script
 from trl_selfdistill.experiment import read_experiment
 from trl_selfdistill.facts import load_facts
 from trl_selfdistill.mechanism_conditions import Condition, MechanismArguments, condition_of_overlap, conditions_of
-from trl_selfdistill.mechanism_study import losses_of
+from trl_selfdistill.mechanism_study import MechanismInputs, facts_of, losses_of
 from trl_selfdistill.mechanism_verdict import (
     LossTable,
     Verdict,
@@ -181,6 +181,7 @@ def test_every_run_is_made_once():
         (dict(overlaps=[0.5]), "`overlaps` needs at least 2 different values"),
         (dict(num_synthetic_facts=[10]), "`num_synthetic_facts` needs at least 2"),
         (dict(num_synthetic_facts=[0, 10]), "at least 1, got 0"),
+        (dict(max_asked_new_facts=0), "`max_asked_new_facts=0` must be at least 1"),
         (dict(seeds=[]), "`seeds` needs at least 1"),
         (dict(seeds=[1, 1]), "`seeds` needs at least 1 different values, none twice"),
     ],
@@ -239,6 +240,28 @@ def test_runs_differ_in_their_facts_only(finished):
     assert len(known) == 1
     steps = {name: read_experiment(output / "runs" / name).training["steps"] for name in runs}
     assert {steps[name] for name in steps if "-60-" in name or "known-only" in name} == {20}
+
+
+def test_keys_without_overlap_share_no_token_with_facts_that_are_kept(finished):
+    output, _ = finished
+    inputs = MechanismInputs(str(output / "stage1"), output / "annotated/facts.jsonl", output / "mix", None)
+    _, tokenizer = load_model_and_tokenizer(inputs.model)
+    study, pseudo = MechanismArguments(), Condition(60, "pseudo")
+    kept = [*load_facts(output / "mix/heldout.jsonl"), *load_facts(output / "mix/known.jsonl")]
+    names = sorted({fact[column] for fact in kept for column in ("subject", "answer")})
+    keys = [fact["subject"] for fact in facts_of(pseudo, 0, study, inputs, tokenizer)]
+    of_names, of_keys = (
+        {token for ids in tokenizer([f" {text}" for text in texts])["input_ids"] for token in ids}
+        for texts in (names, keys)
+    )
+    assert not of_names & of_keys - {*tokenizer("")["input_ids"]}
+
+
+def test_only_runs_whose_keys_are_others_than_before_are_made_anew(finished):
+    """Keys of names' tokens and UUIDs do not depend on what others are kept apart from; nor do their runs."""
+    for path in (finished[0] / "runs").glob("*/run.json"):
+        about = json.loads(path.read_text())["arguments"]["about"]
+        assert ("keys_apart_from" in about) == path.parent.name.startswith(("pseudo-", "overlap-"))
 
 
 def test_drift_is_measured_where_it_is_compared(finished):

@@ -97,6 +97,23 @@ def test_no_key_is_a_real_name_or_given_twice(facts, tokenizer, places, keys):
     assert not folded & {fold_name(strip_accents(name)) for name in (*places, *facts["subject"], *facts["answer"])}
 
 
+def test_pseudo_words_share_no_token_with_the_names_that_they_are_kept_apart_from(facts, tokenizer):
+    """Subjects and answers of two relations: without it, "France" can begin a pseudo-word."""
+    names = {*facts["subject"], *facts["answer"]}
+    ids = tokenizer([f" {name}" for name in sorted(names)], add_special_tokens=False)["input_ids"]
+    tokens = {token for row in ids for token in row}
+
+    def overlaps(**options) -> list[float]:
+        rows = [*stream(facts, tokenizer, 500, **options)]
+        return [token_overlap(ids, tokens) for ids in ids_in_prompt(tokenizer, rows)]
+
+    assert set(overlaps(keys="pseudo", apart_from=names)) == {0.0} and max(overlaps(keys="pseudo")) > 0
+    mixed = overlaps(keys="overlap", overlap=0.5, apart_from=names)
+    assert np.mean(mixed) == pytest.approx(0.5, abs=0.03)
+    for keys in ("recombined", "uuid"):
+        assert [*stream(facts, tokenizer, 9000, keys, apart_from=names)] == [*stream(facts, tokenizer, 9000, keys)]
+
+
 def test_excluded_keys_are_not_given(facts, tokenizer):
     first = [row["subject"] for row in stream(facts, tokenizer, 200)]
     without = {row["subject"] for row in stream(facts, tokenizer, 200, exclude=[name.upper() for name in first[::2]])}
@@ -210,6 +227,8 @@ def test_other_kinds_of_tokenizers_are_asked_about_each_key(facts, places):
         (dict(num_facts=0), "num_facts must be a whole number of at least 1, got 0"),
         (dict(num_facts=2.5), "got 2.5"),
         (dict(seed=-1), "seed must be a whole number of at least 0, got -1"),
+        (dict(keys="overlap", overlap="0.5"), r"overlap must be in \[0, 1\].* got '0.5'"),
+        (dict(apart_from="Paris"), "apart_from must be a list of names, got the string 'Paris'"),
         (dict(exclude="Paris"), "exclude must be a list of names, got the string 'Paris'"),
     ],
 )

@@ -103,6 +103,11 @@ class MechanismArguments:
             values = getattr(self, name)
             if len(set(values)) < max(least, len(values)):
                 raise ValueError(f"`{name}` needs at least {least} different values, none twice, got {values}.")
+        if self.max_asked_new_facts < 1:
+            raise ValueError(
+                f"`max_asked_new_facts={self.max_asked_new_facts}` must be at least 1: what was learnt of new facts "
+                "is part of the verdicts."
+            )
         for number in (*self.num_synthetic_facts, self.num_facts_of_overlap):
             if number < 1:
                 raise ValueError(f"Numbers of synthetic facts must be at least 1, got {number}.")

@@ -120,7 +120,18 @@ def judge(study: MechanismArguments, table: LossTable, runs: dict[Condition, lis
     ]
 
 
-def _facts_of(condition: Condition, seed: int, study: MechanismArguments, inputs: MechanismInputs, tokenizer):
+def names_kept_apart(relation: str, inputs: MechanismInputs) -> set[str]:
+    """
+    Names that keys without overlap share no token with: subjects and answers of the facts that are trained on or held
+    out, of all relations, and answers of the synthetic relation.
+    """
+    kept = [fact for name in ("heldout", "known") for fact in load_facts(inputs.mix / f"{name}.jsonl")]
+    answers = {fact["answer"] for fact in load_facts(inputs.annotated) if fact["relation"] == relation}
+    return answers.union(*((fact["subject"], fact["answer"]) for fact in kept))
+
+
+def facts_of(condition: Condition, seed: int, study: MechanismArguments, inputs: MechanismInputs, tokenizer):
+    """The synthetic facts of a condition, drawn while they are read."""
     return synthetic_facts(
         load_facts(inputs.annotated),
         study.synthetic_relation,
@@ -131,6 +142,7 @@ def _facts_of(condition: Condition, seed: int, study: MechanismArguments, inputs
         overlap=condition.overlap,
         seed=seed,
         exclude=known_place_names() if study.synthetic_relation in ("P17", "P131") else (),
+        apart_from=names_kept_apart(study.synthetic_relation, inputs),
     )
 
 
@@ -142,7 +154,7 @@ def _check_keys(study: MechanismArguments, inputs: MechanismInputs) -> None:
         if condition.num_facts:
             most[condition.keys, condition.overlap] = condition
     for condition in most.values():
-        _facts_of(condition, study.seeds[0], study, inputs, tokenizer)
+        facts_of(condition, study.seeds[0], study, inputs, tokenizer)
 
 
 def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Experiment:
@@ -157,7 +169,7 @@ def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Exper
         rows, fact_sets = [_with_prompts(known)], {"heldout": heldout, "known": known}
         if condition.num_facts:
             _, tokenizer = load_model_and_tokenizer(inputs.model)
-            stream = _facts_of(condition, seed, study, inputs, tokenizer)
+            stream = facts_of(condition, seed, study, inputs, tokenizer)
             # Rows go to a file as they are drawn, and are read from there: none of them stays in memory
             rows.append(_with_prompts(Dataset.from_generator(_rows, gen_kwargs={"stream": stream})))
             fact_sets["new"] = Dataset.from_list(list(stream.take(study.max_asked_new_facts)))
@@ -175,6 +187,8 @@ def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Exper
     about = {"condition": condition._asdict(), "relation": study.synthetic_relation, "seed": seed}
     about |= {"probe_steps": study.probe_steps, "max_probed_facts": study.max_probed_facts} if condition.probe else {}
     about["max_asked_new_facts"] = study.max_asked_new_facts
+    if condition.num_facts and condition.keys in ("pseudo", "overlap"):
+        about["keys_apart_from"] = "heldout, known, answers"  # which keys they are depends on it
     return Experiment(
         folder=folder / f"{condition.name}-seed{seed}",
         trainer_class=trainer_class,

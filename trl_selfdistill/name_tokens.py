@@ -29,7 +29,8 @@ class NameTokens(NamedTuple):
         real (`tuple[dict[int, str], dict[int, str]]`):
             The names' tokens of letters, as the vocabulary spells them, by id: those that begin a word, and others.
         other (`tuple[dict[int, str], dict[int, str]]`):
-            As many that no name uses, the first of the vocabulary, which are its most frequent ones.
+            As many that no name uses, or fewer where there are no more: the first of the vocabulary, which are its
+            most frequent ones.
     """
 
     used: frozenset[int]
@@ -84,11 +85,15 @@ class PromptSlot:
         ]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def tokens_of_names(
-    names: Iterable[str], tokenizer, slot: PromptSlot, merges: list[tuple[str, str]] | None
+    names: Iterable[str],
+    tokenizer,
+    slot: PromptSlot,
+    merges: list[tuple[str, str]] | None,
+    apart_from: Iterable[str] = (),
 ) -> NameTokens:
     """
     Reads the tokens of names.
@@ -102,6 +107,8 @@ def tokens_of_names(
             Where the names stand.
         merges (`list[tuple[str, str]]`, *optional*):
             Those of [`~trl_selfdistill.token_pairs.bpe_merges`]: tokens that they do not make are left out.
+        apart_from (`Iterable[str]`, *optional*):
+            Further names, whose tokens are left out of `other`.
 
     Raises:
         `ValueError`: no name of letters has two tokens.
@@ -120,8 +127,9 @@ def tokens_of_names(
             "and mark where a word begins; give more names, or take UUID keys"
         )
     real = tuple({token: text for token, text in tokens.items() if token in used} for tokens in (begin, go_on))
+    kept_apart = used.union(*slot.name_ids(sorted(set(apart_from))))
     other = tuple(
-        dict(islice(_unused(tokens, used, merges), len(real_tokens)))
+        dict(islice(_unused(tokens, kept_apart, merges), len(real_tokens)))
         for tokens, real_tokens in zip((begin, go_on), real, strict=True)
     )
     return NameTokens(used, dict(sorted(shapes.items())), real, other)

@@ -38,8 +38,9 @@ class SyntheticFacts:
         overlap: float | None = None,
         seed: int = 0,
         exclude: Iterable[str] = (),
+        apart_from: Iterable[str] = (),
     ):
-        _check_choices(num_facts, keys, values, overlap, seed, exclude)
+        _check_choices(num_facts, keys, values, overlap, seed, {"exclude": exclude, "apart_from": apart_from})
         rows = rows_of_relation(facts, relation)
         self.num_facts = num_facts
         self._relation, self._values, self._seed = relation, values, seed
@@ -50,7 +51,8 @@ class SyntheticFacts:
         if keys != "uuid":
             overlap = {"recombined": 1.0, "pseudo": 0.0}.get(keys, overlap)
             prompt = question_prompt(self._question)
-            self.token_keys = TokenKeys((row["subject"] for row in rows), tokenizer, prompt, overlap)
+            names = (row["subject"] for row in rows)
+            self.token_keys = TokenKeys(names, tokenizer, prompt, overlap, apart_from)
             self.token_keys.check_number(num_facts)
 
     def __iter__(self) -> Iterator[dict]:
@@ -105,6 +107,7 @@ def synthetic_facts(
     overlap: float | None = None,
     seed: int = 0,
     exclude: Iterable[str] = (),
+    apart_from: Iterable[str] = (),
 ) -> IterableDataset:
     """
     Draws facts of a relation on entities that do not exist, while they are read.
@@ -112,7 +115,7 @@ def synthetic_facts(
     | `keys` | what the subjects are made of |
     |---|---|
     | `"recombined"` | tokens of the relation's real subjects |
-    | `"pseudo"` | as many tokens, of letters, none of which a real subject uses |
+    | `"pseudo"` | as many tokens, of letters, none of which a real subject of the relation uses, nor `apart_from` |
     | `"overlap"` | as many tokens, of which the share `overlap` is from real subjects |
     | `"uuid"` | random UUIDs |
 
@@ -142,6 +145,9 @@ def synthetic_facts(
         exclude (`Iterable[str]`, *optional*):
             Names that must not be given, beside the subjects, answers and aliases of `facts`, such as
             [`~trl_selfdistill.geonames.known_place_names`]. Compared without case and accents.
+        apart_from (`Iterable[str]`, *optional*):
+            Further names that pseudo-words share no tokens with, nor the other tokens of `keys="overlap"`: such as
+            the subjects of other relations and the answers. They do not change recombined keys and UUIDs.
 
     Returns:
         `IterableDataset` with [`FACT_COLUMNS`], one shard. After a resume, the facts until then are drawn again.
@@ -151,7 +157,7 @@ def synthetic_facts(
             the subject is not words of its own, or too few distinct tokens for so many keys. Raised at once, not
             while reading.
     """
-    stream = SyntheticFacts(facts, relation, num_facts, tokenizer, keys, values, overlap, seed, exclude)
+    stream = SyntheticFacts(facts, relation, num_facts, tokenizer, keys, values, overlap, seed, exclude, apart_from)
     # Without features: with them, datasets checks each row, which takes longer than drawing it.
     return IterableDataset.from_generator(_rows, gen_kwargs={"stream": stream})
 
@@ -160,7 +166,7 @@ def _rows(stream: SyntheticFacts) -> Iterator[dict]:
     yield from stream
 
 
-def _check_choices(num_facts, keys, values, overlap, seed, exclude) -> None:
+def _check_choices(num_facts, keys, values, overlap, seed, names: dict[str, Iterable[str]]) -> None:
     if keys not in KEY_KINDS:
         raise ValueError(f"keys must be one of {[*KEY_KINDS]}, got {keys!r}")
     if values not in VALUE_KINDS:
@@ -169,10 +175,11 @@ def _check_choices(num_facts, keys, values, overlap, seed, exclude) -> None:
         raise ValueError("keys='overlap' needs `overlap`, the share of tokens from real names in [0, 1]")
     if keys != "overlap" and overlap is not None:
         raise ValueError(f"overlap={overlap} is for keys='overlap' only, got keys={keys!r}; leave one of the two out")
-    if overlap is not None and not 0 <= overlap <= 1:
-        raise ValueError(f"overlap must be in [0, 1], the share of tokens from real names, got {overlap}")
+    if overlap is not None and not (isinstance(overlap, (int, float)) and 0 <= overlap <= 1):
+        raise ValueError(f"overlap must be in [0, 1], the share of tokens from real names, got {overlap!r}")
     for name, value, least in (("num_facts", num_facts, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if isinstance(exclude, str):
-        raise ValueError(f"exclude must be a list of names, got the string {exclude!r}; write [{exclude!r}]")
+    for name, value in names.items():
+        if isinstance(value, str):
+            raise ValueError(f"{name} must be a list of names, got the string {value!r}; write [{value!r}]")

@@ -92,6 +92,8 @@ class TokenKeys:
         overlap (`float`):
             The share of tokens from real names: 1 for recombined names, 0 for pseudo-words. Of n tokens,
             `overlap * n` are from names, rounded up or down at random so that the mean is right.
+        apart_from (`Iterable[str]`, *optional*):
+            Further names, of which the tokens that are not from `names` share none.
 
     Attributes:
         name_tokens (`frozenset[int]`):
@@ -102,12 +104,12 @@ class TokenKeys:
             or no name of letters.
     """
 
-    def __init__(self, names: Iterable[str], tokenizer, prompt: str, overlap: float):
+    def __init__(self, names: Iterable[str], tokenizer, prompt: str, overlap: float, apart_from: Iterable[str] = ()):
         if not 0 <= overlap <= 1:
             raise ValueError(f"overlap must be in [0, 1], the share of tokens from real names, got {overlap}")
         slot = PromptSlot(tokenizer, prompt)
         merges = bpe_merges(tokenizer)
-        tokens = tokens_of_names(names, tokenizer, slot, merges)
+        tokens = tokens_of_names(names, tokenizer, slot, merges, apart_from)
         self.name_tokens = tokens.used
         self._overlap = overlap
         counts = np.array([*tokens.shapes.values()], float)
