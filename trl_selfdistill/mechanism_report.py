@@ -27,6 +27,8 @@ def render_mechanism_report(results: MechanismResults, model: str) -> str:
         "",
         *_table(*_runs_table(results)),
         "",
+        "Memory: the peak of a run; on a CPU that of the whole process, which keeps what earlier runs left.",
+        "",
     ]
     for finding in results.findings:
         lines += [
@@ -57,7 +59,7 @@ def summarise(results: MechanismResults) -> dict:
                 "steps": runs[0].training["steps"],
                 "seconds_per_step": fmean(run.training["seconds_per_step"] for run in runs),
                 "peak_memory_bytes": max(run.training["peak_memory_bytes"] for run in runs),
-                "drift": runs[0].drift,
+                "drift": [run.drift for run in runs],  # of each seed
             }
             for condition, runs in results.runs.items()
         },
