@@ -210,7 +210,7 @@ def test_other_kinds_of_tokenizers_are_asked_about_each_key(facts, places):
     drawn = stream(facts, tokenizer, 200, "overlap", overlap=0.5)
     slot = PromptSlot(tokenizer, question_prompt(QUESTION))
     subjects = [row["subject"] for row in drawn]
-    keys = next(drawn.token_keys.batches(0, 0))
+    keys = next(drawn.token_keys.batches(200, 0, 0))
     ids = [[i for i in row if i >= 0] for row in keys.token_ids[:200].tolist()]
     assert keys.texts[:200] == subjects and all(slot.stay(subjects, ids))
 
@@ -253,6 +253,15 @@ def test_what_cannot_be_drawn_is_an_error_at_once(facts, tokenizer):
     )
     with pytest.raises(ValueError, match="none of the 3 names is of two tokens"):
         synthetic_facts(kanji, "P17", 5, tokenizer)
+
+
+def test_few_names_give_few_keys_or_say_at_once_that_they_do_not(facts, tokenizer):
+    """Keys are drawn thousands at a time, which must not matter where one is asked for."""
+    few = facts.select(range(10))
+    drawn = {n: [row["subject"] for row in stream(few, tokenizer, n)] for n in (1, 5, 10)}
+    assert drawn[10][:5] == drawn[5] and drawn[5][:1] == drawn[1] and len({*drawn[10]}) == 10
+    with pytest.raises(ValueError, match="num_facts=200 keys need more distinct tokens"):
+        stream(facts.select(range(2)), tokenizer, 200)
 
 
 def test_a_tokenizer_of_few_tokens_gives_few_keys(facts):

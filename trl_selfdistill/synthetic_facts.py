@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from .invented_facts import folded_names, question_template, rows_of_relation
 from .prompts import question_prompt
-from .synthetic_keys import TokenKeys, random_numbers, uuid_batches
+from .synthetic_keys import BATCH_SIZE, TokenKeys, random_numbers, uuid_batches
 
 
 KEY_KINDS = ("recombined", "pseudo", "overlap", "uuid")
@@ -54,6 +54,9 @@ class SyntheticFacts:
             names = (row["subject"] for row in rows)
             self.token_keys = TokenKeys(names, tokenizer, prompt, overlap, apart_from)
             self.token_keys.check_number(num_facts)
+            if num_facts <= BATCH_SIZE:  # chance decides where few names lend few tokens
+                for _ in self._key_batches():
+                    pass
 
     def __iter__(self) -> Iterator[dict]:
         for batch in self.batches():
@@ -84,7 +87,7 @@ class SyntheticFacts:
     def _key_batches(self) -> Iterator[list[str]]:
         if self.token_keys is None:
             return uuid_batches(self._seed, _KEYS, self._taken)
-        return (batch.texts for batch in self.token_keys.batches(self._seed, _KEYS, self._taken))
+        return (batch.texts for batch in self.token_keys.batches(self.num_facts, self._seed, _KEYS, self._taken))
 
     def _value_stream(self) -> Iterator[tuple[str, list[str]]]:
         """Answers and their aliases without end."""

@@ -148,47 +148,65 @@ class TokenKeys:
         if self._weights[scarce] * num_keys > max(_MAX_FILL * capacity[scarce], 1):
             raise ValueError(self._too_few(num_keys, scarce))
 
-    def batches(self, seed: int, stream: int = 0, taken: Set[str] = frozenset()) -> Iterator[KeyBatch]:
+    def batches(self, num_keys: int, seed: int, stream: int = 0, taken: Set[str] = frozenset()) -> Iterator[KeyBatch]:
         """
-        Keys without end, [`BATCH_SIZE`] at a time, no two the same even without case. To tell, 8 bytes a key are kept.
+        Keys, no two the same even without case. To tell, 8 bytes a key are kept.
+
+        [`BATCH_SIZE`] are drawn at a time, whatever is asked for; where there are not so many, one at a time.
 
         Args:
+            num_keys (`int`):
+                How many. Fewer are the first ones of more.
             seed (`int`), stream (`int`, *optional*, defaults to `0`):
                 See [`random_numbers`].
             taken (`Set[str]`, *optional*):
                 Names in lower case that no key may have.
 
         Raises:
-            `ValueError`: there are no more new keys.
+            `ValueError`: there are not so many keys.
         """
         shape_random, mix_random, token_random = (random_numbers(seed, stream, part) for part in range(3))
         seen = np.empty(0, np.uint64)
-        while True:
+        for begin in range(0, num_keys, BATCH_SIZE):
             slots = self._draw_slots(shape_random, mix_random, BATCH_SIZE)
-            tokens = np.empty_like(slots)
-            texts = np.empty(BATCH_SIZE, object)
-            rows = np.arange(BATCH_SIZE)
-            for _ in range(_MAX_KEY_DRAWS):
-                drawn, good = self._draw_tokens(slots[rows], token_random)
-                drawn_texts = self._join(drawn)
-                hashes = _hashes(drawn)
-                first = np.zeros(len(rows), bool)
-                first[np.unique(hashes, return_index=True)[1]] = True
-                good &= first & ~_contains(seen, hashes)
-                good &= np.array([text.lower() not in taken for text in drawn_texts])
-                if self._slot is not None:
-                    good[good] = self._stay(drawn[good], self._slot)
-                new = np.sort(hashes[good])
-                seen = np.insert(seen, np.searchsorted(seen, new), new)
-                tokens[rows[good]] = drawn[good]
-                texts[rows[good]] = np.array(drawn_texts, object)[good]
-                rows = rows[~good]
-                if not len(rows):
-                    break
-            else:
-                shape = np.flatnonzero((self._shapes == np.where(slots[rows[0]] < 0, -1, slots[rows[0]] // 2)).all(1))
-                raise ValueError(self._too_few(len(seen) + len(rows), int(shape[0])))
-            yield KeyBatch(texts.tolist(), self._ids[tokens])
+            num_left = num_keys - begin
+            keys, now_seen = self._draw_keys(slots, token_random, seen, taken)
+            if keys is not None:
+                seen = now_seen
+                yield KeyBatch(keys.texts[:num_left], keys.token_ids[:num_left])
+                continue
+            for row in slots[:num_left]:
+                key, seen = self._draw_keys(row[None], token_random, seen, taken)
+                if key is None:
+                    shape = (self._shapes == np.where(row < 0, -1, row // 2)).all(1)
+                    raise ValueError(self._too_few(num_keys, int(np.flatnonzero(shape)[0])))
+                yield key
+
+    def _draw_keys(
+        self, slots: np.ndarray, random, seen: np.ndarray, taken: Set[str]
+    ) -> tuple[KeyBatch | None, np.ndarray]:
+        """A new key for each row of `slots`, `None` if hardly any is left, and the hashes of all seen until then."""
+        tokens = np.empty_like(slots)
+        texts = np.empty(len(slots), object)
+        rows = np.arange(len(slots))
+        for _ in range(_MAX_KEY_DRAWS):
+            drawn, good = self._draw_tokens(slots[rows], random)
+            drawn_texts = self._join(drawn)
+            hashes = _hashes(drawn)
+            first = np.zeros(len(rows), bool)
+            first[np.unique(hashes, return_index=True)[1]] = True
+            good &= first & ~_contains(seen, hashes)
+            good &= np.array([text.lower() not in taken for text in drawn_texts])
+            if self._slot is not None:
+                good[good] = self._stay(drawn[good], self._slot)
+            new = np.sort(hashes[good])
+            seen = np.insert(seen, np.searchsorted(seen, new), new)
+            tokens[rows[good]] = drawn[good]
+            texts[rows[good]] = np.array(drawn_texts, object)[good]
+            rows = rows[~good]
+            if not len(rows):
+                return KeyBatch(texts.tolist(), self._ids[tokens]), seen
+        return None, seen
 
     def _draw_slots(self, shape_random, mix_random, num_keys: int) -> np.ndarray:
         """The pool of each token, shape `(num_keys, longest)`, -1 after the end."""
