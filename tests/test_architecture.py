@@ -149,6 +149,12 @@ def test_private_pieces_of_trl_are_touched_in_one_file_only():
     assert touching == {"sft_internals.py"}
 
 
+def test_private_attributes_of_its_trainer_are_used_in_that_file_only():
+    private = re.compile(r"\b(self|trainer)\._(metrics|total_train_tokens|tp_size|tokenizer|prepare_dataset)\b")
+    using = {path.name for path in (PACKAGE / "trainers").glob("*.py") if private.search(path.read_text("utf-8"))}
+    assert using == {"sft_internals.py"}
+
+
 def test_freezing_does_not_know_self_distillation():
     for path in (PACKAGE / "trainers").glob("frozen_groups_*.py"):
         assert not re.search(r"from \.(self_distill|teacher)", path.read_text(encoding="utf-8"))
