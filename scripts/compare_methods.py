@@ -23,16 +23,16 @@ from accelerate import PartialState
 from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTConfig
-from trl_selfdistill.command_line import run_script
-from trl_selfdistill.comparison_report import plot_tradeoffs, render_comparison
-from trl_selfdistill.method_comparison import ComparisonInputs, compare_methods
-from trl_selfdistill.pareto import as_json, find_tradeoffs
-from trl_selfdistill.rival_methods import ComparisonArguments
-from trl_selfdistill.small_llama import ModelKindArguments, SmallLlamaSettings
-from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, start_model_stage, train_stage
-from trl_selfdistill.study_arguments import ModelAndFactsArguments, SlickArguments
-from trl_selfdistill.training_mix import MixSettings
-from trl_selfdistill.training_stage import copy_config
+from trl_selfdistill.comparison.pareto import as_json, find_tradeoffs
+from trl_selfdistill.comparison.report import plot_tradeoffs, render_comparison
+from trl_selfdistill.comparison.rival_methods import ComparisonArguments
+from trl_selfdistill.comparison.study import ComparisonInputs, compare_methods
+from trl_selfdistill.knowledge.training_mix import MixSettings
+from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments
+from trl_selfdistill.study.command_line import run_script
+from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
+from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, start_model_stage, train_stage
+from trl_selfdistill.study.training_stage import copy_config
 
 
 CONFIGS = Path(__file__).parent / "configs"

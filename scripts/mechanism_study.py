@@ -24,16 +24,16 @@ from accelerate import PartialState
 from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTConfig
-from trl_selfdistill.command_line import run_script
-from trl_selfdistill.mechanism_conditions import MechanismArguments
-from trl_selfdistill.mechanism_plots import plot_mechanism
-from trl_selfdistill.mechanism_report import render_mechanism_report, summarise
-from trl_selfdistill.mechanism_study import MechanismInputs, run_mechanism_study
-from trl_selfdistill.small_llama import ModelKindArguments, SmallLlamaSettings
-from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, start_model_stage, train_stage
-from trl_selfdistill.study_arguments import ModelAndFactsArguments, SlickArguments
-from trl_selfdistill.training_mix import MixSettings
-from trl_selfdistill.training_stage import copy_config
+from trl_selfdistill.knowledge.training_mix import MixSettings
+from trl_selfdistill.mechanism.conditions import MechanismArguments
+from trl_selfdistill.mechanism.plots import plot_mechanism
+from trl_selfdistill.mechanism.report import render_mechanism_report, summarise
+from trl_selfdistill.mechanism.study import MechanismInputs, run_mechanism_study
+from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments
+from trl_selfdistill.study.command_line import run_script
+from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
+from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, start_model_stage, train_stage
+from trl_selfdistill.study.training_stage import copy_config
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from trl_selfdistill.command_line import run_script
-from trl_selfdistill.study import report_stage
-from trl_selfdistill.study_arguments import ReportArguments
+from trl_selfdistill.study.arguments import ReportArguments
+from trl_selfdistill.study.command_line import run_script
+from trl_selfdistill.study.stages import report_stage
 
 
 def main(args: ReportArguments) -> None:

@@ -24,12 +24,12 @@ from trl_selfdistill import (
     SelfDistillSFTConfig,
     SelfDistillSFTTrainer,
 )
-from trl_selfdistill.command_line import run_script
-from trl_selfdistill.study import annotate_stage, facts_stage, mix_stage, model_stage, report_stage, train_stage
-from trl_selfdistill.study_arguments import AdapterArguments, ModelAndFactsArguments, SlickArguments, StudyArguments
-from trl_selfdistill.study_publishing import publish_command
-from trl_selfdistill.training_mix import MixSettings
-from trl_selfdistill.training_stage import copy_config
+from trl_selfdistill.knowledge.training_mix import MixSettings
+from trl_selfdistill.study.arguments import AdapterArguments, ModelAndFactsArguments, SlickArguments, StudyArguments
+from trl_selfdistill.study.command_line import run_script
+from trl_selfdistill.study.publishing import publish_command
+from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, model_stage, report_stage, train_stage
+from trl_selfdistill.study.training_stage import copy_config
 
 
 def main(

@@ -15,75 +15,51 @@ import trl_selfdistill
 
 PACKAGE = Path(trl_selfdistill.__file__).parent
 ROOT = PACKAGE.parent
+ANSWER_PROMPTS = "trl_selfdistill.answers.prompts"
 HEAVY = {"torch", "transformers", "trl", "accelerate", "peft"}
-# From the top of the table down, each with the packages that it must not import. A module imports from its own layer
-# and from those above; `trainers` and `losses` are folders.
+# From the top of the table down, each with what it must not import: `None` for all but the standard library and numpy.
+# A package imports from those above it.
 LAYERS = [
-    # None: nothing but the standard library
-    ({"exact_match", "prompts", "abstention", "answer_outcome", "scoring_inputs"}, None),
-    ({"bootstrap", "hallucination"}, HEAVY | {"datasets"}),
-    ({"kernels"}, {"transformers", "trl", "datasets", "accelerate"}),
-    ({"losses"}, {"transformers", "trl", "datasets", "accelerate", "triton"}),
-    ({"model_structure", "parameter_groups", "parameter_hashes"}, {"trl", "datasets"}),
-    (
-        {
-            "entity_questions", "facts", "fact_files", "geonames", "country_names", "currency_names",
-            "invented_facts",
-        },
-        HEAVY,
-    ),
-    ({"token_pairs", "name_tokens", "synthetic_keys", "synthetic_facts"}, HEAVY),
-    (
-        {"process_sharding", "generation", "answer_scoring", "subject_tokens", "prompt_states", "drift"},
-        {"trl", "datasets"},
-    ),
-    ({"exemplars", "progress_file", "slick", "training_mix"}, {"trl"}),
-    ({"environment", "hub_metadata", "model_card"}, {"transformers", "trl", "datasets", "accelerate"}),
-    ({"dataset_files"}, {"transformers", "trl", "torch"}),
-    ({"trainers"}, set()),
-    (
-        {
-            "stage", "models", "callback_logging", "fact_accuracy", "forgetting", "hallucination_callback",
-            "drift_probe", "run_cost", "small_llama", "token_masking", "weight_interpolation",
-            "random_effects", "pareto",
-        },
-        {"trl"},
-    ),
-    (
-        {
-            "training_stage", "report", "study_card", "study_arguments", "study", "dataset_training", "dataset_card",
-            "publishing", "study_publishing", "command_line", "experiment", "mechanism_conditions",
-            "mechanism_verdict", "mechanism_study", "mechanism_report", "mechanism_plots", "rival_methods",
-            "method_comparison", "comparison_report",
-        },
-        set(),
-    ),
-]  # fmt: skip
-# Where a layer above must not be imported all the same
+    ("scoring", None),
+    ("hallucination", None),
+    ("kernels", {"transformers", "trl", "datasets", "accelerate"}),
+    ("losses", {"transformers", "trl", "datasets", "accelerate", "triton"}),
+    ("parameters", {"trl", "datasets"}),
+    ("facts", HEAVY),
+    ("answers", {"trl", "datasets"}),
+    ("synthetic", HEAVY),
+    ("drift", {"trl"}),
+    ("knowledge", {"trl"}),
+    ("hub", {"transformers", "trl", "datasets", "accelerate"}),
+    ("trainers", set()),
+    ("study", set()),
+    ("comparison", set()),
+    ("mechanism", set()),
+]
+# Which of those above a package must not import all the same
 FORBIDDEN = {
-    "kernels": {"exact_match", "prompts"},
-    "losses": {"exact_match", "prompts"},
-    "model_structure": {"losses"},
-    "parameter_groups": {"losses"},
-    "facts": {"losses", "parameter_groups", "model_structure"},
-    "generation": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
-    "answer_scoring": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
-    "prompt_states": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
-    "drift": {"facts", "fact_files", "invented_facts", "geonames", "losses", "parameter_groups"},
-    "slick": {"losses", "parameter_groups"},
-    "training_mix": {"losses", "parameter_groups"},
-    "trainers": {"facts", "fact_files", "prompts", "slick", "exemplars", "training_mix", "exact_match"},
+    "kernels": {"scoring"},
+    "losses": {"scoring"},
+    "parameters": {"scoring", "losses"},
+    "facts": {"losses", "parameters"},
+    "answers": {"facts", "losses", "parameters"},
+    "synthetic": {"losses", "parameters"},
+    "drift": {"facts", "synthetic", "losses"},
+    "knowledge": {"drift", "synthetic", "losses", "parameters"},
+    "hub": {"facts", "knowledge", "losses", "parameters"},
+    "trainers": {"scoring", "facts", "synthetic", "drift", "knowledge"},  # a prompt-completion dataset is all they see
+    "study": {"losses", "drift", "synthetic"},
+    "mechanism": {"comparison", "losses"},
 }
-TRL_USERS = {"trainers", "command_line", "mechanism_study", "rival_methods", "method_comparison"}
 
 
-def files_of(module: str) -> list[Path]:
-    folder = PACKAGE / module
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{module}.py"]
+def files_of(package: str) -> list[Path]:
+    folder = PACKAGE / package
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{package}.py"]
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
-    """The names of the package's modules that a file imports, and the other imports in full."""
+    """The packages (and modules beside them) of this one that a file imports, and the other imports in full."""
     own, others = set(), set()
     parts = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -100,44 +76,48 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
     return own, others
 
 
-MODULES = {module: layer for layer, (modules, _) in enumerate(LAYERS) for module in modules}
+POSITIONS = {package: position for position, (package, _) in enumerate(LAYERS)}
 
 
-def graph() -> dict[str, set[str]]:
-    return {module: set().union(*(imports_of(file)[0] for file in files_of(module))) - {module} for module in MODULES}
+def imported_by(package: str) -> set[str]:
+    return set().union(*(imports_of(file)[0] for file in files_of(package))) - {package}
 
 
-def test_every_module_has_a_layer():
+def test_every_package_has_a_layer():
     found = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert found - {"__init__"} == set(MODULES)
+    assert found - {"__init__"} == set(POSITIONS)
 
 
 def test_the_table_of_agents_md_names_these_layers():
     text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    named = [{name.rstrip("/") for name in re.findall(r"`([^`]+)`", row)} for row in rows]
-    assert named == [*(modules for modules, _ in LAYERS), {"scripts"}]
+    rows = [line.split("|")[1].strip(" `/") for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [*POSITIONS, "scripts"]
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_imports_from_its_own_layer_and_those_above(module):
-    imported = graph()[module]
-    assert imported <= set(MODULES), "a module imports the package itself"
-    below = {name for name in imported if MODULES[name] > MODULES[module]}
-    assert not below and not imported & FORBIDDEN.get(module, set())
+@pytest.mark.parametrize("package", POSITIONS)
+def test_a_package_imports_from_those_above(package):
+    imported = imported_by(package)
+    assert imported <= set(POSITIONS), "a module imports the package itself"
+    below = {name for name in imported if POSITIONS[name] > POSITIONS[package]}
+    assert not below and not imported & FORBIDDEN.get(package, set())
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_does_not_import_what_its_layer_must_not_know(module):
-    roots = {name.split(".")[0] for file in files_of(module) for name in imports_of(file)[1]}
-    forbidden = LAYERS[MODULES[module]][1]
+@pytest.mark.parametrize("package", POSITIONS)
+def test_a_package_does_not_import_what_it_must_not_know(package):
+    roots = {name.split(".")[0] for file in files_of(package) for name in imports_of(file)[1]}
+    forbidden = LAYERS[POSITIONS[package]][1]
     others = roots - set(sys.stdlib_module_names)
-    assert not (others if forbidden is None else others & forbidden)
-    assert "trl" not in others or module in TRL_USERS
+    assert not (others - {"numpy"} if forbidden is None else others & forbidden)
 
 
-def test_there_are_no_cycles():
-    TopologicalSorter(graph()).prepare()
+@pytest.mark.parametrize("package", POSITIONS)
+def test_the_modules_of_a_package_import_each_other_without_cycles(package):
+    graph = {}
+    for file in files_of(package):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1)
+        graph[file.stem] = {node.module.split(".")[0] for node in nodes if node.module} - {file.stem}
+    TopologicalSorter(graph).prepare()
 
 
 def test_private_pieces_of_trl_are_touched_in_one_file_only():
@@ -171,7 +151,7 @@ def test_nothing_imports_the_scripts():
                 assert not {name.split(".")[0] for name in names} & scripts, path
 
 
-@pytest.mark.parametrize("module", ["trl_selfdistill", "trl_selfdistill.exact_match", "trl_selfdistill.prompts"])
+@pytest.mark.parametrize("module", ["trl_selfdistill", "trl_selfdistill.scoring.exact_match", ANSWER_PROMPTS])
 def test_importing_does_not_import_torch(module):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

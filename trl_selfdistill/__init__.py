@@ -10,10 +10,10 @@ from importlib.metadata import version
 
 _EXPORTS = {
     "CEKLOutput": "losses",
-    "DriftProbeCallback": "drift_probe",
+    "DriftProbeCallback": "drift.probe",
     "FrozenGroupsSFTConfig": "trainers",
     "FrozenGroupsSFTTrainer": "trainers",
-    "HallucinationEvalCallback": "hallucination_callback",
+    "HallucinationEvalCallback": "knowledge.hallucination_callback",
     "LMHead": "losses",
     "SelfDistillSFTConfig": "trainers",
     "SelfDistillSFTTrainer": "trainers",

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .answer_outcome import AnswerJudge
-from .bootstrap import mcnemar_exact, mean_interval
-from .scoring_inputs import check_categories, check_count, check_references, check_texts
+from .scoring.answer_outcome import AnswerJudge
+from .scoring.bootstrap import mcnemar_exact, mean_interval
+from .scoring.inputs import check_categories, check_count, check_references, check_texts
 
 
 # The rate that each outcome gives
@@ -50,7 +50,7 @@ def score_hallucinations(
 ) -> dict:
     """
     Scores answers to questions of fact. Each is correct, abstained or hallucinated
-    ([`~trl_selfdistill.answer_outcome.AnswerJudge`]).
+    ([`~trl_selfdistill.scoring.answer_outcome.AnswerJudge`]).
 
     Args:
         predictions (`Iterable[str]`):
@@ -66,7 +66,7 @@ def score_hallucinations(
         questions (`Iterable[str]`, *optional*):
             The questions; they are shown with `detailed`.
         match, fold_width, strip_accents, exact_numbers, abstention_patterns:
-            See [`~trl_selfdistill.answer_outcome.AnswerJudge`].
+            See [`~trl_selfdistill.scoring.answer_outcome.AnswerJudge`].
         resamples (`int`, *optional*, defaults to `10_000`):
             Bootstrap resamples; 0 for no intervals.
         seed (`int`, *optional*, defaults to `0`):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from trl_selfdistill.parameter_groups import GROUPS, freeze_groups
-from trl_selfdistill.parameter_hashes import digest_groups, hash_parameters
+from trl_selfdistill.parameters.groups import GROUPS, freeze_groups
+from trl_selfdistill.parameters.hashes import digest_groups, hash_parameters
 from trl_selfdistill.trainers.frozen_groups_sft_config import FrozenGroupsSFTConfig
 from trl_selfdistill.trainers.frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 

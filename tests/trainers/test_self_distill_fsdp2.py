@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from two_processes import run_in_two_processes
 
-from trl_selfdistill.parameter_groups import freeze_groups
+from trl_selfdistill.parameters.groups import freeze_groups
 from trl_selfdistill.trainers.sft_internals import DistillationTargets, add_distillation_forward
 from trl_selfdistill.trainers.teacher import ModelTeacher
 

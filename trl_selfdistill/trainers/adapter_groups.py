@@ -8,8 +8,8 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_peft_available
 
-from ..model_structure import named_tensors
-from ..parameter_groups import GroupSpec
+from ..parameters.groups import GroupSpec
+from ..parameters.structure import named_tensors
 
 
 if is_peft_available():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..parameter_groups import parse_group_specs
+from ..parameters.groups import parse_group_specs
 
 
 @dataclass

@@ -10,12 +10,12 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
-from ..parameter_groups import GroupSpec, freeze_groups, parse_group_specs
-from ..parameter_hashes import digest_groups, hash_parameters, verify_frozen
+from ..parameters.groups import GroupSpec, freeze_groups, parse_group_specs
+from ..parameters.hashes import digest_groups, hash_parameters, verify_frozen
+from ..parameters.quantised import keep_trainable
 from .adapter_groups import refuse_adapters_elsewhere, restrict_peft_config, skeleton
 from .checkpoints import CheckpointMixin
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig
-from .quantised import keep_trainable
 from .sft_internals import config_from
 from .trainer_card import ModelCardMixin
 
@@ -44,7 +44,7 @@ class FrozenGroupsSFTTrainer(CheckpointMixin, ModelCardMixin, SFTTrainer):
 
     Raises:
         ValueError: If the groups cannot be frozen in this model (see
-        [`~trl_selfdistill.parameter_groups.freeze_groups`]),
+        [`~trl_selfdistill.parameters.groups.freeze_groups`]),
             if adapters would train frozen groups, or if an optimizer holds frozen parameters.
 
     Example:

@@ -5,7 +5,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from ..generation import evaluation_mode
+from ..answers.generation import evaluation_mode
 from ..losses import ModelSide
 from .model_identity import hash_model
 from .sft_internals import DistillationTargets, base_causal_lm, lm_head_of

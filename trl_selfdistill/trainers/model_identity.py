@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers.utils import is_peft_available
 
-from ..parameter_hashes import hash_tensor
+from ..parameters.hashes import hash_tensor
 from .sft_internals import base_causal_lm
 from .zero3 import gathered
 

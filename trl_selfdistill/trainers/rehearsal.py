@@ -14,10 +14,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..dataset_files import load_splits
-from ..generation import evaluation_mode, generate_tokens, generation_config
+from ..answers.generation import evaluation_mode, generate_tokens, generation_config
+from ..answers.process_sharding import map_in_parallel, on_main_process
 from ..losses import IGNORE_INDEX
-from ..process_sharding import map_in_parallel, on_main_process
+from .dataset_files import load_splits
 from .model_identity import hash_model
 from .sft_internals import tokenizer_of
 from .teacher import refuse_empty_ranks

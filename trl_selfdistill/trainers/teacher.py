@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel
 
-from ..generation import evaluation_mode
+from ..answers.generation import evaluation_mode
 from ..losses import LMHead, ModelSide
 from .model_identity import hash_model
 from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of, prepare_deepspeed, prepare_fsdp

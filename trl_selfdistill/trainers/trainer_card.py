@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import Trainer
 
-from ..environment import describe_environment
-from ..hub_metadata import base_model_of, hub_id
-from ..model_card import read_record, update_model_card
+from ..hub.environment import describe_environment
+from ..hub.metadata import base_model_of, hub_id
+from ..hub.model_card import read_record, update_model_card
 from .paper import PAPER
 from .sft_internals import base_causal_lm, get_config_model_id
 

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of parameters on tiny random models of the architectures that transformers ships."""
+
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import build_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trl_selfdistill.parameters.groups import (
+    GROUPS,
+    freeze_groups,
+    group_of_parameters,
+    parameter_table,
+)
+from trl_selfdistill.parameters.hashes import digest_groups, hash_parameters, verify_frozen
+
+
+class Expected(NamedTuple):
+    """The modules (or raw parameters) that an architecture has in each group."""
+
+    attention: str
+    mlp: str
+    embeddings: str = "embed_tokens"
+    norm_in_attention: bool = False
+    config: dict = {}
+
+
+QKVO, GATED = "q_proj k_proj v_proj o_proj", "gate_proj up_proj down_proj"
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+TIED = {"tie_word_embeddings": True}
+HEAD_DIM = {"head_dim": 8}
+DEEPSEEK = {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+DEEPSEEK |= {"qk_nope_head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+DELTANET = {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 8}
+DELTANET |= {f"linear_{what}_head_dim": 4 for what in ("key", "value")}
+DELTANET |= {f"linear_num_{what}_heads": 2 for what in ("key", "value")}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+JAMBA |= {"mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False}
+GEMMA4 = {"global_head_dim": 8, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 64}
+MAMBA = "A_log D conv1d in_proj x_proj dt_proj out_proj"
+
+ARCHITECTURES = {
+    "llama": Expected(QKVO, GATED),
+    "mistral": Expected(QKVO, GATED),
+    "qwen2": Expected(QKVO, GATED),
+    "qwen3": Expected(QKVO, GATED, norm_in_attention=True, config=HEAD_DIM),
+    "qwen3_moe": Expected(QKVO, "gate gate_up_proj down_proj", norm_in_attention=True, config=HEAD_DIM | MOE),
+    "mixtral": Expected(QKVO, "gate gate_up_proj down_proj", config=MOE),
+    "gemma2": Expected(QKVO, GATED, config=HEAD_DIM | TIED),
+    "gemma3_text": Expected(QKVO, GATED, norm_in_attention=True, config=HEAD_DIM | TIED),
+    "gemma4_text": Expected(
+        QKVO,
+        GATED + " per_layer_input_gate per_layer_projection",
+        "embed_tokens embed_tokens_per_layer per_layer_model_projection",
+        norm_in_attention=True,
+        config=GEMMA4 | HEAD_DIM | TIED,
+    ),
+    "phi": Expected("q_proj k_proj v_proj dense", "fc1 fc2"),
+    "phi3": Expected("qkv_proj o_proj", "gate_up_proj down_proj"),
+    "gpt2": Expected("c_attn c_proj", "c_fc c_proj", "wte wpe", config=TIED),
+    "gpt_neox": Expected("query_key_value dense", "dense_h_to_4h dense_4h_to_h", "embed_in"),
+    "opt": Expected(
+        "q_proj k_proj v_proj out_proj",
+        "fc1 fc2",
+        "embed_tokens embed_positions project_in project_out",
+        config=TIED | {"ffn_dim": 32, "word_embed_proj_dim": 8},
+    ),
+    "falcon": Expected("query_key_value dense", "dense_h_to_4h dense_4h_to_h", "word_embeddings", config=TIED),
+    "bloom": Expected("query_key_value dense", "dense_h_to_4h dense_4h_to_h", "word_embeddings", config=TIED),
+    "mpt": Expected("Wqkv out_proj", "up_proj down_proj", "wte", config=TIED | {"d_model": 16, "n_heads": 2}),
+    "olmo2": Expected(QKVO, GATED, norm_in_attention=True),
+    "granite": Expected(QKVO, GATED),
+    "cohere": Expected(QKVO, GATED, norm_in_attention=True, config=TIED | {"use_qk_norm": True}),
+    "stablelm": Expected(QKVO, GATED),
+    "deepseek_v3": Expected(
+        "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj",
+        GATED + " gate gate_up_proj",
+        norm_in_attention=True,
+        config=DEEPSEEK | MOE,
+    ),
+    "gpt_oss": Expected(
+        QKVO + " sinks",
+        "router gate_up_proj gate_up_proj_bias down_proj down_proj_bias",
+        config=HEAD_DIM | MOE,
+    ),
+    "qwen3_next": Expected(
+        QKVO + " dt_bias A_log conv1d in_proj_qkvz in_proj_ba out_proj",
+        GATED + " gate gate_up_proj shared_expert_gate",
+        norm_in_attention=True,
+        config=DELTANET | HEAD_DIM | MOE,
+    ),
+    "jamba": Expected(QKVO, f"{MAMBA} {GATED} router gate_up_proj", config=JAMBA | MOE),
+    "mamba": Expected("", MAMBA, "embeddings", config=TIED | {"state_size": 4, "time_step_rank": 2}),
+}
+
+
+def tiny(architecture: str, **config) -> torch.nn.Module:
+    """A random model of two layers, hidden size 16."""
+    settings = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    settings |= dict(num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    settings |= dict(tie_word_embeddings=False)
+    torch.manual_seed(0)
+    expected = ARCHITECTURES[architecture].config
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**settings, **expected, **config}))
+
+
+def modules_of(groups: dict[str, str], group: str) -> set[str]:
+    """The last module of each parameter in `group`, or the parameter itself where it is a raw one."""
+    names = [re.sub(r"\.(weight|bias)$", "", name) for name in groups if groups[name] == group]
+    return {name.rpartition(".")[2] for name in names}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_parameter_is_in_its_group(architecture):
+    expected, model = ARCHITECTURES[architecture], tiny(architecture)
+    groups = group_of_parameters(model)
+    assert list(groups) == [name for name, _ in model.named_parameters()]
+    assert modules_of(groups, "attention") == set(expected.attention.split())
+    assert modules_of(groups, "mlp") == set(expected.mlp.split())
+    assert modules_of(groups, "embeddings") == set(expected.embeddings.split())
+    assert modules_of(groups, "lm_head") == (set() if expected.config.get("tie_word_embeddings") else {"lm_head"})
+    norms = {name for name, group in groups.items() if group == "norm"}
+    assert norms == {name for name in groups if re.search(r"norm|\bln_", name)}
+    assert any("attn." in name for name in norms) == expected.norm_in_attention
+    table = {row.group: row for row in parameter_table(model)}
+    assert tuple(table) == GROUPS
+    assert sum(row.parameters for row in table.values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mamba"])
+def test_a_step_on_the_attention_moves_nothing_else(architecture):
+    model = tiny(architecture).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    groups = group_of_parameters(model)
+    freeze_groups(model, trainable_groups=["attention"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)  # also holds what is frozen
+    input_ids = torch.arange(1, 25).view(2, 12)
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == (groups[name] == "attention"), name
+        assert (parameter.grad is not None) == moved, name
+
+
+def test_structures_of_other_architectures():
+    """On the meta device, as configured by default: models whose structure is unlike the above have groups as well."""
+    others = "bart bert codegen cohere2 falcon_h1 gemma3n_text gptj hrm_text jetmoe kimi_linear lfm2 longcat_flash "
+    others += "minimax nemotron_h olmoe persimmon prophetnet recurrent_gemma rembert rwkv xlm xlnet zamba2 zaya"
+    for architecture in others.split():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture))
+        groups = group_of_parameters(model)
+        assert list(groups) == [name for name, _ in model.named_parameters()], architecture
+        assert set(groups.values()) >= {"embeddings", "attention", "mlp"}, architecture
+        freeze_groups(model, frozen_groups=["embeddings", "mlp", "lm_head"])
+        trainable = {groups[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable <= {"attention", "norm"}, architecture
+
+
+@pytest.mark.parametrize(
+    "entry, selected",
+    [
+        ("mlp", r"mlp"),
+        ("mlp:1", r"layers\.1\.mlp"),
+        ("mlp:0-1", r"layers\.[01]\.mlp"),
+        ("norm:0", r"layers\.0\..*norm"),
+        ("attention:2", r"layers\.2\.self_attn"),
+        ("lm_head", r"lm_head"),
+        ("re:q_proj|k_proj", r"[qk]_proj"),
+        (r"re:^model\.layers\.2\.", r"layers\.2"),
+    ],
+)
+def test_entries_select_groups_layers_and_patterns(tokenizer, entry, selected):
+    frozen, trainable = build_model(tokenizer, num_hidden_layers=3), build_model(tokenizer, num_hidden_layers=3)
+    freeze_groups(frozen, frozen_groups=[entry])
+    freeze_groups(trainable, trainable_groups=[entry])
+    matched = {name: re.search(selected, name) is not None for name, _ in frozen.named_parameters()}
+    assert {name: not parameter.requires_grad for name, parameter in frozen.named_parameters()} == matched
+    assert {name: parameter.requires_grad for name, parameter in trainable.named_parameters()} == matched
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(frozen_groups=["mlp"], trainable_groups=["attention"]), "both set"),
+        (dict(frozen_groups=["mpl"]), "'mpl' is not a group.*embeddings, attention, mlp, norm, lm_head"),
+        (dict(frozen_groups=["mlp:0-"]), "'mlp:0-' is not a group"),
+        (dict(frozen_groups=["mlp:3-1"]), "empty range"),
+        (dict(frozen_groups=["mlp:0-2"]), "'mlp:0-2'.*has 2 layers"),
+        (dict(frozen_groups=["mlp", "attention:7"]), "'attention:7'.*has 2 layers"),
+        (dict(frozen_groups=["embeddings:0"]), "outside of the layers"),
+        (dict(frozen_groups=["mlp", "re:Wqkv"]), "'re:Wqkv', but it matches no parameter"),
+        (dict(frozen_groups=["re:("]), "not a regular expression"),
+        (dict(frozen_groups=[*GROUPS]), "leaves nothing to train"),
+        (dict(frozen_groups=["re:."]), "leaves nothing to train"),
+        (dict(trainable_groups=[]), "leaves nothing to train"),
+    ],
+)
+def test_errors_change_no_parameter(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        freeze_groups(model, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_nothing_asked_freezes_nothing(model):
+    for options in ({}, dict(frozen_groups=[]), dict(frozen_groups=None, trainable_groups=None)):
+        assert freeze_groups(model, **options) == parameter_table(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_was_frozen_stays_frozen(model):
+    model.model.layers[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze_groups(model, trainable_groups=["attention:0"])
+    freeze_groups(model, trainable_groups=["attention"])
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(frozen_groups=["embeddings"]),
+        dict(frozen_groups=["lm_head"]),
+        dict(frozen_groups=["mlp", "re:embed_tokens"]),
+        dict(trainable_groups=["lm_head"]),
+        dict(trainable_groups=["attention", "embeddings"]),
+    ],
+)
+def test_half_of_tied_embeddings_is_refused(tokenizer, options):
+    model = build_model(tokenizer, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="'embeddings' and 'lm_head', or none"):
+        freeze_groups(model, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(frozen_groups=["embeddings", "lm_head"]),
+        dict(frozen_groups=["re:embed_tokens|lm_head"]),
+        dict(frozen_groups=["embeddings", "re:lm_head"]),
+    ],
+)
+def test_tied_embeddings_are_frozen_together(tokenizer, options):
+    model = build_model(tokenizer, tie_word_embeddings=True)
+    freeze_groups(model, **options)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
+
+
+def test_blocks_that_share_weights_are_tied_as_well(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(ValueError, match="half of a tied tensor"):
+        freeze_groups(model, frozen_groups=["mlp:0"])
+    freeze_groups(model, frozen_groups=["mlp"])
+
+
+@pytest.mark.parametrize("option", ["frozen_groups", "trainable_groups"])
+def test_a_model_without_attention_says_so(option):
+    model = tiny("mamba")
+    with pytest.raises(ValueError, match="MambaForCausalLM has no attention modules.*counted in 'mlp'"):
+        freeze_groups(model, **{option: ["attention"]})
+    freeze_groups(model, trainable_groups=["mlp"])
+
+
+def test_a_vision_tower_is_no_group_but_can_be_selected(model):
+    model.model.language_model = model.model.__class__(model.config)  # `get_decoder` finds it, as in LLaVA
+    model.get_decoder = lambda: model.model.language_model
+    model.set_input_embeddings(model.model.language_model.embed_tokens)
+    with pytest.raises(ValueError, match="belong to none of"):
+        group_of_parameters(model)
+    with pytest.raises(ValueError, match="belong to none of") as refused:
+        freeze_groups(model, frozen_groups=["mlp"])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    advice = re.search("as '(re:.*?)',", str(refused.value))[1]
+    assert advice == "re:^(model.layers|model.norm)"
+    with pytest.raises(ValueError, match=r"as 're:\^model.norm',"):
+        freeze_groups(model, frozen_groups=["mlp", r"re:^model\.layers\b"])
+    table = freeze_groups(model, frozen_groups=["mlp", advice])
+    assert [row.group for row in table] == [*GROUPS, "unassigned"]
+    freeze_groups(model, trainable_groups=["re:language_model.*self_attn"])
+
+
+def test_table_counts_and_renders(model):
+    table = freeze_groups(model, frozen_groups=["mlp", "lm_head"])
+    rows = {row.group: row for row in table}
+    assert rows["mlp"] == ("mlp", 6, 2 * 3 * 16 * 32, 0)
+    assert rows["attention"].trainable_parameters == rows["attention"].parameters == 2 * (2 * 16 * 16 + 2 * 16 * 8)
+    lines = str(table).splitlines()
+    assert [line.split()[0] for line in lines] == ["group", *GROUPS, "total"]
+    assert len({len(line) for line in lines}) == 1
+    assert lines[-1].split()[2].replace(",", "") == str(sum(parameter.numel() for parameter in model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hashes_see_every_bit_of_what_is_frozen(model, dtype):
+    model.to(dtype)
+    freeze_groups(model, frozen_groups=["mlp", "norm"])
+    hashes = hash_parameters(model)
+    assert set(hashes) == {"mlp", "norm"} and len(hashes["mlp"]) == 6
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)  # trainable
+    verify_frozen(model, hashes)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    bits = weight.data.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
+    bits[0, 0] ^= 1
+    with pytest.raises(ValueError, match=r"1 of 6 frozen parameters in 'mlp' changed: \['model.layers.1.mlp.up_proj"):
+        verify_frozen(model, hashes)
+    changed = digest_groups(hash_parameters(model))
+    assert changed["norm"] == digest_groups(hashes)["norm"] and changed["mlp"] != digest_groups(hashes)["mlp"]
+    bits[0, 0] ^= 1
+    verify_frozen(model, hashes)
+
+
+def test_hashes_tell_dtypes_and_shapes_apart(model):
+    freeze_groups(model, frozen_groups=["mlp"])
+    hashes = hash_parameters(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.reshape(16, 32)
+    with pytest.raises(ValueError, match="up_proj"):
+        verify_frozen(model, hashes)
+    weight.data = weight.data.reshape(32, 16).view(torch.int32).view(torch.float32)
+    verify_frozen(model, hashes)
+    weight.data = weight.data.double()
+    with pytest.raises(ValueError, match="up_proj"):
+        verify_frozen(model, hashes)

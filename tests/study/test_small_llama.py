@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small Llama learns its facts, alike for the same seed, or is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from trl_selfdistill.facts.geonames import geonames_facts, known_place_names
+from trl_selfdistill.knowledge.fact_accuracy import answered_correctly
+from trl_selfdistill.knowledge.slick import annotate_facts
+from trl_selfdistill.study.models import load_model_and_tokenizer
+from trl_selfdistill.study.small_llama import SmallLlamaSettings, pretrain_small_llama
+
+
+SETTINGS = SmallLlamaSettings(
+    hidden_size=64,
+    num_layers=2,
+    vocab_size=2500,
+    pretraining_learning_rate=3e-3,
+    pretraining_batch_size=4,
+    max_pretraining_epochs=80,
+    target_accuracy=0.95,
+)
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return geonames_facts(["P17"], max_facts_per_relation=40)
+
+
+@pytest.fixture(scope="module")
+def learnt(facts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "model"
+    return folder, pretrain_small_llama(facts, folder, SETTINGS, known_place_names())
+
+
+def test_the_saved_model_answers_as_many_facts_as_it_says(facts, learnt):
+    folder, accuracy = learnt
+    outcomes = answered_correctly(*load_model_and_tokenizer(folder), facts).values()
+    assert accuracy == sum(outcomes) / len(outcomes) >= SETTINGS.target_accuracy
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_few_shot_prompts_find_the_facts_known(facts, learnt):
+    annotated = annotate_facts(facts, *load_model_and_tokenizer(learnt[0]), "quick", progress=False)
+    assert annotated["slick_category"][:].count("HighlyKnown") / len(annotated) >= 0.8
+
+
+def test_the_tokenizer_splits_names_and_round_trips(facts, learnt):
+    _, tokenizer = load_model_and_tokenizer(learnt[0])
+    pieces = [tokenizer.tokenize(f" {name}") for name in facts["subject"]]
+    assert 1.5 < np.mean([len(piece) for piece in pieces]) < 4
+    assert all(piece[0].startswith("Ġ") for piece in pieces)
+    for text in ("Q: Which country is São Paulo located in?\nA: Brazil", "東京 🙂"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(facts, tmp_path):
+    weights = []
+    for i, seed in enumerate((1, 1, 2)):
+        settings = SmallLlamaSettings(32, 1, 600, max_pretraining_epochs=2, target_accuracy=0.0, pretraining_seed=seed)
+        pretrain_small_llama(facts, tmp_path / str(i), settings)
+        weights.append(load_model_and_tokenizer(tmp_path / str(i))[0].state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_a_model_that_knows_too_little_is_refused_and_not_written(facts, tmp_path):
+    settings = SmallLlamaSettings(32, 1, 600, max_pretraining_epochs=1, target_accuracy=0.9)
+    message = r"`max_pretraining_epochs=1`: the small Llama answers [\d.]+% of 40 facts, `target_accuracy` is 90.0%"
+    with pytest.raises(ValueError, match=message):
+        pretrain_small_llama(facts, tmp_path / "model", settings)
+    assert not (tmp_path / "model").exists()
