@@ -280,6 +280,8 @@ def test_drift_is_measured_where_it_is_compared(finished):
         lines = read_experiment(output / "runs" / name).drift
         assert [line["step"] for line in lines] == [0, 5, 10, 15, 20]
         assert lines[0]["drift_kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["drift_kl"] > 1e-3
+        layers = {part for name in lines[0] for part in name.split("/") if part.startswith("layer_")}
+        assert layers == {"layer_2"}  # `probe_layers` of the preset
 
 
 def test_the_small_llama_knows_its_facts_and_splits_names(finished):

@@ -81,6 +81,9 @@ class MechanismArguments:
         default_factory=lambda: [0], metadata={"help": "Seeds of the synthetic facts and of the training's order."}
     )
     probe_steps: int = field(default=20, metadata={"help": "Optimizer steps between two measurements of the drift."})
+    probe_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers that the drift is measured at. By default the middle and the last."}
+    )
     max_probed_facts: int = field(default=100, metadata={"help": "Held-out facts that the drift is measured on."})
     max_asked_new_facts: int = field(
         default=500, metadata={"help": "Synthetic facts that the model is asked, at most."}
