@@ -20,7 +20,6 @@ import json
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTConfig
 from trl_selfdistill.comparison.pareto import as_json, find_tradeoffs
@@ -28,11 +27,10 @@ from trl_selfdistill.comparison.report import plot_tradeoffs, render_comparison
 from trl_selfdistill.comparison.rival_methods import ComparisonArguments
 from trl_selfdistill.comparison.study import ComparisonInputs, compare_methods
 from trl_selfdistill.knowledge.training_mix import MixSettings
-from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments
+from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
 from trl_selfdistill.study.command_line import run_script
 from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
-from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, start_model_stage, train_stage
-from trl_selfdistill.study.training_stage import copy_config
+from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -46,6 +44,7 @@ def main(
     slick_args: SlickArguments,
     mix_settings: MixSettings,
     small_llama: SmallLlamaSettings,
+    stage1_args: Stage1Arguments,
     config: SelfDistillSFTConfig,
 ) -> None:
     """Runs the stages in their order and writes the report."""
@@ -54,14 +53,7 @@ def main(
     model, label = start_model_stage(facts_args, kind, small_llama, facts, output / "model")
     annotated = annotate_stage(model, facts, slick_args, output / "annotated", config.bf16, config.seed)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
-    changes = {
-        "num_train_epochs": args.stage1_num_train_epochs,
-        "learning_rate": args.stage1_learning_rate,
-        "per_device_train_batch_size": args.stage1_batch_size,
-    }
-    stage1 = train_stage(
-        SFTTrainer, copy_config(SFTConfig, config, **changes), model, mix, ("known",), output / "stage1"
-    )
+    stage1 = stage1_stage(stage1_args, config, model, mix, output / "stage1")
     outcomes = compare_methods(args, ComparisonInputs(str(stage1), mix, annotated, config), output / "runs")
 
     if PartialState().is_main_process:
@@ -77,4 +69,4 @@ def main(
 
 if __name__ == "__main__":
     types = (ComparisonArguments, ModelAndFactsArguments, ModelKindArguments, SlickArguments, MixSettings)
-    run_script(main, (*types, SmallLlamaSettings, SelfDistillSFTConfig), __doc__, PRESETS)
+    run_script(main, (*types, SmallLlamaSettings, Stage1Arguments, SelfDistillSFTConfig), __doc__, PRESETS)

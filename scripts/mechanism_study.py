@@ -21,7 +21,6 @@ import json
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTConfig
 from trl_selfdistill.knowledge.training_mix import MixSettings
@@ -29,11 +28,10 @@ from trl_selfdistill.mechanism.conditions import MechanismArguments
 from trl_selfdistill.mechanism.plots import plot_mechanism
 from trl_selfdistill.mechanism.report import render_mechanism_report, summarise
 from trl_selfdistill.mechanism.study import MechanismInputs, run_mechanism_study
-from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments
+from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
 from trl_selfdistill.study.command_line import run_script
 from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
-from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, start_model_stage, train_stage
-from trl_selfdistill.study.training_stage import copy_config
+from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -47,6 +45,7 @@ def main(
     slick_args: SlickArguments,
     mix_settings: MixSettings,
     small_llama: SmallLlamaSettings,
+    stage1_args: Stage1Arguments,
     config: SelfDistillSFTConfig,
 ) -> None:
     """Runs the stages in their order and writes the report."""
@@ -59,13 +58,7 @@ def main(
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
 
     # 2. Format learning on Known facts: the start of every run
-    changes = {
-        "num_train_epochs": study.stage1_num_train_epochs,
-        "learning_rate": study.stage1_learning_rate,
-        "per_device_train_batch_size": study.stage1_batch_size,
-    }
-    stage1_config = copy_config(SFTConfig, config, **changes)
-    stage1 = train_stage(SFTTrainer, stage1_config, model, mix, ("known",), output / "stage1")
+    stage1 = stage1_stage(stage1_args, config, model, mix, output / "stage1")
 
     # 3. The runs
     inputs = MechanismInputs(str(stage1), annotated, mix, config)
@@ -84,4 +77,4 @@ def main(
 
 if __name__ == "__main__":
     types = (MechanismArguments, ModelAndFactsArguments, ModelKindArguments, SlickArguments, MixSettings)
-    run_script(main, (*types, SmallLlamaSettings, SelfDistillSFTConfig), __doc__, PRESETS)
+    run_script(main, (*types, SmallLlamaSettings, Stage1Arguments, SelfDistillSFTConfig), __doc__, PRESETS)

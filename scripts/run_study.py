@@ -25,10 +25,24 @@ from trl_selfdistill import (
     SelfDistillSFTTrainer,
 )
 from trl_selfdistill.knowledge.training_mix import MixSettings
-from trl_selfdistill.study.arguments import AdapterArguments, ModelAndFactsArguments, SlickArguments, StudyArguments
+from trl_selfdistill.study.arguments import (
+    AdapterArguments,
+    ModelAndFactsArguments,
+    SlickArguments,
+    Stage1Arguments,
+    StudyArguments,
+)
 from trl_selfdistill.study.command_line import run_script
 from trl_selfdistill.study.publishing import publish_command
-from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, model_stage, report_stage, train_stage
+from trl_selfdistill.study.stages import (
+    annotate_stage,
+    facts_stage,
+    mix_stage,
+    model_stage,
+    report_stage,
+    stage1_stage,
+    train_stage,
+)
 from trl_selfdistill.study.training_stage import copy_config
 
 
@@ -37,6 +51,7 @@ def main(
     facts_args: ModelAndFactsArguments,
     slick_args: SlickArguments,
     mix_settings: MixSettings,
+    stage1_args: Stage1Arguments,
     adapter: AdapterArguments,
     config: SelfDistillSFTConfig,
 ) -> None:
@@ -54,14 +69,7 @@ def main(
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
 
     # 3. Stage 1, format learning: the start of every arm, and the teacher
-    stage1_config = copy_config(
-        SFTConfig,
-        config,
-        num_train_epochs=study.stage1_num_train_epochs,
-        learning_rate=study.stage1_learning_rate,
-        per_device_train_batch_size=study.stage1_batch_size,
-    )
-    stage1 = train_stage(SFTTrainer, stage1_config, model, mix, ("known",), output / "stage1", adapter=adapter)
+    stage1 = stage1_stage(stage1_args, config, model, mix, output / "stage1", adapter)
 
     # 4. Stage 2: the arms, on the same data with the same seed and steps. Groups are frozen in the arm `frozen` alone
     selfdistill_config = copy_config(SelfDistillSFTConfig, config, frozen_groups=None, trainable_groups=None)
@@ -87,8 +95,5 @@ def main(
 
 
 if __name__ == "__main__":
-    run_script(
-        main,
-        (StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, AdapterArguments, SelfDistillSFTConfig),
-        __doc__,
-    )
+    types = (StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, Stage1Arguments, AdapterArguments)
+    run_script(main, (*types, SelfDistillSFTConfig), __doc__)

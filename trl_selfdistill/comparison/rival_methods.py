@@ -81,11 +81,6 @@ class ComparisonArguments:
         },
     )
     stm_max_perplexity: float = field(default=2.5, metadata={"help": "STM: largest perplexity of a trained token."})
-    stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
-    stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})
-    stage1_batch_size: int = field(
-        default=8, metadata={"help": "Facts in one optimizer step of format learning, on each device."}
-    )
 
     def __post_init__(self):
         unknown = set(self.methods) - set(_METHODS)

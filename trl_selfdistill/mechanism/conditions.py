@@ -92,11 +92,6 @@ class MechanismArguments:
         default=False,
         metadata={"help": "Whether all facts are asked after each epoch, not only before and after the run."},
     )
-    stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
-    stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})
-    stage1_batch_size: int = field(
-        default=8, metadata={"help": "Facts in one optimizer step of format learning, on each device."}
-    )
 
     def __post_init__(self):
         for overlap in self.overlaps:

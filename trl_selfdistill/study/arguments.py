@@ -89,16 +89,24 @@ class StudyArguments:
             "help": "Ways to train stage 2, among sft, selfdistill, frozen. `sft` is the baseline of the report."
         },
     )
-    stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
-    stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})
-    stage1_batch_size: int = field(
-        default=8, metadata={"help": "Facts in one optimizer step of format learning, on each device."}
-    )
 
     def __post_init__(self):
         unknown = set(self.arms) - {"sft", "selfdistill", "frozen"}
         if unknown or not self.arms:
             raise ValueError(f"`arms` may hold sft, selfdistill and frozen, got {self.arms}.")
+
+
+@dataclass
+class Stage1Arguments:
+    """Format learning: one epoch on Known facts before every run. The rest is as in the run's own training."""
+
+    _argument_group_name = "stage 1"
+
+    stage1_num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of format learning on Known facts."})
+    stage1_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of format learning."})
+    stage1_batch_size: int = field(
+        default=8, metadata={"help": "Facts in one optimizer step of format learning, on each device."}
+    )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
 from ..facts.files import write_rows
 from ..facts.geonames import geonames_facts, known_place_names
@@ -22,13 +23,19 @@ from ..facts.table import load_facts, save_facts
 from ..knowledge.fact_accuracy import accuracy_by_group, predict_facts
 from ..knowledge.slick import annotate_facts
 from ..knowledge.training_mix import MixSettings, build_training_mix
-from .arguments import EvaluationArguments, ModelAndFactsArguments, SlickArguments
+from .arguments import (
+    AdapterArguments,
+    EvaluationArguments,
+    ModelAndFactsArguments,
+    SlickArguments,
+    Stage1Arguments,
+)
 from .card import write_model_card
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer, save_embedded_model
 from .report import escape_markdown, load_arms, plot_curves, render_findings, render_table
 from .small_llama import ModelKindArguments, SmallLlamaSettings, pretrain_small_llama
 from .stage import explain_full_disk, model_identity, run_stage
-from .training_stage import train_stage
+from .training_stage import copy_config, train_stage
 
 
 __all__ = [
@@ -38,6 +45,7 @@ __all__ = [
     "mix_stage",
     "model_stage",
     "report_stage",
+    "stage1_stage",
     "start_model_stage",
     "train_stage",
 ]
@@ -161,6 +169,24 @@ def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 
             save_facts(split, partial / f"{name}.jsonl")
 
     return run_stage(folder, {"mix": asdict(settings), "seed": seed}, [annotated], work)
+
+
+def stage1_stage(
+    arguments: Stage1Arguments,
+    config: SFTConfig,
+    model: str,
+    mix: Path,
+    folder: Path,
+    adapter: AdapterArguments | None = None,
+) -> Path:
+    """Teaches `model` the format on the Known facts of `mix`: the start of every run, and the teacher."""
+    changes = {
+        "num_train_epochs": arguments.stage1_num_train_epochs,
+        "learning_rate": arguments.stage1_learning_rate,
+        "per_device_train_batch_size": arguments.stage1_batch_size,
+    }
+    stage1 = copy_config(SFTConfig, config, **changes)
+    return train_stage(SFTTrainer, stage1, model, mix, ("known",), folder, adapter=adapter)
 
 
 def evaluate_stage(arguments: EvaluationArguments) -> Path:
