@@ -227,3 +227,9 @@ def test_run_file_tells_how_the_result_was_made(tmp_path, table, work, monkeypat
     assert shlex.split(run["command"]) == ["scripts/a.py", "--facts", "my facts.csv"]
     assert run["arguments"] == {"seed": 0} and run["inputs"] == {"table.jsonl": fingerprint(table)}
     assert run["seconds"] >= 0 and run["versions"]["torch"] == torch.__version__
+
+
+def test_a_whole_number_is_the_same_from_a_flag_and_from_yaml(tmp_path, table, work):
+    for settings in ({"epochs": 20, "sizes": [1, 2]}, {"epochs": 20.0, "sizes": [1.0, 2]}, {"epochs": 20.5}):
+        run_stage(tmp_path / "out", {"config": settings}, [table], work)
+    assert work.calls == 2

@@ -61,7 +61,7 @@ def run_stage(
     folder = Path(folder)
     state = PartialState()
     inputs = {os.fspath(path): fingerprint(path) for path in inputs}
-    key = _digest(json.dumps([arguments, list(inputs.values())], sort_keys=True).encode())
+    key = _digest(json.dumps(_canonical([arguments, list(inputs.values())]), sort_keys=True).encode())
     done = _run_of(folder).get("key") == key
     if not done:
         _refuse_to_replace(folder, inputs)
@@ -157,6 +157,15 @@ def _run_of(folder: Path) -> dict[str, Any]:
     """The content of a folder's `run.json`, empty without one."""
     path = folder / RUN_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _canonical(value):
+    """The same JSON value with whole numbers as integers: a flag gives 20.0 where YAML gives 20."""
+    if isinstance(value, dict):
+        return {name: _canonical(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _digest(content: bytes) -> str:
