@@ -111,7 +111,8 @@ def _draw_tradeoff(results: MechanismResults, study: MechanismArguments, axes) -
             learnt, -loss.value, yerr=spread, color=colour, marker=marker, capsize=3, label=condition.label, **filled
         )
         if condition.overlap is not None:  # one colour and marker for all of them
-            offset = {"xytext": (6, 4), "textcoords": "offset points"}
+            # To the left: what is learnt is often at the right edge
+            offset = {"xytext": (-8, 4), "textcoords": "offset points", "ha": "right"}
             axis.annotate(f"{condition.overlap:g}", (learnt, -loss.value), fontsize="small", color=colour, **offset)
     axis.set(
         xlabel="plasticity: new facts learnt",
