@@ -31,14 +31,14 @@ def hash_tensor(parameter: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def digest(hashes: dict[str, str]) -> str:
+    """One SHA-256 over named ones, in whatever order they are."""
+    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()
+
+
 def digest_groups(hashes: dict[str, dict[str, str]]) -> dict[str, str]:
     """One SHA-256 a group, over the names and hashes of [`hash_parameters`]."""
-    return {
-        group: hashlib.sha256(
-            "".join(f"{name} {value}\n" for name, value in sorted(members.items())).encode()
-        ).hexdigest()
-        for group, members in hashes.items()
-    }
+    return {group: digest(members) for group, members in hashes.items()}
 
 
 def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -> None:

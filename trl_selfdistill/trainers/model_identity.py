@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers.utils import is_peft_available
 
-from ..parameters.hashes import hash_tensor
+from ..parameters.hashes import digest, hash_tensor
 from .sft_internals import base_causal_lm
 from .zero3 import gathered
 
@@ -69,11 +69,6 @@ def hash_settings(settings: dict) -> str:
     """SHA-256 of a config, without what does not change a model's output."""
     kept = {name: value for name, value in settings.items() if name not in _NO_MATTER}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-def digest(hashes: dict[str, str]) -> str:
-    """One SHA-256 over named ones, in whatever order they are."""
-    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()
 
 
 def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
