@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..hub.model_card import format_interval
-from .pareto import MethodOutcome, Tradeoff, accuracy_interval
+from ..study.random_effects import random_effects_interval
+from .pareto import MethodOutcome, Tradeoff
 
 
 SELF_DISTILLATION = "Self-distillation"
@@ -77,7 +78,7 @@ def _on_the_front(point: Tradeoff, outcomes: dict[str, MethodOutcome]) -> str:
 def clear_lead(better: MethodOutcome, worse: MethodOutcome) -> str:
     """On which facts the 95 % interval of the paired difference between two methods is above 0."""
     differences = {"held-out": better.old - worse.old, "new": better.new - worse.new}
-    clear = [name for name, difference in differences.items() if accuracy_interval(difference).low > 0]
+    clear = [name for name, difference in differences.items() if random_effects_interval(difference).low > 0]
     return " and ".join(clear) or "neither"
 
 
