@@ -15,6 +15,13 @@ import trl_selfdistill
 
 PACKAGE = Path(trl_selfdistill.__file__).parent
 ROOT = PACKAGE.parent
+TRL_USERS = {
+    "comparison/rival_methods.py",
+    "comparison/study.py",
+    "mechanism/study.py",
+    "study/command_line.py",
+    "study/stages.py",
+}
 ANSWER_PROMPTS = "trl_selfdistill.answers.prompts"
 HEAVY = {"torch", "transformers", "trl", "accelerate", "peft"}
 # From the top of the table down, each with what it must not import: `None` for all but the standard library and numpy.
@@ -108,6 +115,16 @@ def test_a_package_does_not_import_what_it_must_not_know(package):
     forbidden = LAYERS[POSITIONS[package]][1]
     others = roots - set(sys.stdlib_module_names)
     assert not (others - {"numpy"} if forbidden is None else others & forbidden)
+
+
+def test_few_files_beside_the_trainers_import_trl():
+    files = (path for path in PACKAGE.rglob("*.py") if path.parent.name != "trainers")
+    using = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in files
+        if any(name.split(".")[0] == "trl" for name in imports_of(path)[1])
+    }
+    assert using == TRL_USERS
 
 
 @pytest.mark.parametrize("package", POSITIONS)
