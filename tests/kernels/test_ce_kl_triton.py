@@ -28,7 +28,7 @@ constants = dict(HAS_TEACHER=True, DIVERGENCE=divergence, SQUARES=True, STUDENT_
 kernel = ce_kl_triton.ce_kl_rows
 types = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
-compiled = triton.compile(ASTSource(kernel, types, constexprs=constants), target=target,
+compiled = triton.compile(ASTSource(kernel, types, constants), target=target,
                           options=dict(num_warps=ce_kl_triton.NUM_WARPS))
 tools = Path(triton.__file__).parent / "backends/nvidia/bin"
 with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

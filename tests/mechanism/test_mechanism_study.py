@@ -172,6 +172,8 @@ def test_every_run_is_made_once():
         "UUID keys",
         "name-like keys, self-distillation",
     }
+    without = conditions_of(MechanismArguments(uuid_values=False))
+    assert {run for run in runs if run.values == "uuid"} == {*runs} - {*without}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,13 @@ class MechanismArguments:
         default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0],
         metadata={"help": "Interference: shares of the keys' tokens that come from real names, in [0, 1]."},
     )
+    uuid_values: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether name-like and UUID keys come with UUID values too. No verdict needs them, and their many "
+            "tokens make these runs the longest."
+        },
+    )
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of the synthetic facts and of the training's order."}
     )
@@ -112,13 +119,14 @@ class MechanismArguments:
 
 
 def conditions_of(study: MechanismArguments) -> list[Condition]:
-    """All runs that the three experiments need, none twice; the first is that on Known facts alone."""
+    """All runs of the study, none twice; the first is that on Known facts alone."""
     middle = study.num_facts_of_overlap
     runs = [Condition(0, probe=True)]
     runs += [Condition(n, keys) for n in sorted(study.num_synthetic_facts) for keys in ("recombined", "uuid")]
     runs += [condition_of_overlap(middle, overlap) for overlap in sorted(study.overlaps)]
     runs += [Condition(middle, keys) for keys in ("recombined", "pseudo", "uuid")]
-    runs += [Condition(middle, keys, "uuid") for keys in ("recombined", "uuid")]
+    if study.uuid_values:
+        runs += [Condition(middle, keys, "uuid") for keys in ("recombined", "uuid")]
     runs += [Condition(middle, self_distillation=True)]
     return list(dict.fromkeys(run._replace(probe=_is_probed(run, middle)) for run in runs))
 
