@@ -54,6 +54,9 @@ def main(
     annotated = annotate_stage(model, facts, slick_args, output / "annotated", config.bf16, config.seed)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
     stage1 = stage1_stage(stage1_args, config, model, mix, output / "stage1")
+    if PartialState().is_main_process:
+        for name in ("methods.md", "methods.json", "pareto.png"):
+            (output / name).unlink(missing_ok=True)  # of other settings, if anything below fails
     outcomes = compare_methods(args, ComparisonInputs(str(stage1), mix, annotated, config), output / "runs")
 
     if PartialState().is_main_process:

@@ -62,6 +62,9 @@ def main(
 
     # 3. The runs
     inputs = MechanismInputs(str(stage1), annotated, mix, config)
+    if PartialState().is_main_process:
+        for file in (*output.glob("*.png"), output / "report.md", output / "results.json"):
+            file.unlink(missing_ok=True)  # of other settings, if anything below fails
     results = run_mechanism_study(study, inputs, output / "runs")
 
     # 4. The report

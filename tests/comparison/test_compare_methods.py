@@ -140,6 +140,19 @@ def test_mistakes_that_only_the_facts_show_come_before_the_first_run(finished, t
     assert not (tmp_path / "study" / "runs").exists()
 
 
+@pytest.mark.parametrize("flag", [("--regularizer", "l2"), ("--max_steps", "3"), ("--num_train_epochs", "nan")])
+def test_what_the_methods_set_themselves_is_refused(finished, tmp_path, flag):
+    shutil.copytree(finished[0], tmp_path / "study")
+    with pytest.raises(ValueError, match=f"`{flag[0][2:]}"):
+        run_script("compare_methods.py", "--preset", "tiny", "--output_dir", tmp_path / "study", *flag)
+    assert not (tmp_path / "study" / "methods.md").exists()  # that of other settings
+
+
+def test_a_name_of_a_model_beside_one_that_is_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`model_name_or_path='gpt2'` with `model_kind='small_llama'`"):
+        run_script("compare_methods.py", "--preset", "tiny", "--output_dir", tmp_path, "--model_name_or_path", "gpt2")
+
+
 def test_each_weight_of_the_l2_sweep_is_a_method_of_its_own(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "study")
     flags = ["--methods", "sft", "l2", "--l2_weights", "1e-6", "1e6"]
@@ -285,6 +298,10 @@ def test_interpolation_is_between_the_weights_and_leaves_them():
         (dict(known_patch_ratio=0.0), "got 0.0 and 0.3"),
         (dict(known_patch_ratio=0.3), "`known_patch_ratio` < `known_patch_share` <= 1, got 0.3 and 0.3"),
         (dict(known_patch_share=1.5), "got 0.2 and 1.5"),
+        (dict(kl_weights=[1.0, 1.0000001]), r"`kl_weights` must hold different values, .* got \[1.0, 1.0000001\]"),
+        (dict(methods=["sft", "lora", "lora"]), "`methods` must hold different values"),
+        (dict(temperatures=[]), r"needs `kl_weights` and `temperatures`, got .* and \[\]"),
+        (dict(seeds=[0, 1, -1]), "`seeds` must be from 0 to 2"),
         (dict(replay_ratio=0), "`replay_ratio` must be at least 1, got 0"),
     ],
 )

@@ -171,6 +171,35 @@ def test_callback_drops_the_records_of_steps_that_are_done_again(toy_study, tmp_
     assert json.loads(first.splitlines()[1])["step"] == 2
 
 
+@pytest.mark.parametrize(
+    ("each_epoch", "killed_at", "steps"), [(True, 4, [0, 2, 4]), (False, 4, [0, 4]), (True, 2, [0, 2, 4])]
+)
+def test_what_was_killed_between_its_last_checkpoint_and_its_evaluation_is_evaluated(
+    toy_study, tmp_path, monkeypatch, each_epoch, killed_at, steps
+):
+    path = tmp_path / "accuracy.jsonl"
+    expected = make_trainer(toy_study, tmp_path, tmp_path / "whole.jsonl", each_epoch)
+    expected.train()
+
+    def evaluate(self, state):
+        if state.global_step == killed_at:
+            raise KeyboardInterrupt
+        original(self, state)
+
+    original = FactAccuracyCallback._evaluate
+    # With steps, the checkpoint is written before the epoch ends and the facts are asked
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(FactAccuracyCallback, "_evaluate", evaluate)
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(toy_study, tmp_path, path, each_epoch, **saving).train()
+    assert [record.step for record in read_records(path)] == [step for step in steps if step < killed_at]
+    resumed = make_trainer(toy_study, tmp_path, path, each_epoch, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{killed_at}"))
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert [record.step for record in read_records(path)] == steps
+
+
 def test_callback_takes_the_evaluation_that_is_there(toy_study, tmp_path):
     path = tmp_path / "accuracy.jsonl"
     earlier = AccuracyRecord(0, 0.0, {"heldout": {"asked": True, "before": False}})

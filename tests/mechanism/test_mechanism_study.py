@@ -58,6 +58,7 @@ def capacity(names, uuids, learnt=LEARNT):
         ((0.1, 0.2, 0.3), (0.02, 0.07, 0.13), Verdict.UNDECIDED),  # half of it, give or take
         ((0.1, 0.2, 0.4), (0.02, 0.02, 0.03), Verdict.CONTRADICTED),  # the paper's result
         ((0.1, 0.1, 0.1), (0.1, 0.1, 0.1), Verdict.UNDECIDED),  # nothing grows
+        ((0.1, 0.1, 0.1), (0.1, 0.2, 0.3), Verdict.UNDECIDED),  # not for all keys
     ],
 )
 def test_capacity_needs_a_loss_that_grows_for_all_keys(names, uuids, verdict):
@@ -85,6 +86,7 @@ def test_what_was_not_learnt_says_nothing_on_capacity(uuids):
         (0.02, 0.3, 0.6, 0.02, Verdict.UNDECIDED),  # each kind for itself, not their mean
         (0.02, 0.3, 0.02, 0.2, Verdict.UNDECIDED),
         (0.02, 0.3, 0.17, 0.17, Verdict.UNDECIDED),  # just above half
+        (0.02, 0.02, 0.3, 0.3, Verdict.UNDECIDED),  # there is nothing that names could explain
     ],
 )
 def test_behaviour_cloning_needs_a_loss_of_each_kind_without_overlap(known, names, pseudo, uuid, verdict):
@@ -107,6 +109,7 @@ def test_behaviour_cloning_needs_a_loss_of_each_kind_without_overlap(known, name
         (0.0, (0.3, 0.2, 0.1), Verdict.CONTRADICTED),
         (0.2, (0.2, 0.2, 0.2), Verdict.UNDECIDED),  # new facts cost nothing
         (0.0, (0.0, 0.0, 0.005), Verdict.UNDECIDED),
+        (0.3, (0.1, 0.2, 0.3), Verdict.UNDECIDED),  # a slope, but full overlap costs nothing
     ],
 )
 def test_interference_needs_a_slope_that_is_most_of_what_full_overlap_costs(known, shares, verdict):
@@ -183,7 +186,11 @@ def test_every_run_is_made_once():
         (dict(overlaps=[0.5]), "`overlaps` needs at least 2 different values"),
         (dict(num_synthetic_facts=[10]), "`num_synthetic_facts` needs at least 2"),
         (dict(num_synthetic_facts=[0, 10]), "at least 1, got 0"),
-        (dict(max_asked_new_facts=0), "`max_asked_new_facts=0` must be at least 1"),
+        (dict(max_asked_new_facts=0), "`max_asked_new_facts` must be at least 1, got 0"),
+        (dict(probe_steps=0), "`probe_steps` must be at least 1, got 0"),
+        (dict(max_probed_facts=-1), "`max_probed_facts` must be at least 1, got -1"),
+        (dict(overlaps=[0.3333331, 0.3333332]), "`overlaps` must hold different values, to six digits"),
+        (dict(seeds=[0, -1]), "`seeds` must be from 0 to 2"),
         (dict(seeds=[]), "`seeds` needs at least 1"),
         (dict(seeds=[1, 1]), "`seeds` needs at least 1 different values, none twice"),
     ],

@@ -2,12 +2,17 @@
 """Stability against plasticity: what each method keeps of the old facts and learns of the new ones, with intervals."""
 
 from collections.abc import Sequence
+from math import sqrt
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from ..scoring.bootstrap import Interval
 from ..study.random_effects import random_effects_interval
+
+
+_FEW = 10  # right or wrong answers
 
 
 class MethodOutcome(NamedTuple):
@@ -19,11 +24,13 @@ class MethodOutcome(NamedTuple):
         old (`np.ndarray` of shape `(num_seeds, num_old_facts)`):
             Right (1) or wrong (0) after training, on old facts that were not trained on.
         new (`np.ndarray` of shape `(num_seeds, num_new_facts)`): The same of the new facts.
+        family (`str`, *optional*): What it is a setting of, where the report speaks of that as a whole.
     """
 
     label: str
     old: np.ndarray
     new: np.ndarray
+    family: str = ""
 
 
 class Tradeoff(NamedTuple):
@@ -35,24 +42,38 @@ class Tradeoff(NamedTuple):
         stability (`Interval`): Accuracy on the old facts.
         plasticity (`Interval`): Accuracy on the new facts.
         dominated_by (`list[str]`): Methods that are at least as good on both and better on one; empty on the front.
+        family (`str`, *optional*): What it is a setting of.
     """
 
     label: str
     stability: Interval
     plasticity: Interval
     dominated_by: list[str]
+    family: str = ""
 
 
 def accuracy_interval(outcomes: np.ndarray) -> Interval:
     """
     Mean accuracy with a 95 % interval over seeds and facts, cut off at 0 and 1: see
-    [`~trl_selfdistill.study.random_effects.random_effects_interval`].
+    [`~trl_selfdistill.study.random_effects.random_effects_interval`]. Where fewer than ten facts are right, or
+    wrong, which is too few for it, the interval holds Wilson's (1927) for as many facts, too.
 
     Args:
         outcomes (`np.ndarray` of shape `(num_seeds, num_facts)`): Right or wrong.
     """
     value, low, high = random_effects_interval(outcomes)
+    num_facts = outcomes.shape[1]
+    if min(value, 1 - value) * num_facts < _FEW:
+        below, above = _wilson_interval(value, num_facts)
+        low, high = min(low, below), max(high, above)
     return Interval(value, max(low, 0.0), min(high, 1.0))
+
+
+def _wilson_interval(rate: float, number: int) -> tuple[float, float]:
+    z = NormalDist().inv_cdf(0.975)
+    centre, scale = rate + z**2 / (2 * number), 1 + z**2 / number
+    spread = z * sqrt(rate * (1 - rate) / number + (z / (2 * number)) ** 2)
+    return (centre - spread) / scale, (centre + spread) / scale
 
 
 def find_tradeoffs(outcomes: Sequence[MethodOutcome]) -> list[Tradeoff]:
@@ -68,6 +89,7 @@ def find_tradeoffs(outcomes: Sequence[MethodOutcome]) -> list[Tradeoff]:
                 for other, (old, new) in zip(outcomes, points, strict=True)
                 if old >= point[0] and new >= point[1] and (old, new) != point
             ],
+            outcome.family,
         )
         for outcome, point in zip(outcomes, points, strict=True)
     ]

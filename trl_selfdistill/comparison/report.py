@@ -10,6 +10,7 @@ from .pareto import MethodOutcome, Tradeoff
 
 
 SELF_DISTILLATION = "Self-distillation"
+WITH_OWN_ANSWERS = "Self-distillation with own answers"
 _FRONT_NOTE = (
     "The front, and who is better, go by the means alone, which are point estimates; in brackets, on which facts the "
     "lead is clear of the 95 % interval of the difference, paired by seed and fact."
@@ -69,37 +70,33 @@ def render_comparison(
 def _on_the_front(point: Tradeoff, outcomes: dict[str, MethodOutcome]) -> str:
     if not point.dominated_by:
         return "yes"
-    better = point.dominated_by[0]
-    if better not in outcomes:
-        return f"no: {better} is better"
-    return f"no: {better} is better (clear: {clear_lead(outcomes[better], outcomes[point.label])})"
+    if not outcomes:
+        return f"no: {point.dominated_by[0]} is better"
+    leads = {better: clear_lead(outcomes[better], outcomes[point.label]) for better in point.dominated_by}
+    better = max(leads, key=lambda label: len(leads[label]))  # the clearest, the first of equals
+    return f"no: {better} is better (clear: {' and '.join(leads[better]) or 'neither'})"
 
 
-def clear_lead(better: MethodOutcome, worse: MethodOutcome) -> str:
+def clear_lead(better: MethodOutcome, worse: MethodOutcome) -> list[str]:
     """On which facts the 95 % interval of the paired difference between two methods is above 0."""
     differences = {"held-out": better.old - worse.old, "new": better.new - worse.new}
-    clear = [name for name, difference in differences.items() if random_effects_interval(difference).low > 0]
-    return " and ".join(clear) or "neither"
+    return [name for name, difference in differences.items() if random_effects_interval(difference).low > 0]
 
 
 def render_verdict(tradeoffs: list[Tradeoff]) -> list[str]:
-    """Whether self-distillation is on the Pareto front, by the numbers, in sentences."""
-    ours = [point for point in tradeoffs if point.label.startswith(SELF_DISTILLATION)]
+    """Whether self-distillation, alone and with own answers, is on the Pareto front, by the numbers, in sentences."""
     front = [point.label for point in tradeoffs if not point.dominated_by]
     lines = [f"- On the front (no other method is as good on both and better on one): {'; '.join(front)}."]
-    if not ours:
-        return lines
-    best = [point.label for point in ours if not point.dominated_by]
-    if best:
-        lines.append(
-            f"- Self-distillation is on the front with {len(best)} of {len(ours)} settings: {'; '.join(best)}."
-        )
-    else:
-        lines.append(f"- Self-distillation is not on the front with any of its {len(ours)} settings.")
-    for point in ours:
-        rivals = [label for label in point.dominated_by if not label.startswith(SELF_DISTILLATION)]
-        if rivals:
-            lines.append(f"- {point.label} is dominated by {'; '.join(rivals)}.")
+    for family in (SELF_DISTILLATION, WITH_OWN_ANSWERS):
+        ours = {point.label: point.dominated_by for point in tradeoffs if point.family == family}
+        best = [label for label, better in ours.items() if not better]
+        if best:
+            lines.append(f"- {family} is on the front with {len(best)} of {len(ours)} settings: {'; '.join(best)}.")
+        elif ours:
+            lines.append(f"- {family} is not on the front with any of its {len(ours)} settings.")
+        for label, better in ours.items():
+            if others := [other for other in better if other not in ours]:
+                lines.append(f"- {label} is dominated by {'; '.join(others)}.")
     return lines
 
 

@@ -15,7 +15,9 @@ from peft import LoraConfig
 from transformers import Trainer
 from trl import SFTTrainer
 
+from ..study.checks import check_different, check_seeds
 from ..trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
+from .report import SELF_DISTILLATION, WITH_OWN_ANSWERS
 from .token_masking import mask_unlikely_tokens
 
 
@@ -88,11 +90,20 @@ class ComparisonArguments:
             raise ValueError(f"`methods` may hold {', '.join(_METHODS)}, and `sft` must be one, got {self.methods}.")
         if len(set(self.seeds)) < max(3, len(self.seeds)):
             raise ValueError(f"`seeds` needs at least 3 different ones, none twice, got {self.seeds}.")
+        check_different("methods", self.methods)
         for name, (allowed, is_allowed) in _ALLOWED.items():
             values = getattr(self, name)
+            if isinstance(values, list):
+                check_different(name, values)
             for value in values if isinstance(values, list) else [values]:
                 if not is_allowed(value):
                     raise ValueError(f"`{name}` must be {allowed}, got {value}.")
+        check_seeds(self.seeds)
+        if {"selfdistill", "rehearsal"} & set(self.methods) and not (self.kl_weights and self.temperatures):
+            raise ValueError(
+                f"Self-distillation needs `kl_weights` and `temperatures`, got {self.kl_weights} and "
+                f"{self.temperatures}. Give one of each at least, or leave selfdistill and rehearsal out of `methods`."
+            )
         if not 0 < self.known_patch_ratio < self.known_patch_share <= 1:
             raise ValueError(
                 "KnownPatch shows new facts among Known ones and needs 0 < `known_patch_ratio` < `known_patch_share` "
@@ -129,6 +140,7 @@ class Method(NamedTuple):
         prepare (`Callable[[Trainer], None]`, *optional*): Changes the trainer before training.
         rehearses (`bool`): Whether it gets prompts of further facts as `rehearsal_dataset`.
         about (`dict`): What of its settings `config` does not hold, as JSON values; with it a run is identified.
+        family (`str`): What it is a setting of, where the report speaks of that as a whole.
     """
 
     name: str
@@ -142,6 +154,7 @@ class Method(NamedTuple):
     prepare: Callable[[Trainer], None] | None = None
     rehearses: bool = False
     about: dict[str, Any] = {}
+    family: str = ""
 
 
 def methods_of(args: ComparisonArguments) -> list[Method]:
@@ -160,6 +173,7 @@ def _self_distillation(args: ComparisonArguments) -> list[Method]:
             f"Self-distillation, λ = {kl_weight:g}, τ = {temperature:g}",
             SelfDistillSFTTrainer,
             {"kl_weight": kl_weight, "temperature": temperature},
+            family=SELF_DISTILLATION,
         )
         for kl_weight in args.kl_weights
         for temperature in args.temperatures
@@ -172,7 +186,7 @@ def _rehearsal(args: ComparisonArguments) -> list[Method]:
     stop = {"rehearsal_stop_strings": ["\n"]}  # an answer is a line; the start may not have learnt to stop after it
     without = Method("rehearsal", f"SFT with {own}", SelfDistillSFTTrainer, {"kl_weight": 0.0})
     settings = [
-        method._replace(name=f"rehearsal-{method.name}", label=f"{method.label}, with {own}")
+        method._replace(name=f"rehearsal-{method.name}", label=f"{method.label}, with {own}", family=WITH_OWN_ANSWERS)
         for method in _self_distillation(args)
     ]
     about = {"num_rehearsal": args.num_rehearsal}

@@ -14,6 +14,7 @@ from ..answers.prompts import question_prompt
 from ..facts.table import fold_name, load_facts
 from ..knowledge.fact_accuracy import AccuracyRecord
 from ..knowledge.training_mix import load_mix
+from ..study.checks import check_shared_config
 from ..study.experiment import Experiment, run_experiment
 from ..study.training_stage import copy_config
 from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -50,6 +51,7 @@ def compare_methods(args: ComparisonArguments, inputs: ComparisonInputs, folder:
 
     Of the held-out facts, one half chooses where to stop early; every method is judged by the other half.
     """
+    check_shared_config(inputs.config)
     facts, methods = _fact_sets(inputs.mix), methods_of(args)
     rehearsal = None
     if any(method.rehearses for method in methods):
@@ -63,7 +65,7 @@ def compare_methods(args: ComparisonArguments, inputs: ComparisonInputs, folder:
     for method, runs in zip(methods, experiments, strict=True):
         results = [run_experiment(run) for run in runs]
         last = [result.records[-1] for result in results]
-        outcomes.append(_outcome(method.label, last))
+        outcomes.append(_outcome(method.label, last, method.family))
         if method.name == "sft":
             start = [result.records[0] for result in results]
             outcomes.append(_outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results]))
@@ -99,8 +101,10 @@ def best_epoch(records: list[AccuracyRecord]) -> AccuracyRecord:
 def _fact_sets(mix: Path) -> dict[str, Dataset]:
     splits = load_mix(mix)
     heldout = splits["heldout"]
-    if len(heldout) < 2:
-        raise ValueError(f"`num_heldout`: {len(heldout)} held-out facts cannot be split in halves. Raise it.")
+    if len(heldout) < 4:
+        raise ValueError(f"`num_heldout`: {len(heldout)} held-out facts make no halves of two or more. Raise it.")
+    if len(splits["new"]) < 2:
+        raise ValueError("`num_new`: one new fact gives no interval. Raise it to 2 at least.")
     halves = [heldout.select(range(first, len(heldout), 2)) for first in (0, 1)]
     return {"heldout": halves[0], "validation": halves[1], "known": splits["known"], "new": splits["new"]}
 
@@ -170,9 +174,9 @@ def _experiment(
     )
 
 
-def _outcome(label: str, records: list[AccuracyRecord]) -> MethodOutcome:
+def _outcome(label: str, records: list[AccuracyRecord], family: str = "") -> MethodOutcome:
     old, new = (
         np.array([[record.correct[name][fact] for fact in sorted(record.correct[name])] for record in records], float)
         for name in ("heldout", "new")
     )
-    return MethodOutcome(label, old, new)
+    return MethodOutcome(label, old, new, family)

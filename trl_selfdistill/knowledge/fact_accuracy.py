@@ -206,16 +206,22 @@ class FactAccuracyCallback(TrainerCallback):
         self.each_epoch = each_epoch
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # A resumed run has its first evaluation on file, and a checkpoint's step need not be the end of an epoch
-        if on_main_process(lambda: self._drop_records_after(state.global_step)) == 0 and state.global_step == 0:
+        last = on_main_process(lambda: self._drop_records_after(state.global_step))
+        if state.global_step == 0:
+            due = last is None
+        else:  # killed between a checkpoint and the evaluation that followed it
+            is_end = state.global_step >= state.max_steps
+            at_epoch_end = abs(state.epoch - round(state.epoch)) < 1e-6
+            due = last != state.global_step and (is_end or (self.each_epoch and at_epoch_end))
+        if due:
             self._evaluate(state)
 
-    def _drop_records_after(self, step: int) -> int:
-        """Drops the records of steps that are done again, and returns how many are left."""
+    def _drop_records_after(self, step: int) -> int | None:
+        """Drops the records of steps that are done again, and returns the step of the last that is left."""
         records = read_records(self.path) if self.path.is_file() else []
         records = [record for record in records if record.step <= step]
         write_records(self.path, records)
-        return len(records)
+        return records[-1].step if records else None
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Not in `on_train_end`: the reporters close their logs there

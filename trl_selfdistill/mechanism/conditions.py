@@ -8,6 +8,8 @@ each. Its prediction is written down here, before there is a result; `verdict` h
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..study.checks import check_different, check_seeds
+
 
 PREDICTIONS = {
     "capacity": "New facts push old ones out: the more new facts, the more is forgotten, whatever their keys look "
@@ -108,11 +110,11 @@ class MechanismArguments:
             values = getattr(self, name)
             if len(set(values)) < max(least, len(values)):
                 raise ValueError(f"`{name}` needs at least {least} different values, none twice, got {values}.")
-        if self.max_asked_new_facts < 1:
-            raise ValueError(
-                f"`max_asked_new_facts={self.max_asked_new_facts}` must be at least 1: what was learnt of new facts "
-                "is part of the verdicts."
-            )
+        check_different("overlaps", self.overlaps)
+        check_seeds(self.seeds)
+        for name in ("max_asked_new_facts", "probe_steps", "max_probed_facts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for number in (*self.num_synthetic_facts, self.num_facts_of_overlap):
             if number < 1:
                 raise ValueError(f"Numbers of synthetic facts must be at least 1, got {number}.")

@@ -4,6 +4,7 @@
 from statistics import fmean
 
 from ..hub.model_card import format_interval
+from ..study.experiment import ExperimentResult
 from .conditions import PREDICTIONS, Condition
 from .study import MechanismResults, new_learnt
 
@@ -57,7 +58,7 @@ def summarise(results: MechanismResults) -> dict:
                 "lost": results.table.loss(condition.name)._asdict(),
                 "new_learnt": new_learnt(runs),
                 "steps": runs[0].training["steps"],
-                "seconds_per_step": fmean(run.training["seconds_per_step"] for run in runs),
+                "seconds_per_step": _seconds_per_step(runs),
                 "peak_memory_bytes": max(run.training["peak_memory_bytes"] for run in runs),
                 "drift": [run.drift for run in runs],  # of each seed
             }
@@ -87,7 +88,7 @@ def _runs_table(results: MechanismResults) -> tuple[list[str], list[list[str]]]:
     rows = []
     for condition, runs in results.runs.items():
         learnt = new_learnt(runs)
-        seconds = fmean(run.training["seconds_per_step"] for run in runs) * 1000 / runs[0].training["rows_per_step"]
+        seconds = _seconds_per_step(runs)
         memory = max(run.training["peak_memory_bytes"] for run in runs) / 2**30
         rows.append(
             [
@@ -96,11 +97,18 @@ def _runs_table(results: MechanismResults) -> tuple[list[str], list[list[str]]]:
                 format_interval(results.table.loss(condition.name)._asdict()),
                 "-" if learnt is None else f"{learnt:.3f}",
                 f"{runs[0].training['steps']:,}",
-                f"{seconds:.1f}",
+                "-" if seconds is None else f"{seconds * 1000 / runs[0].training['rows_per_step']:.1f}",
                 f"{memory:.2f} GiB",
             ]
         )
     return header, rows
+
+
+def _seconds_per_step(runs: list[ExperimentResult]) -> float | None:
+    """Mean over seeds; `None` where each was killed after its last step, and no step was timed."""
+    seconds = [run.training["seconds_per_step"] for run in runs]
+    timed = [value for value in seconds if value is not None]
+    return fmean(timed) if timed else None
 
 
 def _drift_table(probed: dict[Condition, list]) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runs of the mechanism study, and what was measured in them (see `conditions`)."""
 
+import itertools
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -12,8 +13,10 @@ from trl import SFTConfig, SFTTrainer
 
 from ..answers.prompts import answer_completion, question_prompt
 from ..drift.probe import DriftProbeCallback
+from ..drift.prompt_states import check_layers
 from ..facts.geonames import known_place_names
 from ..facts.table import load_facts
+from ..study.checks import check_shared_config
 from ..study.experiment import DRIFT_FILE, Experiment, ExperimentResult, run_experiment
 from ..study.models import load_model_and_tokenizer
 from ..study.training_stage import copy_config
@@ -72,14 +75,19 @@ def run_mechanism_study(
         ValueError: If the model knows no held-out fact of the synthetic relation, or too few tokens are at hand for so
             many keys.
     """
+    check_shared_config(inputs.config)
+    if inputs.config.kl_weight == 0:
+        raise ValueError("`kl_weight=0` leaves nothing of the self-distillation that is compared. Set it above 0.")
     heldout, known = (load_facts(inputs.mix / f"{name}.jsonl") for name in ("heldout", "known"))
+    if len(heldout) < 2:
+        raise ValueError("`num_heldout`: one held-out fact gives no interval. Raise it to 2 at least.")
     if study.synthetic_relation not in heldout["relation"]:
         raise ValueError(
             f"`synthetic_relation={study.synthetic_relation!r}`: no HighlyKnown fact of it is held out, so that "
             f"nothing could be seen to be forgotten; there are {sorted(set(heldout['relation']))}. Choose one of "
             "these, annotate more facts, or take a model that knows more."
         )
-    _check_keys(study, inputs)
+    _check_keys_and_layers(study, inputs)
     runs: dict[Condition, list[ExperimentResult]] = defaultdict(list)
     for seed in study.seeds:
         for condition in conditions_of(study):
@@ -146,15 +154,25 @@ def facts_of(condition: Condition, seed: int, study: MechanismArguments, inputs:
     )
 
 
-def _check_keys(study: MechanismArguments, inputs: MechanismInputs) -> None:
-    """Too few tokens for the number of keys is an error now, not after hours of other runs."""
-    _, tokenizer = load_model_and_tokenizer(inputs.model)
+def _check_keys_and_layers(study: MechanismArguments, inputs: MechanismInputs) -> None:
+    """Too few tokens for the number of keys, or a layer that is not there, is an error now, not after other runs."""
+    model, tokenizer = load_model_and_tokenizer(inputs.model)
+    try:
+        check_layers(model, study.probe_layers)
+    except ValueError as error:
+        raise ValueError(f"`probe_layers={study.probe_layers}`: {error}") from error
     most: dict[tuple, Condition] = {}
     for condition in sorted(conditions_of(study), key=lambda condition: condition.num_facts):
         if condition.num_facts:
             most[condition.keys, condition.overlap] = condition
-    for condition in most.values():
-        facts_of(condition, study.seeds[0], study, inputs, tokenizer)
+    for condition, seed in itertools.product(most.values(), study.seeds):
+        try:
+            facts_of(condition, seed, study, inputs, tokenizer)
+        except ValueError as error:
+            raise ValueError(
+                f"{condition.num_facts:,} facts with {condition.label} (`num_synthetic_facts`, "
+                f"`num_facts_of_overlap`), seed {seed}: {error}"
+            ) from error
 
 
 def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Experiment:
@@ -205,7 +223,7 @@ def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Exper
 
 def _num_steps(num_rows: int, config) -> int:
     """The steps of the configured epochs over `num_rows`; the run on Known facts alone makes as many as its rivals."""
-    rows_of_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    rows_of_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     return max(1, round(config.num_train_epochs * -(-num_rows // rows_of_step)))
 
 

@@ -112,12 +112,12 @@ class _Share(NamedTuple):
         return cls(*map(random_effects_interval, (part, whole, part - MIN_SHARE * whole)))
 
     def verdict(self) -> Verdict:
-        """Supported if part and surplus are above 0, contradicted if the whole is and the surplus is below."""
+        """Where there is something to explain: supported if part and surplus are above 0, contradicted if below."""
+        if self.whole.low <= 0:
+            return Verdict.UNDECIDED
         if self.part.low > 0 and self.surplus.low > 0:
             return Verdict.SUPPORTED
-        if self.whole.low > 0 and self.surplus.high < 0:
-            return Verdict.CONTRADICTED
-        return Verdict.UNDECIDED
+        return Verdict.CONTRADICTED if self.surplus.high < 0 else Verdict.UNDECIDED
 
 
 def judge_capacity(
@@ -137,10 +137,10 @@ def judge_capacity(
     stored = {f"{keys} keys": learnt[runs[-1]] for keys, runs in (("name-like", name_like), ("UUID", foreign))}
     missing = [f"{value:.1%} of those with {keys}" for keys, value in stored.items() if value < MIN_LEARNT]
     rule = (
-        "Supported if the loss grows with log10 of the number of facts for UUID keys, and more than "
-        f"{MIN_SHARE:.0%} as steeply as for name-like keys. Contradicted if it grows for name-like keys, and for UUID "
-        f"keys less than {MIN_SHARE:.0%} as steeply. Undecided in any case if less than {MIN_LEARNT:.0%} of the new "
-        f"facts of either kind were learnt at the largest number, as what is not learnt takes no room. {WHOLE}"
+        "Supported if the loss grows with log10 of the number of facts for both kinds of keys, and for UUID keys more "
+        f"than {MIN_SHARE:.0%} as steeply as for name-like ones. Contradicted if it grows for name-like keys, and for "
+        f"UUID keys less than {MIN_SHARE:.0%} as steeply. Undecided in any case if less than {MIN_LEARNT:.0%} of the "
+        f"new facts of either kind were learnt at the largest number, as what is not learnt takes no room. {WHOLE}"
     )
     if missing:
         rule += f" Learnt of {sizes[-1]:,} facts were only {' and '.join(missing)}."
@@ -169,10 +169,10 @@ def judge_behaviour_cloning(
     shares = {keys: _Share.of(table.beyond(run, known_only), whole) for keys, run in without_overlap.items()}
     verdicts = {share.verdict() for share in shares.values()}
     rule = (
-        f"Supported if unknown facts of each kind without overlap ({', '.join(shares)}) cost more than Known facts "
-        f"alone, and by more than {MIN_SHARE:.0%} of what name-like ones cost beyond these. Contradicted if name-like "
-        "ones cost more than Known facts alone, and those of each kind without overlap less than "
-        f"{MIN_SHARE:.0%} of it. {WHOLE}"
+        f"Supported if name-like keys and each kind without overlap ({', '.join(shares)}) cost more than Known facts "
+        f"alone, the latter by more than {MIN_SHARE:.0%} of what name-like ones cost beyond these. Contradicted if "
+        "name-like ones cost more than Known facts alone, and those of each kind without overlap less than "
+        f"{MIN_SHARE:.0%} of it. Learnt or not, they are trained on, which is what the hypothesis blames. {WHOLE}"
     )
     numbers = {"loss beyond that of Known facts alone, name-like keys": random_effects_interval(whole)}
     for keys, share in shares.items():
@@ -203,7 +203,7 @@ def judge_interference(
     share = _Share.of(slope, mean + (1 - x.mean()) * slope)
     rule = (
         "Looked at is the least-squares line of the loss beyond that of Known facts alone over the overlap, and its "
-        "value at overlap 1. Supported if its slope is above 0, and more than "
+        "value at overlap 1. Supported if both are above 0, and its slope more than "
         f"{MIN_SHARE:.0%} of that value. Contradicted if that value is above 0, and the slope less than "
         f"{MIN_SHARE:.0%} of it. {WHOLE}"
     )

@@ -18,7 +18,8 @@ def random_effects_interval(values: np.ndarray) -> Interval:
 
     In simulations of right and wrong answers, 0.91 to 0.99 of the intervals held the mean at 3 seeds and more, 0.87 to
     0.98 at 2: the smaller shares where accuracy differs by 20 points and more from seed to seed. Of a bootstrap that
-    draws 3 seeds and the facts anew, 0.75 to 0.99 did.
+    draws 3 seeds and the facts anew, 0.75 to 0.99 did. Near an accuracy of 0 or 1 it is too narrow, and of no width
+    where all values are the same.
 
     ```python
     >>> interval = random_effects_interval(np.array([[0.0, 1.0, 1.0, 0.0]]))

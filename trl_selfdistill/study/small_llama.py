@@ -32,6 +32,8 @@ from ..knowledge.fact_accuracy import answered_correctly
 logger = logging.getLogger(__name__)
 
 _EOS, _PAD = "<|endoftext|>", "<|pad|>"
+_NUM_HEADS = 4
+_MIN_VOCAB_SIZE = 256 + 2
 _MAX_SHOTS = 5  # SLiCK asks with four solved exemplars before the question
 
 
@@ -81,6 +83,19 @@ class SmallLlamaSettings:
         default=0.97, metadata={"help": "Share of the facts whose answering ends the training, in [0, 1]."}
     )
     pretraining_seed: int = field(default=0, metadata={"help": "Seed of its weights and documents."})
+
+    def __post_init__(self):
+        for name in ("num_layers", "pretraining_batch_size", "max_pretraining_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size < 1 or self.hidden_size % (2 * _NUM_HEADS):
+            raise ValueError(f"`hidden_size` must be a multiple of {2 * _NUM_HEADS}, got {self.hidden_size}.")
+        if self.vocab_size < _MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"`vocab_size` must be at least {_MIN_VOCAB_SIZE}, the bytes and two marks, got {self.vocab_size}."
+            )
+        if not 0 <= self.target_accuracy <= 1:
+            raise ValueError(f"`target_accuracy` is a share in [0, 1], got {self.target_accuracy}.")
 
 
 def pretrain_small_llama(
@@ -175,8 +190,8 @@ def _random_model(tokenizer: PreTrainedTokenizerFast, settings: SmallLlamaSettin
         hidden_size=settings.hidden_size,
         intermediate_size=3 * settings.hidden_size,
         num_hidden_layers=settings.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=_NUM_HEADS,
+        num_key_value_heads=_NUM_HEADS,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,

@@ -76,7 +76,13 @@ def start_model_stage(
     """
     if kind.model_kind == "pretrained":
         name = arguments.model_name_or_path
-        return model_stage(name, folder), (EMBEDDED_MODEL_ID if name == EMBEDDED_MODEL else name).split("/")[-1]
+        label = EMBEDDED_MODEL_ID if name == EMBEDDED_MODEL else name
+        return model_stage(name, folder), label.rstrip("/").split("/")[-1]
+    if arguments.model_name_or_path != EMBEDDED_MODEL:
+        raise ValueError(
+            f"`model_name_or_path={arguments.model_name_or_path!r}` with `model_kind='small_llama'`, which trains a "
+            "model of its own. Add `--model_kind pretrained`, or leave the name out."
+        )
 
     def work(partial: Path) -> None:
         table = load_facts(facts)
