@@ -28,6 +28,7 @@ from trl_selfdistill.comparison.rival_methods import ComparisonArguments
 from trl_selfdistill.comparison.study import ComparisonInputs, compare_methods
 from trl_selfdistill.knowledge.training_mix import MixSettings
 from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
+from trl_selfdistill.study.checks import check_shared_config
 from trl_selfdistill.study.command_line import run_script
 from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
 from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
@@ -48,15 +49,13 @@ def main(
     config: SelfDistillSFTConfig,
 ) -> None:
     """Runs the stages in their order and writes the report."""
+    check_shared_config(config)
     output = Path(config.output_dir)
     facts = facts_stage(facts_args, output / "facts")
     model, label = start_model_stage(facts_args, kind, small_llama, facts, output / "model")
     annotated = annotate_stage(model, facts, slick_args, output / "annotated", config.bf16, config.seed)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
     stage1 = stage1_stage(stage1_args, config, model, mix, output / "stage1")
-    if PartialState().is_main_process:
-        for name in ("methods.md", "methods.json", "pareto.png"):
-            (output / name).unlink(missing_ok=True)  # of other settings, if anything below fails
     outcomes = compare_methods(args, ComparisonInputs(str(stage1), mix, annotated, config), output / "runs")
 
     if PartialState().is_main_process:

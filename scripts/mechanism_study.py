@@ -29,6 +29,7 @@ from trl_selfdistill.mechanism.plots import plot_mechanism
 from trl_selfdistill.mechanism.report import render_mechanism_report, summarise
 from trl_selfdistill.mechanism.study import MechanismInputs, run_mechanism_study
 from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
+from trl_selfdistill.study.checks import check_shared_config
 from trl_selfdistill.study.command_line import run_script
 from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
 from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
@@ -49,6 +50,7 @@ def main(
     config: SelfDistillSFTConfig,
 ) -> None:
     """Runs the stages in their order and writes the report."""
+    check_shared_config(config)
     output = Path(config.output_dir)
 
     # 1. The model, what it knows, and the facts to keep
@@ -62,9 +64,6 @@ def main(
 
     # 3. The runs
     inputs = MechanismInputs(str(stage1), annotated, mix, config)
-    if PartialState().is_main_process:
-        for file in (*output.glob("*.png"), output / "report.md", output / "results.json"):
-            file.unlink(missing_ok=True)  # of other settings, if anything below fails
     results = run_mechanism_study(study, inputs, output / "runs")
 
     # 4. The report

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small Llama learns its facts, alike for the same seed, or is refused."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from two_processes import leave_processes, run_in_two_processes
 
 from trl_selfdistill.facts.geonames import geonames_facts, known_place_names
+from trl_selfdistill.facts.table import save_facts
 from trl_selfdistill.knowledge.fact_accuracy import answered_correctly
 from trl_selfdistill.knowledge.slick import annotate_facts
+from trl_selfdistill.study.arguments import ModelAndFactsArguments
 from trl_selfdistill.study.models import load_model_and_tokenizer
-from trl_selfdistill.study.small_llama import SmallLlamaSettings, pretrain_small_llama
+from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings, pretrain_small_llama
+from trl_selfdistill.study.stages import start_model_stage
 
 
 SETTINGS = SmallLlamaSettings(
@@ -72,3 +80,44 @@ def test_a_model_that_knows_too_little_is_refused_and_not_written(facts, tmp_pat
     with pytest.raises(ValueError, match=message):
         pretrain_small_llama(facts, tmp_path / "model", settings)
     assert not (tmp_path / "model").exists()
+
+
+TINY = SmallLlamaSettings(32, 1, 600, max_pretraining_epochs=1, target_accuracy=0.0)
+
+
+def test_one_of_two_processes_trains_alone_and_both_stay_connected(facts, tmp_path):
+    save_facts(facts, tmp_path / "facts.jsonl")
+    run_in_two_processes(__file__, tmp_path)
+    pretrain_small_llama(facts, tmp_path / "alone", TINY, known_place_names())
+    one, two = (load_model_and_tokenizer(tmp_path / name)[0].state_dict() for name in ("alone", "model"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_layers=0),
+        dict(max_pretraining_epochs=0),
+        dict(hidden_size=65),
+        dict(vocab_size=257),
+        dict(target_accuracy=2.0),
+        dict(pretraining_learning_rate=float("nan")),
+        dict(pretraining_seed=-1),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options):
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"`{name}` .*{value}"):
+        SmallLlamaSettings(**options)
+
+
+def start_in_two_processes(folder: Path) -> None:
+    PartialState(cpu=True)  # as the scripts do
+    kind = ModelKindArguments("small_llama")
+    start_model_stage(ModelAndFactsArguments(), kind, TINY, folder / "facts.jsonl", folder / "model")
+    assert PartialState().num_processes == 2
+    leave_processes()
+
+
+if __name__ == "__main__":
+    start_in_two_processes(Path(sys.argv[1]))

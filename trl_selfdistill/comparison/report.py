@@ -51,7 +51,10 @@ def render_comparison(
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     table = [f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines]
-    intro = f"{num_seeds} seeds each, the same facts and numbers of steps. {start} Intervals are over seeds and facts."
+    intro = (
+        f"{num_seeds} seeds each, the same facts and, but for early stopping, numbers of steps. {start} Intervals are "
+        "over seeds and facts."
+    )
     return "\n".join(
         [
             f"# Methods against forgetting: {model}",
@@ -130,7 +133,14 @@ def plot_tradeoffs(tradeoffs: list[Tradeoff], before: Tradeoff, model: str, path
 def _draw_points(axis, tradeoffs: list[Tradeoff], before: Tradeoff, unnumbered: list[Tradeoff]) -> None:
     axis.axhline(before.stability.value, color="grey", linestyle=":", label="before training")
     front = sorted((p.plasticity.value, p.stability.value) for p in tradeoffs if not p.dominated_by)
-    axis.plot(*zip(*front, strict=True), color="black", linewidth=1, linestyle="--", label="Pareto front")
+    axis.plot(
+        *zip(*front, strict=True),
+        color="black",
+        linewidth=1,
+        linestyle="--",
+        drawstyle="steps-pre",
+        label="Pareto front",
+    )
     for number, (point, marker) in enumerate(zip(tradeoffs, "osv^<>DPX*hpd" * len(tradeoffs), strict=False), 1):
         family = next((name for name in _COLOURS if point.label.startswith(name)), None)
         colour = _COLOURS.get(family, "#CC79A7" if point.dominated_by else "#E69F00")

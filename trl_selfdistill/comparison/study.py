@@ -14,7 +14,6 @@ from ..answers.prompts import question_prompt
 from ..facts.table import fold_name, load_facts
 from ..knowledge.fact_accuracy import AccuracyRecord
 from ..knowledge.training_mix import load_mix
-from ..study.checks import check_shared_config
 from ..study.experiment import Experiment, run_experiment
 from ..study.training_stage import copy_config
 from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -51,7 +50,6 @@ def compare_methods(args: ComparisonArguments, inputs: ComparisonInputs, folder:
 
     Of the held-out facts, one half chooses where to stop early; every method is judged by the other half.
     """
-    check_shared_config(inputs.config)
     facts, methods = _fact_sets(inputs.mix), methods_of(args)
     rehearsal = None
     if any(method.rehearses for method in methods):
@@ -150,7 +148,7 @@ def _experiment(
     groups = {"frozen_groups": None, "trainable_groups": None}
     changes = {"seed": seed, "max_steps": steps} | (groups if method.trainer_class in _CONFIGS else {}) | method.config
 
-    def data() -> tuple[Dataset, dict[str, Dataset]]:
+    def data(folder: Path) -> tuple[Dataset, dict[str, Dataset]]:
         return method.rows(known, new, steps * rows_of_step, random.Random(seed)), facts
 
     def prepare(trainer: Trainer, partial: Path) -> list:

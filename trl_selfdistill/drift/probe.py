@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from ..answers.callback_logging import log_beside_training
+from ..answers.process_sharding import on_main_process
 from ..answers.prompts import question_prompt
 from ..parameters.quantised import keep_trainable
 from .measurement import measure_drift, read_reference, write_reference
@@ -128,10 +129,7 @@ class DriftProbeCallback(TrainerCallback):
                 with self.trainer.accelerator.autocast():
                     write_reference(path, self._model(), self.prompts, self.layers, self.batch_size)
         self._reference = read_reference(path, self.prompts, self.layers)
-        self._measured_step = None
-        if self.output_file is not None and state.is_world_process_zero:
-            # A resumed run does some steps again, a new one does all
-            self._write([line for line in self._lines() if line["step"] <= state.global_step > 0])
+        self._measured_step = on_main_process(lambda: self._drop_lines_after(state.global_step))
         if state.global_step == 0:
             self._measure(state)
 
@@ -169,6 +167,14 @@ class DriftProbeCallback(TrainerCallback):
             line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **metrics}
             self._write([*self._lines(), line])
         log_beside_training(self.trainer, metrics)
+
+    def _drop_lines_after(self, step: int) -> int | None:
+        """Drops what is measured again, by a new run all, and returns the last step that is left."""
+        if self.output_file is None:
+            return None
+        lines = [line for line in self._lines() if line["step"] <= step > 0]
+        self._write(lines)
+        return lines[-1]["step"] if lines else None
 
     def _lines(self) -> list[dict]:
         if not self.output_file.is_file():

@@ -16,7 +16,6 @@ from ..drift.probe import DriftProbeCallback
 from ..drift.prompt_states import check_layers
 from ..facts.geonames import known_place_names
 from ..facts.table import load_facts
-from ..study.checks import check_shared_config
 from ..study.experiment import DRIFT_FILE, Experiment, ExperimentResult, run_experiment
 from ..study.models import load_model_and_tokenizer
 from ..study.training_stage import copy_config
@@ -75,7 +74,6 @@ def run_mechanism_study(
         ValueError: If the model knows no held-out fact of the synthetic relation, or too few tokens are at hand for so
             many keys.
     """
-    check_shared_config(inputs.config)
     if inputs.config.kl_weight == 0:
         raise ValueError("`kl_weight=0` leaves nothing of the self-distillation that is compared. Set it above 0.")
     heldout, known = (load_facts(inputs.mix / f"{name}.jsonl") for name in ("heldout", "known"))
@@ -183,13 +181,14 @@ def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Exper
     if condition.self_distillation:
         config_class, trainer_class = SelfDistillSFTConfig, SelfDistillSFTTrainer
 
-    def data() -> tuple[Dataset, dict[str, Dataset]]:
+    def data(folder: Path) -> tuple[Dataset, dict[str, Dataset]]:
         rows, fact_sets = [_with_prompts(known)], {"heldout": heldout, "known": known}
         if condition.num_facts:
             _, tokenizer = load_model_and_tokenizer(inputs.model)
             stream = facts_of(condition, seed, study, inputs, tokenizer)
             # Rows go to a file as they are drawn, and are read from there: none of them stays in memory
-            rows.append(_with_prompts(Dataset.from_generator(_rows, gen_kwargs={"stream": stream})))
+            drawn = Dataset.from_generator(_rows, cache_dir=str(folder / "_rows"), gen_kwargs={"stream": stream})
+            rows.append(_with_prompts(drawn))
             fact_sets["new"] = Dataset.from_list(list(stream.take(study.max_asked_new_facts)))
         else:  # an epoch as long as that of the runs that it is compared with
             rows = [rows[0].select([i % len(known) for i in range(len(known) + middle)])]

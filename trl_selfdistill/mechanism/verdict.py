@@ -205,7 +205,7 @@ def judge_interference(
         "Looked at is the least-squares line of the loss beyond that of Known facts alone over the overlap, and its "
         "value at overlap 1. Supported if both are above 0, and its slope more than "
         f"{MIN_SHARE:.0%} of that value. Contradicted if that value is above 0, and the slope less than "
-        f"{MIN_SHARE:.0%} of it. {WHOLE}"
+        f"{MIN_SHARE:.0%} of it. Learnt or not: steps towards a fact that is not stored overwrite as well. {WHOLE}"
     )
     numbers = {
         "slope of the loss from overlap 0 to 1": share.part,

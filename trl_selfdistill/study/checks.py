@@ -9,6 +9,7 @@ from ..trainers import SelfDistillSFTConfig
 
 # The methods set these, or the number of steps follows from others
 _NOT_SHARED = ("max_steps", "regularizer", "l2_weight", "rehearsal_dataset_name", "teacher_model_name_or_path")
+_NOT_SHARED += ("frozen_groups", "trainable_groups")
 
 
 def check_different(name: str, values: list) -> None:

@@ -35,8 +35,9 @@ class Experiment(NamedTuple):
         trainer_class (`type[Trainer]`): `SFTTrainer` or a subclass.
         config ([`~transformers.TrainingArguments`]): Its configuration; `output_dir` is set to the folder.
         model (`str`): Hub id or folder of the model to start from.
-        data (`Callable[[], tuple[Dataset, dict[str, Dataset]]]`):
-            Makes the training data, and the facts to ask before and after, by name. Called if the run is to be made.
+        data (`Callable[[Path], tuple[Dataset, dict[str, Dataset]]]`):
+            Makes the training data, and the facts to ask before and after, by name. Called if the run is to be made,
+            with its folder: what is written there under a name with `_` in front is deleted in the end.
         inputs (`tuple[str | Path, ...]`): Files and folders that the two come from.
         about (`dict`): What else the run depends on, as JSON values.
         trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`.
@@ -50,7 +51,7 @@ class Experiment(NamedTuple):
     trainer_class: type[Trainer]
     config: TrainingArguments
     model: str
-    data: Callable[[], tuple[Dataset, dict[str, Dataset]]]
+    data: Callable[[Path], tuple[Dataset, dict[str, Dataset]]]
     inputs: Iterable[str | os.PathLike]
     about: dict
     trainer_arguments: dict = {}
@@ -99,7 +100,13 @@ def run_experiment(experiment: Experiment) -> ExperimentResult:
         lambda partial: _train(experiment, partial),
         every_process=True,
     )
-    return read_experiment(folder)
+    result = read_experiment(folder)
+    if result.records[-1].step != result.training["steps"]:
+        raise ValueError(
+            f"{folder}: its last evaluation is of step {result.records[-1].step} of {result.training['steps']}, as an "
+            "earlier version left it after an interruption. Delete the folder, and the run is made again."
+        )
+    return result
 
 
 def read_experiment(folder: str | os.PathLike) -> ExperimentResult:
@@ -118,7 +125,7 @@ def _train(experiment: Experiment, folder: Path) -> None:
     config = experiment.config
     config.output_dir = os.fspath(folder)
     model, tokenizer = load_model_and_tokenizer(experiment.model)
-    train_dataset, fact_sets = experiment.data()
+    train_dataset, fact_sets = experiment.data(folder)
     trainer = experiment.trainer_class(
         model,
         config,
@@ -142,7 +149,7 @@ def _train(experiment: Experiment, folder: Path) -> None:
         training["rows_per_step"] = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
         text = json.dumps(training, indent=2, ensure_ascii=False, default=str)
         (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-        # The weights, those of the teacher and the start too
+        # The weights, those of the teacher and the start too, and the rows
         for path in [*folder.glob("checkpoint-*"), *folder.glob("_*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (folder / "README.md").unlink(missing_ok=True)  # the card of a model that is not kept

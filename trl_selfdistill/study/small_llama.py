@@ -6,12 +6,16 @@ these facts, and answers zero-shot and few-shot prompts alike.
 """
 
 import logging
+import math
 import os
 import random
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 
+from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -94,8 +98,30 @@ class SmallLlamaSettings:
             raise ValueError(
                 f"`vocab_size` must be at least {_MIN_VOCAB_SIZE}, the bytes and two marks, got {self.vocab_size}."
             )
+        if not 0 < self.pretraining_learning_rate < math.inf:
+            raise ValueError(
+                f"`pretraining_learning_rate` must be finite and above 0, got {self.pretraining_learning_rate}."
+            )
+        if not 0 <= self.pretraining_seed < 2**32:
+            raise ValueError(f"`pretraining_seed` must be from 0 to 2**32 - 1, got {self.pretraining_seed}.")
         if not 0 <= self.target_accuracy <= 1:
             raise ValueError(f"`target_accuracy` is a share in [0, 1], got {self.target_accuracy}.")
+
+
+def pretrain_in_one_process(*arguments) -> float:
+    """
+    [`pretrain_small_llama`], in a process of its own where this one is one of several: it trains alone, and a trainer
+    would take the others into its run, or take this one out of theirs.
+    """
+    if PartialState().num_processes == 1:
+        return pretrain_small_llama(*arguments)
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_leave_the_others) as pool:
+        return pool.submit(pretrain_small_llama, *arguments).result()
+
+
+def _leave_the_others() -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def pretrain_small_llama(
@@ -125,40 +151,7 @@ def pretrain_small_llama(
     texts = [f"{question_prompt(question)}{answer_completion(answer)}\n" for question, answer in pairs]
     tokenizer = train_tokenizer([*texts, *sorted(f" {name}" for name in other_names)], settings.vocab_size)
     model = _random_model(tokenizer, settings)
-    arguments = TrainingArguments(
-        tempfile.gettempdir(),  # nothing is written there: without a model that knows enough, `folder` stays as it was
-        num_train_epochs=1,  # the documents of all epochs are one dataset
-        per_device_train_batch_size=settings.pretraining_batch_size,
-        learning_rate=settings.pretraining_learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=0.02,
-        weight_decay=0.0,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=settings.pretraining_seed,
-    )
-    documents = Dataset.from_generator(
-        _documents,
-        gen_kwargs={
-            "facts": facts,
-            "tokenizer": tokenizer,
-            "num_epochs": settings.max_pretraining_epochs,
-            "seed": settings.pretraining_seed,
-        },
-    )
-    stop = _StopWhenKnown(facts, tokenizer, settings)
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=documents,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=None),
-        callbacks=[stop],
-    )
-    trainer.train()
-    accuracy = stop.accuracy(model)
+    accuracy = _train(model, tokenizer, facts, settings)
     if accuracy < settings.target_accuracy:
         raise ValueError(
             f"`max_pretraining_epochs={settings.max_pretraining_epochs}`: the small Llama answers {accuracy:.1%} of "
@@ -168,6 +161,41 @@ def pretrain_small_llama(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return accuracy
+
+
+def _train(model: LlamaForCausalLM, tokenizer, facts: Dataset, settings: SmallLlamaSettings) -> float:
+    """Shows the facts until enough are known, or as often as the settings allow; the share that is known then."""
+    stop = _StopWhenKnown(facts, tokenizer, settings)
+    # For the documents, and what a trainer may write: without a model that knows enough, no folder of the user changes
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=1,  # the documents of all epochs are one dataset
+            per_device_train_batch_size=settings.pretraining_batch_size,
+            learning_rate=settings.pretraining_learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=0.02,
+            weight_decay=0.0,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=settings.pretraining_seed,
+        )
+        documents = Dataset.from_generator(
+            _documents,
+            cache_dir=folder,  # that of the user keeps them for good, and does not see a change of `_documents`
+            gen_kwargs={
+                "facts": facts,
+                "tokenizer": tokenizer,
+                "num_epochs": settings.max_pretraining_epochs,
+                "seed": settings.pretraining_seed,
+            },
+        )
+        collator = DataCollatorForSeq2Seq(tokenizer, model=None)
+        Trainer(model, arguments, train_dataset=documents, data_collator=collator, callbacks=[stop]).train()
+    return stop.accuracy(model)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

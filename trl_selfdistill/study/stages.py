@@ -33,7 +33,7 @@ from .arguments import (
 from .card import write_model_card
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer, save_embedded_model
 from .report import escape_markdown, load_arms, plot_curves, render_findings, render_table
-from .small_llama import ModelKindArguments, SmallLlamaSettings, pretrain_small_llama
+from .small_llama import ModelKindArguments, SmallLlamaSettings, pretrain_in_one_process
 from .stage import explain_full_disk, model_identity, run_stage
 from .training_stage import copy_config, train_stage
 
@@ -87,7 +87,7 @@ def start_model_stage(
     def work(partial: Path) -> None:
         table = load_facts(facts)
         places = known_place_names() if {"P17", "P131"} & set(table["relation"]) else ()
-        pretrain_small_llama(table, partial, settings, places)
+        pretrain_in_one_process(table, partial, settings, places)
 
     run_stage(folder, {"small_llama": asdict(settings)}, [facts], work)
     return os.fspath(folder), f"small Llama (width {settings.hidden_size}, {settings.num_layers} layers)"

@@ -157,8 +157,8 @@ def synthetic_facts(
 
     Raises:
         `ValueError`: an unknown kind or relation, a number out of its range, a slow tokenizer, a question in which
-            the subject is not words of its own, or too few distinct tokens for so many keys. Raised at once, not
-            while reading.
+            the subject is not words of its own, or too few distinct tokens for so many keys. Raised at once; only
+            where chance decides whether there are enough, while reading.
     """
     stream = SyntheticFacts(facts, relation, num_facts, tokenizer, keys, values, overlap, seed, exclude, apart_from)
     # Without features: with them, datasets checks each row, which takes longer than drawing it.
