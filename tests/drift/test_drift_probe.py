@@ -192,6 +192,10 @@ def test_a_resumed_run_goes_on_from_the_first_model(tmp_path):
     for name in [*COSINES, "drift_kl", "drift_attention/layer_2"]:
         assert measured(resumed, name) == measured(whole, name)
         assert {line["step"]: line[name] for line in lines} == measured(whole, name)
+    # Killed after its last checkpoint, a run has no step left to do, and nothing to measure again
+    before = file.read_text()
+    run(tmp_path, {"output_file": file, "attention": True}, resume=str(tmp_path / "run" / "checkpoint-6"), **options)
+    assert file.read_text() == before
     (tmp_path / "run" / "_drift_reference.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="There is no drift reference .*_drift_reference.safetensors"):
         run(tmp_path, {}, resume=checkpoint, **options)
