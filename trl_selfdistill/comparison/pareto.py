@@ -2,11 +2,10 @@
 """Stability against plasticity: what each method keeps of the old facts and learns of the new ones, with intervals."""
 
 from collections.abc import Sequence
-from math import sqrt
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
 from ..scoring.bootstrap import Interval
 from ..study.random_effects import random_effects_interval
@@ -60,20 +59,16 @@ def accuracy_interval(outcomes: np.ndarray) -> Interval:
 
     Args:
         outcomes (`np.ndarray` of shape `(num_seeds, num_facts)`): Right or wrong.
+
+    Raises:
+        `ValueError`: fewer than two facts.
     """
     value, low, high = random_effects_interval(outcomes)
     num_facts = outcomes.shape[1]
     if min(value, 1 - value) * num_facts < _FEW:
-        below, above = _wilson_interval(value, num_facts)
-        low, high = min(low, below), max(high, above)
+        wilson = binomtest(round(value * num_facts), num_facts).proportion_ci(method="wilson")
+        low, high = min(low, wilson.low), max(high, wilson.high)
     return Interval(value, max(low, 0.0), min(high, 1.0))
-
-
-def _wilson_interval(rate: float, number: int) -> tuple[float, float]:
-    z = NormalDist().inv_cdf(0.975)
-    centre, scale = rate + z**2 / (2 * number), 1 + z**2 / number
-    spread = z * sqrt(rate * (1 - rate) / number + (z / (2 * number)) ** 2)
-    return (centre - spread) / scale, (centre + spread) / scale
 
 
 def find_tradeoffs(outcomes: Sequence[MethodOutcome]) -> list[Tradeoff]:
