@@ -184,7 +184,7 @@ class FactAccuracyCallback(TrainerCallback):
             Sets of facts by name.
         path (`str` or `os.PathLike`):
             File of the records. A run that starts without any evaluates before its first step; a resumed one drops
-            those of the steps that it does again.
+            those of the steps that it does again, and makes up for the one that its checkpoint's step lacks.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompt-answer rows per forward pass.
         each_epoch (`bool`, *optional*, defaults to `True`):

@@ -204,6 +204,8 @@ def _experiment(condition, seed, study, inputs, folder, heldout, known) -> Exper
     about = {"condition": condition._asdict(), "relation": study.synthetic_relation, "seed": seed}
     about |= {"probe_steps": study.probe_steps, "max_probed_facts": study.max_probed_facts} if condition.probe else {}
     about |= {"probe_layers": study.probe_layers} if condition.probe and study.probe_layers else {}
+    if not condition.num_facts:
+        about["num_rows"] = len(known) + middle
     about["max_asked_new_facts"] = study.max_asked_new_facts
     if condition.num_facts and condition.keys in ("pseudo", "overlap"):
         about["keys_apart_from"] = "heldout, known, answers"  # which keys they are depends on it
