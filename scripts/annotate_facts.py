@@ -19,10 +19,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from trl_selfdistill.facts.table import load_facts
-from trl_selfdistill.study.arguments import AnnotationArguments, ModelAndFactsArguments, SlickArguments
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.stages import annotate_stage, facts_stage, model_stage
+from trl_selfdistill.studies.arguments import AnnotationArguments, ModelAndFactsArguments, SlickArguments
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.facts.table import load_facts
+from trl_selfdistill.studies.stages import annotate_stage, facts_stage, model_stage
 
 
 def main(args: AnnotationArguments, facts_args: ModelAndFactsArguments, slick_args: SlickArguments) -> None:

@@ -15,8 +15,8 @@ import tracemalloc
 
 from transformers import AutoTokenizer
 
-from trl_selfdistill.facts.geonames import geonames_facts, known_place_names
-from trl_selfdistill.synthetic.facts import SyntheticFacts
+from trl_selfdistill.studies.facts.geonames import geonames_facts, known_place_names
+from trl_selfdistill.studies.synthetic.facts import SyntheticFacts
 
 
 KINDS = {

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from trl_selfdistill.knowledge.training_mix import MixSettings, load_mix
-from trl_selfdistill.study.arguments import MixArguments
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.stages import mix_stage
+from trl_selfdistill.studies.arguments import MixArguments
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.stages import mix_stage
+from trl_selfdistill.studies.training_mix import MixSettings, load_mix
 
 
 def main(args: MixArguments, settings: MixSettings) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
-from trl_selfdistill.study.small_llama import train_tokenizer
+from trl_selfdistill.studies.small_llama import train_tokenizer
 
 
 RUNS = {

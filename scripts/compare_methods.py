@@ -22,16 +22,16 @@ from pathlib import Path
 from accelerate import PartialState
 
 from trl_selfdistill import SelfDistillSFTConfig
-from trl_selfdistill.comparison.pareto import as_json, find_tradeoffs
-from trl_selfdistill.comparison.report import plot_tradeoffs, render_comparison
-from trl_selfdistill.comparison.rival_methods import ComparisonArguments
-from trl_selfdistill.comparison.study import ComparisonInputs, compare_methods
-from trl_selfdistill.knowledge.training_mix import MixSettings
-from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
-from trl_selfdistill.study.checks import check_shared_config
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
-from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
+from trl_selfdistill.studies.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
+from trl_selfdistill.studies.checks import check_shared_config
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.comparison.pareto import as_json, find_tradeoffs
+from trl_selfdistill.studies.comparison.report import plot_tradeoffs, render_comparison
+from trl_selfdistill.studies.comparison.rival_methods import ComparisonArguments
+from trl_selfdistill.studies.comparison.study import ComparisonInputs, compare_methods
+from trl_selfdistill.studies.small_llama import ModelKindArguments, SmallLlamaSettings
+from trl_selfdistill.studies.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
+from trl_selfdistill.studies.training_mix import MixSettings
 
 
 CONFIGS = Path(__file__).parent / "configs"

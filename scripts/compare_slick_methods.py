@@ -17,13 +17,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_selfdistill.answers.generation import predict_answers
-from trl_selfdistill.answers.likelihood import score_answers
-from trl_selfdistill.answers.prompts import few_shot_prompt
-from trl_selfdistill.facts.geonames import geonames_facts
-from trl_selfdistill.knowledge.exemplars import reserve_exemplars
-from trl_selfdistill.knowledge.slick import PRESETS, slick_category
-from trl_selfdistill.scoring.exact_match import exact_match, spellings
+from trl_selfdistill.hallucination.exact_match import exact_match, spellings
+from trl_selfdistill.slick.exemplars import reserve_exemplars
+from trl_selfdistill.slick.generation import predict_answers
+from trl_selfdistill.slick.likelihood import score_answers
+from trl_selfdistill.slick.prompts import few_shot_prompt
+from trl_selfdistill.slick.slick import PRESETS, slick_category
+from trl_selfdistill.studies.facts.geonames import geonames_facts
 
 
 QUICK = PRESETS["quick"]

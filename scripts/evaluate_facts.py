@@ -17,9 +17,9 @@ import json
 
 from accelerate import PartialState
 
-from trl_selfdistill.study.arguments import EvaluationArguments
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.stages import ACCURACY_FILE, evaluate_stage
+from trl_selfdistill.studies.arguments import EvaluationArguments
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.stages import ACCURACY_FILE, evaluate_stage
 
 
 def main(args: EvaluationArguments) -> None:

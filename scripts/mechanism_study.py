@@ -23,16 +23,16 @@ from pathlib import Path
 from accelerate import PartialState
 
 from trl_selfdistill import SelfDistillSFTConfig
-from trl_selfdistill.knowledge.training_mix import MixSettings
-from trl_selfdistill.mechanism.conditions import MechanismArguments
-from trl_selfdistill.mechanism.plots import plot_mechanism
-from trl_selfdistill.mechanism.report import render_mechanism_report, summarise
-from trl_selfdistill.mechanism.study import MechanismInputs, run_mechanism_study
-from trl_selfdistill.study.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
-from trl_selfdistill.study.checks import check_shared_config
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.small_llama import ModelKindArguments, SmallLlamaSettings
-from trl_selfdistill.study.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
+from trl_selfdistill.studies.arguments import ModelAndFactsArguments, SlickArguments, Stage1Arguments
+from trl_selfdistill.studies.checks import check_shared_config
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.mechanism.conditions import MechanismArguments
+from trl_selfdistill.studies.mechanism.plots import plot_mechanism
+from trl_selfdistill.studies.mechanism.report import render_mechanism_report, summarise
+from trl_selfdistill.studies.mechanism.study import MechanismInputs, run_mechanism_study
+from trl_selfdistill.studies.small_llama import ModelKindArguments, SmallLlamaSettings
+from trl_selfdistill.studies.stages import annotate_stage, facts_stage, mix_stage, stage1_stage, start_model_stage
+from trl_selfdistill.studies.training_mix import MixSettings
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 from trl_selfdistill.hub.publishing import PublishError, plan_metric, plan_model, publish
-from trl_selfdistill.study.arguments import PublishArguments
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.publishing import base_model_of_checkpoint, plan_dataset, repo_ids, write_card
+from trl_selfdistill.studies.arguments import PublishArguments
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.publishing import base_model_of_checkpoint, plan_dataset, repo_ids, write_card
 
 
 def main(args: PublishArguments) -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from trl_selfdistill.study.arguments import ReportArguments
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.stages import report_stage
+from trl_selfdistill.studies.arguments import ReportArguments
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.stages import report_stage
 
 
 def main(args: ReportArguments) -> None:

@@ -24,17 +24,16 @@ from trl_selfdistill import (
     SelfDistillSFTConfig,
     SelfDistillSFTTrainer,
 )
-from trl_selfdistill.knowledge.training_mix import MixSettings
-from trl_selfdistill.study.arguments import (
+from trl_selfdistill.studies.arguments import (
     AdapterArguments,
     ModelAndFactsArguments,
     SlickArguments,
     Stage1Arguments,
     StudyArguments,
 )
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.publishing import publish_command
-from trl_selfdistill.study.stages import (
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.publishing import publish_command
+from trl_selfdistill.studies.stages import (
     annotate_stage,
     facts_stage,
     mix_stage,
@@ -43,7 +42,8 @@ from trl_selfdistill.study.stages import (
     stage1_stage,
     train_stage,
 )
-from trl_selfdistill.study.training_stage import copy_config
+from trl_selfdistill.studies.training_mix import MixSettings
+from trl_selfdistill.studies.training_stage import copy_config
 
 
 def main(

@@ -26,10 +26,10 @@ from pathlib import Path
 from accelerate import PartialState
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
-from trl_selfdistill.study.arguments import AdapterArguments, TrainingDataArguments
-from trl_selfdistill.study.command_line import run_script
-from trl_selfdistill.study.dataset_training import train_on_dataset
-from trl_selfdistill.study.stages import train_stage
+from trl_selfdistill.studies.arguments import AdapterArguments, TrainingDataArguments
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.dataset_training import train_on_dataset
+from trl_selfdistill.studies.stages import train_stage
 
 
 def main(data: TrainingDataArguments, adapter: AdapterArguments, config: SelfDistillSFTConfig) -> None:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from conftest import CITIES, build_model, build_tokenizer
 
-from trl_selfdistill.answers.prompts import few_shot_prompt, question_prompt
+from trl_selfdistill.slick.prompts import few_shot_prompt, question_prompt
 
 
 QUESTIONS = {f"Which country is {city} located in?": country for city, country in CITIES.items()}

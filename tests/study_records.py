@@ -8,9 +8,9 @@ import numpy as np
 from conftest import build_model
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfdistill.knowledge.fact_accuracy import AccuracyRecord, write_records
-from trl_selfdistill.study.card import write_model_card
-from trl_selfdistill.study.report import load_arms
+from trl_selfdistill.studies.card import write_model_card
+from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, write_records
+from trl_selfdistill.studies.report import load_arms
 
 
 def make_records(heldout: np.ndarray, new: np.ndarray | None = None) -> list[AccuracyRecord]:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from toy_study import ARMS, SCRIPTS, STUDY_FLAGS, run_script
 from transformers import AutoModelForCausalLM
 
-from trl_selfdistill.facts.table import load_facts
-from trl_selfdistill.knowledge.fact_accuracy import accuracy_by_group
-from trl_selfdistill.study import command_line
+from trl_selfdistill.studies import command_line
+from trl_selfdistill.studies.fact_accuracy import accuracy_by_group
+from trl_selfdistill.studies.facts.table import load_facts
 
 
 STAGE_SCRIPTS = [

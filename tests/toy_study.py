@@ -12,8 +12,8 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
-from trl_selfdistill.answers.prompts import answer_completion, question_prompt
-from trl_selfdistill.facts.table import facts_from_rows, save_facts
+from trl_selfdistill.slick.prompts import answer_completion, question_prompt
+from trl_selfdistill.studies.facts.table import facts_from_rows, save_facts
 
 
 ARMS = ("sft", "selfdistill", "frozen")

@@ -5,7 +5,7 @@ import datasets
 import evaluate
 
 from trl_selfdistill.hallucination import score_hallucinations
-from trl_selfdistill.scoring.inputs import check_references, check_texts
+from trl_selfdistill.hallucination.inputs import check_references, check_texts
 
 
 _DESCRIPTION = """\

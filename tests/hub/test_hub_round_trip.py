@@ -156,9 +156,9 @@ def test_the_papers_presets_take_their_facts_from_the_hub(hub, clients, tmp_path
     hub.repos["dataset", name] = Repo(private=True, sdk=None, files={"train.jsonl": content})
     code = f"""
 from pathlib import Path
-from trl_selfdistill.facts.table import load_facts
-from trl_selfdistill.study.stages import facts_stage
-from trl_selfdistill.study.arguments import ModelAndFactsArguments
+from trl_selfdistill.studies.facts.table import load_facts
+from trl_selfdistill.studies.stages import facts_stage
+from trl_selfdistill.studies.arguments import ModelAndFactsArguments
 file = facts_stage(ModelAndFactsArguments(facts={name!r}, fact_relations=["P17"]), Path({str(tmp_path / "facts")!r}))
 print("RESULT", load_facts(file)["fact_id"][:])
 """

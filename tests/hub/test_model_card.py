@@ -16,9 +16,9 @@ from trl_selfdistill import (
     SelfDistillSFTTrainer,
 )
 from trl_selfdistill.hub.model_card import read_record, update_model_card, weights_sha256
-from trl_selfdistill.knowledge.fact_accuracy import write_records
-from trl_selfdistill.study.card import measure, write_model_card
-from trl_selfdistill.study.report import load_arms
+from trl_selfdistill.studies.card import measure, write_model_card
+from trl_selfdistill.studies.fact_accuracy import write_records
+from trl_selfdistill.studies.report import load_arms
 
 
 RECORDS = make_records(fading_outcomes(40, [1.0, 0.5]))

@@ -14,7 +14,7 @@ from study_records import write_checkpoint
 from toy_study import SCRIPTS, run_script
 
 from trl_selfdistill.hub.publishing import PublishError, plan_metric, plan_model, refuse_tokens, select_files
-from trl_selfdistill.study.publishing import plan_dataset, publish_command, repo_ids
+from trl_selfdistill.studies.publishing import plan_dataset, publish_command, repo_ids
 
 
 TOKEN = "hf_" + "a" * 34

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_selfdistill import LMHead, linear_ce_kl
-from trl_selfdistill.kernels import ce_kl_torch, ce_kl_triton
+from trl_selfdistill.losses.objective import ce_kl_torch, ce_kl_triton
 
 
 IMPLEMENTATIONS = ["torch", "triton", "reference"]

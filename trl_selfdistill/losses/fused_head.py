@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import LogitTransform, TileObjective
 from .lm_head import LMHead, ModelSide
+from .objective import LogitTransform, TileObjective
 
 
 # Probabilities are as small as 1e-9, which fp16 cannot hold: its tiles carry gradients times this power of two, which

@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..kernels import TileObjective
 from .checks import check_finite as refuse_not_finite
 from .checks import check_labels, check_options, check_side, check_teacher_is_given, check_vocabularies, check_weight
 from .fused_head import HeadPass, fused_losses
 from .lm_head import LMHead, ModelSide
+from .objective import TileObjective
 from .reference import reference_losses
 
 
@@ -186,7 +186,7 @@ def _tile_kernel(impl: str, hidden_states: torch.Tensor):
             f"got {hidden_states.dtype} on {hidden_states.device}. Take `impl='auto'`."
         )
     if impl == "triton" or (impl == "auto" and runs_triton and on_cuda):
-        from ..kernels.ce_kl_triton import ce_kl_tile_
+        from .ce_kl_triton import ce_kl_tile_
     else:
-        from ..kernels.ce_kl_torch import ce_kl_tile_
+        from .ce_kl_torch import ce_kl_tile_
     return ce_kl_tile_

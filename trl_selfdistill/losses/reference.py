@@ -4,8 +4,8 @@
 import torch
 from torch.nn import functional as F
 
-from ..kernels import TileObjective
 from .lm_head import ModelSide
+from .objective import TileObjective
 
 
 def reference_losses(

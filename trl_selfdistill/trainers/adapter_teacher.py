@@ -15,10 +15,10 @@ from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.utils import is_peft_available, logging
 
-from ..answers.generation import evaluation_mode
 from ..losses import ModelSide
 from ..parameters.hashes import digest
 from ..parameters.quantised import keep_trainable
+from ..slick.generation import evaluation_mode
 from .checkpoints import find_damage
 from .model_identity import hash_base, hash_settings, hash_tensors
 from .sft_internals import base_causal_lm, lm_head_of, use_adapter

@@ -5,8 +5,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from ..answers.generation import evaluation_mode
 from ..losses import ModelSide
+from ..slick.generation import evaluation_mode
 from .model_identity import hash_model
 from .sft_internals import DistillationTargets, base_causal_lm, lm_head_of
 

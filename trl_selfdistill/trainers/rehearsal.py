@@ -14,9 +14,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..answers.generation import evaluation_mode, generate_tokens, generation_config
-from ..answers.process_sharding import map_in_parallel, on_main_process
 from ..losses import IGNORE_INDEX
+from ..slick.generation import evaluation_mode, generate_tokens, generation_config
+from ..slick.process_sharding import map_in_parallel, on_main_process
 from .dataset_files import load_splits
 from .model_identity import hash_model
 from .sft_internals import tokenizer_of

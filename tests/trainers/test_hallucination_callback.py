@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HallucinationEvalCallback in real runs of a tiny model, alone, on two processes (DDP) and on sharded weights."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from answering_model import QUESTIONS, build_answering_model
+from conftest import build_tokenizer
+from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
+from transformers import EarlyStoppingCallback
+from trl import SFTConfig, SFTTrainer
+from two_processes import leave_processes, run_in_two_processes
+
+from trl_selfdistill import HallucinationEvalCallback
+from trl_selfdistill.hallucination import score_hallucinations
+from trl_selfdistill.slick.generation import predict_answers
+from trl_selfdistill.slick.prompts import question_prompt
+from trl_selfdistill.trainers.hallucination_callback import predict_answers_in_parallel
+
+
+TOKENIZER = build_tokenizer()
+HELDOUT = Dataset.from_dict({"question": [*QUESTIONS], "answer": [*QUESTIONS.values()], "aliases": [[]] * 6})
+# The answers of the model to these are wrong before the training
+NEW = Dataset.from_dict({"question": ["Which country is Kobe located in?"] * 3, "answer": ["Japan", "Peru", "Norway"]})
+PROMPTS = [question_prompt(question) for question in [*QUESTIONS, *QUESTIONS][:7]]
+TRAIN = Dataset.from_dict({"prompt": ["Q: a\nA:"] * 4, "completion": [" b"] * 4})
+
+
+def make_trainer(folder, **config) -> SFTTrainer:
+    settings = dict(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, seed=0)
+    settings |= dict(num_train_epochs=3, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no")
+    settings |= dict(logging_steps=1, gradient_checkpointing=False)
+    options = {"train_dataset": TRAIN, "processing_class": TOKENIZER}
+    if "eval_strategy" in config:
+        options["eval_dataset"] = config.pop("eval_dataset", TRAIN)
+    return SFTTrainer(build_answering_model(TOKENIZER), SFTConfig(**{**settings, **config}), **options)
+
+
+def run(folder, eval_sets, resume=None, after=(), **config) -> SFTTrainer:
+    trainer = make_trainer(folder, **config)
+    trainer.add_callback(HallucinationEvalCallback(trainer, eval_sets, batch_size=4))
+    for callback in after:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def values(trainer, name: str) -> list[float]:
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+def own_scores(model, rows: Dataset) -> dict:
+    answers = predict_answers(model, TOKENIZER, [question_prompt(question) for question in rows["question"]])
+    return score_hallucinations([answer for [answer] in answers], rows["answer"], resamples=0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("run"), {"heldout": HELDOUT, "new": NEW})
+
+
+def test_it_logs_each_set_before_the_training_and_after_each_epoch(finished):
+    before, after = (own_scores(model, HELDOUT) for model in (build_answering_model(TOKENIZER), finished.model))
+    accuracy = values(finished, "eval_heldout_accuracy")
+    assert len(accuracy) == 4 and accuracy[0] == before["accuracy"] > accuracy[-1] == after["accuracy"]
+    assert values(finished, "eval_heldout_hallucination_rate")[-1] == after["hallucination_rate"]
+    assert values(finished, "eval_new_accuracy")[-1] == own_scores(finished.model, NEW)["accuracy"]
+    peaks = [max(accuracy[: i + 1]) for i in range(4)]
+    expected = [peak - now for peak, now in zip(peaks, accuracy, strict=True)]
+    assert values(finished, "eval_heldout_forgetting") == expected and expected[-1] > 0
+
+
+def test_it_changes_nothing_in_the_training_and_costs_nothing_without_sets(finished, tmp_path, monkeypatch):
+    calls = []
+    generate = type(finished.model).generate
+    counted = lambda self, *args, **kwargs: calls.append(1) or generate(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(type(finished.model), "generate", counted)
+    off = run(tmp_path, {})
+    assert not calls and not any(
+        "accuracy" in name and name.startswith("eval") for log in off.state.log_history for name in log
+    )
+    own_scores(off.model, NEW)
+    assert calls
+    for one, other in zip(finished.model.parameters(), off.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (finished, off)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_the_training_loss_of_each_epoch_is_still_logged(tmp_path):
+    """A log of the callback's own takes back the order for the trainer's, if it is not given again."""
+    with_callback, off = (
+        run(tmp_path / str(i), sets, logging_strategy="epoch") for i, sets in enumerate(({"heldout": HELDOUT}, {}))
+    )
+    assert values(with_callback, "loss") == values(off, "loss") and len(values(off, "loss")) == 3
+
+
+@pytest.mark.parametrize("eval_dataset", [TRAIN, {"one": TRAIN, "two": TRAIN}], ids=["one dataset", "a dict"])
+def test_transformers_keeps_the_best_checkpoint_and_stops_early_by_it(tmp_path, eval_dataset):
+    trainer = run(
+        tmp_path,
+        {"heldout": HELDOUT},
+        after=[EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_strategy="epoch",
+        eval_dataset=eval_dataset,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="heldout_accuracy",
+        num_train_epochs=8,
+    )
+    accuracy = values(trainer, "eval_heldout_accuracy")
+    trained = accuracy[1:]  # the first is from before the training, and saves nothing
+    best = trained.index(max(trained))
+    assert trainer.state.best_metric == max(trained) and trainer.state.best_global_step == 2 * (best + 1)
+    assert own_scores(trainer.model, HELDOUT)["accuracy"] == max(trained)
+    assert trainer.state.global_step == 2 * len(trained) < 16 and len(trained) == best + 3
+
+
+def test_a_resumed_run_goes_on_with_the_peak(finished, tmp_path):
+    run(tmp_path, {"heldout": HELDOUT, "new": NEW}, save_strategy="epoch")
+    resumed = run(tmp_path, {"heldout": HELDOUT, "new": NEW}, resume=str(tmp_path / "checkpoint-2"))
+    for name in ("eval_heldout_accuracy", "eval_heldout_forgetting", "eval_new_hallucination_rate"):
+        # A checkpoint is written before the epoch's end is evaluated, where the trainer itself evaluates nothing
+        assert values(resumed, name)[0] == values(finished, name)[0]
+        assert values(resumed, name)[-2:] == values(finished, name)[-2:]
+
+
+def test_the_rules_of_answers_and_the_prompt_are_the_users(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rows = Dataset.from_dict({"question": [*QUESTIONS], "answer": ["x"] * 6})
+    options = {
+        "prompt_function": lambda question: f"{question_prompt(question)} x",
+        "answer_rules": {"match": "contains"},
+    }
+    callback = HallucinationEvalCallback(trainer, {"x": rows}, **options)
+    trainer.add_callback(callback)
+    trainer.evaluate(TRAIN)
+    [hallucinated] = values(trainer, "eval_x_hallucination_rate")
+    [accuracy] = values(trainer, "eval_x_accuracy")
+    [abstained] = values(trainer, "eval_x_abstention_rate")
+    assert hallucinated + accuracy + abstained == pytest.approx(1)
+    prompts = [options["prompt_function"](question) for question in QUESTIONS]
+    answers = [answer for [answer] in predict_answers(trainer.model, TOKENIZER, prompts)]
+    assert accuracy == score_hallucinations(answers, ["x"] * 6, match="contains", resamples=0)["accuracy"]
+
+
+def test_mistakes_are_errors_before_the_training(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"`eval_sets\['a'\]` has no column \['answer'\]"):
+        HallucinationEvalCallback(trainer, {"a": HELDOUT.remove_columns("answer")})
+    with pytest.raises(ValueError, match=r"`eval_sets\['a'\]` is empty"):
+        HallucinationEvalCallback(trainer, {"a": HELDOUT.select([])})
+    with pytest.raises(ValueError, match="`match` is 'fuzzy'"):
+        HallucinationEvalCallback(trainer, {"a": HELDOUT}, answer_rules={"match": "fuzzy"})
+    trainer.add_callback(EarlyStoppingCallback())
+    trainer.add_callback(HallucinationEvalCallback(trainer, {"a": HELDOUT}))
+    trainer.args.eval_strategy, trainer.args.metric_for_best_model = "epoch", "a_accuracy"
+    with pytest.raises(ValueError, match="EarlyStoppingCallback was added before HallucinationEvalCallback"):
+        trainer.train()
+
+
+def run_on_two_processes(folder: Path) -> None:
+    """A DDP run, and generation from weights that FSDP2 has sharded over both processes; each writes what it saw."""
+    trainer = run(folder / "run", {"heldout": HELDOUT, "new": NEW}, per_device_train_batch_size=1)
+    model = build_answering_model(TOKENIZER)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    sharded = predict_answers_in_parallel(model, TOKENIZER, PROMPTS, synced_gpus=True, batch_size=2)
+    result = {"log": trainer.state.log_history, "sharded": sharded, "processes": PartialState().num_processes}
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_in_two_processes(__file__, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_log_what_one_does(two_processes, finished):
+    for result in two_processes:
+        assert result["processes"] == 2
+        for name in ("eval_heldout_accuracy", "eval_heldout_forgetting", "eval_new_hallucination_rate"):
+            assert [log[name] for log in result["log"] if name in log] == values(finished, name)
+
+
+def test_sharded_weights_answer_as_whole_ones(two_processes):
+    whole = [answer for [answer] in predict_answers(build_answering_model(TOKENIZER), TOKENIZER, PROMPTS)]
+    assert len({*whole}) > 1
+    for result in two_processes:
+        assert result["sharded"] == whole
+
+
+if __name__ == "__main__":
+    run_on_two_processes(Path(sys.argv[1]))
+    leave_processes()

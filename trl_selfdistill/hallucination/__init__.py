@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which answers are right, wrong, or none, and how often a model hallucinates. No models, no torch."""
+
+from .metric import RATES, score_hallucinations
+
+
+__all__ = ["RATES", "score_hallucinations"]
