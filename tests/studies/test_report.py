@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from study_records import fading_outcomes, make_records, write_arm
 
-from trl_selfdistill.studies.report import escape_markdown, load_arms, plot_curves, render_findings, render_table
+from trl_selfdistill.hub.markdown import escape_markdown
+from trl_selfdistill.studies.report import load_arms, plot_curves, render_findings, render_table
 
 
 @pytest.fixture

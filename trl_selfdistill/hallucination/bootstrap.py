@@ -1,21 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uncertainty of paired outcomes, with numpy alone: the bootstrap interval of a mean and McNemar's exact test."""
 
-from typing import NamedTuple
-
 import numpy as np
 
-
-class Interval(NamedTuple):
-    """An estimate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval is on one side of 0."""
-        return self.low > 0 or self.high < 0
+from .intervals import Interval
 
 
 def mean_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -> Interval:

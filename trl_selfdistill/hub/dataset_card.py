@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .environment import describe_environment, portable_command
-from .model_card import CATEGORIES, TEMPLATES, escape_markdown
+from .markdown import escape_markdown
+from .model_card import CATEGORIES, TEMPLATES
 
 
 def render_dataset_card(

@@ -7,9 +7,7 @@ card is rendered anew, so that none undoes what another wrote. Results count for
 """
 
 import hashlib
-import html
 import json
-from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, eval_result_entries_to_yaml
 
+from ..hallucination.intervals import Interval
 from .environment import portable_command
+from .markdown import escape_markdown, format_interval
 from .metadata import card_data, eval_result_entries, hub_id, method_of, title_of
 
 
@@ -130,15 +130,9 @@ def _metric_rows(metrics: list[dict[str, Any]]) -> list[list[str]]:
     columns = {name: title for name, title in columns.items() if any(metric.get(name) for metric in metrics)}
     rows = [["fraction in [0, 1], 95 % interval", *columns.values()]]
     for metric in metrics:
-        cells = (format_interval(metric[name], signed=name.startswith("minus")) for name in columns)
+        cells = (format_interval(Interval(**metric[name]), signed=name.startswith("minus")) for name in columns)
         rows.append([f"{escape_markdown(metric['name'])} {'↑' if metric['better'] == 'higher' else '↓'}", *cells])
     return rows
-
-
-def format_interval(interval: dict[str, float], signed: bool = False) -> str:
-    """`value [low, high]`, with a sign for differences."""
-    sign = "+" if signed else ""
-    return f"{interval['value']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
 
 
 def _group_rows(groups: dict[str, Any] | None) -> list[list[str]]:
@@ -162,12 +156,3 @@ def _composition_rows(composition: dict[str, dict[str, int]]) -> list[list[str]]
         known = [counts.get(category, 0) for category in CATEGORIES]
         rows.append([escape_markdown(split), *map(str, [*known, sum(counts.values()) - sum(known)])])
     return rows
-
-
-def escape_markdown(value: object) -> str:
-    """A value for a line or a cell of Markdown: nothing in it can end the cell, or become HTML, a link or an image."""
-    text = ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
-    text = html.escape(text, quote=False)
-    for character in "`*[]":
-        text = text.replace(character, f"&#{ord(character)};")
-    return " ".join(text.replace("|", "\\|").split())

@@ -29,6 +29,11 @@ class ParameterName(NamedTuple):
     layer: int | None
 
 
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The `transformers` model itself, without a PEFT wrapper around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def named_tensors(model: PreTrainedModel) -> Iterator[tuple[nn.Parameter, list[ParameterName]]]:
     """
     Each parameter once, in the order of `model.named_parameters()`, with all of its names: a tied one has several.

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
 
 from ..hallucination.exact_match import spellings
+from ..parameters.structure import base_causal_lm
 from .generation import answer_ends, evaluation_mode
 from .prompts import answer_completion
 
@@ -282,8 +283,7 @@ def _forward(model, input_ids: torch.Tensor, cache: Cache | None, first: int) ->
     if cache is not None:
         kwargs = {"use_cache": True, "past_key_values": _repeat_cache(cache, len(input_ids))}
     # The class's `forward`: on the instance it may be wrapped (accelerate, TRL) beyond recognition.
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" not in inspect.signature(type(unwrapped).forward).parameters:
+    if "logits_to_keep" not in inspect.signature(type(base_causal_lm(model)).forward).parameters:
         return model(input_ids=input_ids, **kwargs).logits[:, first:]
     kwargs["logits_to_keep"] = torch.arange(first, input_ids.shape[1], device=input_ids.device)
     return model(input_ids=input_ids, **kwargs).logits

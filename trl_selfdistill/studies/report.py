@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ..hub.model_card import escape_markdown, format_interval
+from ..hub.markdown import escape_markdown, format_interval
 from .fact_accuracy import AccuracyRecord, read_records
 from .forgetting import Interval, forgetting, forgetting_difference
 
@@ -112,8 +112,8 @@ def render_table(arms: list[ArmResult]) -> str:
             [
                 arm.label,
                 f"{s['heldout_before']:.3f} / {s['heldout_peak']:.3f} / {s['heldout_after']:.3f}",
-                format_interval(arm.forgetting._asdict()),
-                format_interval(arm.difference._asdict(), signed=True) if arm.difference else "-",
+                format_interval(arm.forgetting),
+                format_interval(arm.difference, signed=True) if arm.difference else "-",
                 f"{s['new_learnt']:.3f}",
                 f"{s['known_after']:.3f}",
                 "-" if s["seconds_per_step"] is None else f"{s['seconds_per_step']:.2f}",

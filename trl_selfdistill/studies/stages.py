@@ -17,6 +17,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from ..hub.markdown import escape_markdown
 from ..slick.slick import annotate_facts
 from .arguments import (
     AdapterArguments,
@@ -31,7 +32,7 @@ from .facts.files import write_rows
 from .facts.geonames import geonames_facts, known_place_names
 from .facts.table import load_facts, save_facts
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer, save_embedded_model
-from .report import escape_markdown, load_arms, plot_curves, render_findings, render_table
+from .report import load_arms, plot_curves, render_findings, render_table
 from .small_llama import ModelKindArguments, SmallLlamaSettings, pretrain_in_one_process
 from .stage import explain_full_disk, model_identity, run_stage
 from .training_mix import MixSettings, build_training_mix

@@ -18,10 +18,11 @@ from transformers.utils import is_peft_available, logging
 from ..losses import ModelSide
 from ..parameters.hashes import digest
 from ..parameters.quantised import keep_trainable
+from ..parameters.structure import base_causal_lm
 from ..slick.generation import evaluation_mode
 from .checkpoints import find_damage
 from .model_identity import hash_base, hash_settings, hash_tensors
-from .sft_internals import base_causal_lm, lm_head_of, use_adapter
+from .sft_internals import lm_head_of, use_adapter
 from .teacher import Teacher, whole_head
 from .zero3 import is_partitioned
 

@@ -6,9 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..losses import ModelSide
+from ..parameters.structure import base_causal_lm
 from ..slick.generation import evaluation_mode
 from .model_identity import hash_model
-from .sft_internals import DistillationTargets, base_causal_lm, lm_head_of
+from .sft_internals import DistillationTargets, lm_head_of
 
 
 class L2ToTeacher:

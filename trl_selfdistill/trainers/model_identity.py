@@ -9,7 +9,7 @@ from accelerate.utils import is_peft_model
 from transformers.utils import is_peft_available
 
 from ..parameters.hashes import digest, hash_tensor
-from .sft_internals import base_causal_lm
+from ..parameters.structure import base_causal_lm
 from .zero3 import gathered
 
 

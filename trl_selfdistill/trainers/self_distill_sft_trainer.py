@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from ..parameters.structure import base_causal_lm
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .l2_to_teacher import L2ToTeacher
@@ -16,7 +17,6 @@ from .sft_internals import (
     DistillationTargets,
     add_distillation_forward,
     add_training_rows,
-    base_causal_lm,
     config_from,
     count_input_tokens,
     frozen_copy,

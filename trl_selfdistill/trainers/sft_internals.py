@@ -39,6 +39,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
+from ..parameters.structure import base_causal_lm
 from .zero3 import copy_partitioned, is_partitioned
 
 
@@ -47,7 +48,6 @@ __all__ = [
     "DistillationTargets",
     "add_distillation_forward",
     "add_training_rows",
-    "base_causal_lm",
     "config_from",
     "count_input_tokens",
     "create_model_from_path",
@@ -78,11 +78,6 @@ class DistillationOutput(NamedTuple):
 
     ce_kl: CEKLOutput
     aux_loss: torch.Tensor | None  # the MoE load-balancing loss, where router logits were asked for
-
-
-def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """The `transformers` model itself, without a PEFT wrapper around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:

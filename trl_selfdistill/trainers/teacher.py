@@ -8,9 +8,10 @@ from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel
 
 from ..losses import LMHead, ModelSide
+from ..parameters.structure import base_causal_lm
 from ..slick.generation import evaluation_mode
 from .model_identity import hash_model
-from .sft_internals import add_distillation_forward, base_causal_lm, lm_head_of, prepare_deepspeed, prepare_fsdp
+from .sft_internals import add_distillation_forward, lm_head_of, prepare_deepspeed, prepare_fsdp
 from .zero3 import gathered
 
 

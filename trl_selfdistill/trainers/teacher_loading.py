@@ -5,8 +5,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..parameters.structure import base_causal_lm
 from .self_distill_sft_config import SelfDistillSFTConfig
-from .sft_internals import base_causal_lm, create_model_from_path, frozen_copy, get_config_model_id
+from .sft_internals import create_model_from_path, frozen_copy, get_config_model_id
 from .unsupported import refuse_adapter_on_head
 
 

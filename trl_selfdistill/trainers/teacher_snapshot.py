@@ -8,9 +8,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..parameters.structure import base_causal_lm
 from .adapter_teacher import ADAPTER_WEIGHTS, fits_adapter_teacher
 from .checkpoints import explain_full_disk, find_damage
-from .sft_internals import base_causal_lm, frozen_copy
+from .sft_internals import frozen_copy
 from .teacher_record import TEACHER_FOLDER
 
 

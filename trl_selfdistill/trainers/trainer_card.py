@@ -11,8 +11,9 @@ from transformers import Trainer
 from ..hub.environment import describe_environment
 from ..hub.metadata import base_model_of, hub_id
 from ..hub.model_card import read_record, update_model_card
+from ..parameters.structure import base_causal_lm
 from .paper import PAPER
-from .sft_internals import base_causal_lm, get_config_model_id
+from .sft_internals import get_config_model_id
 
 
 _SETTINGS = (

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from .sft_internals import base_causal_lm
+from ..parameters.structure import base_causal_lm
 from .zero3 import is_partitioned
 
 

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...hub.model_card import format_interval
+from ...hub.markdown import format_interval
 from ..random_effects import random_effects_interval
 from .pareto import MethodOutcome, Tradeoff
 
@@ -39,8 +39,8 @@ def render_comparison(
     rows = [
         [
             point.label,
-            format_interval(point.stability._asdict()),
-            format_interval(point.plasticity._asdict()),
+            format_interval(point.stability),
+            format_interval(point.plasticity),
             _on_the_front(point, by_label),
         ]
         for point in tradeoffs

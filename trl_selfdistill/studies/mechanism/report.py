@@ -3,7 +3,7 @@
 
 from statistics import fmean
 
-from ...hub.model_card import format_interval
+from ...hub.markdown import format_interval
 from ..experiment import ExperimentResult
 from .conditions import PREDICTIONS, Condition
 from .study import MechanismResults, new_learnt
@@ -39,7 +39,7 @@ def render_mechanism_report(results: MechanismResults, model: str) -> str:
             "",
             f"Rule: {finding.rule}",
             "",
-            *(f"- {what}: {format_interval(x._asdict(), signed=True)}" for what, x in finding.numbers.items()),
+            *(f"- {what}: {format_interval(x, signed=True)}" for what, x in finding.numbers.items()),
             *(f"- new facts learnt, {what}: {share:.3f}" for what, share in finding.learnt.items()),
             "",
         ]
@@ -94,7 +94,7 @@ def _runs_table(results: MechanismResults) -> tuple[list[str], list[list[str]]]:
             [
                 condition.label,
                 f"{condition.num_facts:,}",
-                format_interval(results.table.loss(condition.name)._asdict()),
+                format_interval(results.table.loss(condition.name)),
                 "-" if learnt is None else f"{learnt:.3f}",
                 f"{runs[0].training['steps']:,}",
                 "-" if seconds is None else f"{seconds * 1000 / runs[0].training['rows_per_step']:.1f}",

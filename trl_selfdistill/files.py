@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are written whole or not at all, and JSON in them. Only the standard library is imported."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Yields `<path>.partial`, to write a file or a folder to. It takes the place of `path` when the block ends. After an
+    error or a kill `path` is what it was before.
+
+    ```python
+    >>> from tempfile import mkdtemp
+    >>> file = Path(mkdtemp()) / "answer.txt"
+    >>> with written_whole(file) as partial:
+    ...     _ = partial.write_text("42")
+    >>> file.read_text()
+    '42'
+    ```
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder. Its parent is made if missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")  # in the same folder: only there is renaming atomic
+    _remove(partial)  # of a run that was killed
+    try:
+        yield partial
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON value, indented and in UTF-8, whole or not at all. What JSON does not know is written as text."""
+    with written_whole(path) as partial:
+        text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+        partial.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The JSON value in a UTF-8 file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
+    """Writes JSON lines in UTF-8, one value each, whole or not at all."""
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[Any]:
+    """The values of a file of JSON lines. Lines end at "\\n" alone: JSON leaves U+2028 and its like within a text."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
