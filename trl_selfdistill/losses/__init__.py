@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differentiable functions of hidden states and LM heads."""
+"""Cross-entropy plus KL to a teacher, from hidden states and LM heads."""
 
 from .linear_ce_kl import IGNORE_INDEX, CEKLOutput, linear_ce_kl
 from .lm_head import LMHead, ModelSide

@@ -1,81 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both LM heads, the losses and their gradients in one pass over chunks of tokens.
 
-The loss is a weighted sum of the tokens' losses, known in the forward pass, so its gradient can be formed there: a
+The loss is a sum over tokens whose weights are known in the forward pass, so the gradient can be formed there. Each
 chunk is projected by both heads, the kernel overwrites the student's logits with their gradient, and two products turn
 it into the gradients of the hidden states and of the head. That is four matrix products in all, the least there can
-be, and the memory is that of one chunk; the backward pass only multiplies by the upstream gradient.
+be, and the memory is that of one chunk. The backward pass only multiplies by the upstream gradient.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
 
 import torch
 
 from .lm_head import LMHead, ModelSide
-from .objective import LogitTransform, TileObjective
+from .objective import Tile, TileObjective
 
 
-# Probabilities are as small as 1e-9, which fp16 cannot hold: its tiles carry gradients times this power of two, which
-# the fp32 sums are divided by.
+# Each chunk reads and writes the gradient of the whole head; on a CPU larger chunks than this gain nothing
+_MOST_TOKENS_ON_CPU = 512
+
+# Gradients are as small as 1e-9, which fp16 cannot hold: its tiles carry gradients times this power of two, and the
+# division by the number of tokens follows in the backward pass.
 _FP16_GRAD_SCALE = 64.0
 
-# cuBLAS adds to an fp32 matrix what it multiplies in half precision, where PyTorch lets it (2.8)
+# cuBLAS adds half-precision products to an fp32 matrix, where PyTorch lets it (2.8)
 _ADDS_TO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
-# A bias of -inf masks a token, and 0 * (-inf) would be nan. fp16 gets its lowest number instead
-_LOWEST_LOGIT = -1e30
 
-
-class HeadPass(NamedTuple):
-    """How the pass is made: `tile_kernel` is `ce_kl_tile_` of one of the modules of `kernels`."""
-
-    tile_kernel: Callable[..., torch.Tensor]
-    product_dtype: torch.dtype
-    memory_budget_bytes: int
-    with_grad: bool
-
-
+@torch.compiler.disable  # the number of chunks changes from batch to batch, and there is nothing to fuse
 def fused_losses(
     student: ModelSide,
     teacher: ModelSide | None,
     labels: torch.Tensor,  # (num_tokens,), none ignored
     objective: TileObjective,
-    head_pass: HeadPass,
+    impl: str,  # "triton" or "torch"
+    memory_budget_mib: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The objective of all tokens, times its `grad_scale` and differentiable, and the sums of cross-entropy, divergence,
-    entropy and top-1 over the tokens, of shape `(4,)`.
-    """
-    # Autograd sees the tensors that it is handed by themselves only
-    head = student.lm_head
-    inputs = (student.hidden_states, head.weight, head.bias)
-    return _FusedHead.apply(*inputs, head, teacher, labels, objective, head_pass)
+    """Returns the objective, differentiable, and the tokens' sums `(4,)` of cross-entropy, KL, entropy and top-1."""
+    if impl == "triton":
+        from .ce_kl_triton import ce_kl_tile_
+    else:
+        from .ce_kl_torch import ce_kl_tile_
+    inputs = (student.hidden_states, student.lm_head.weight, student.lm_head.bias)
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    # The products run in autocast's dtype if it is enabled, or else in the wider of their factors'
+    dtype, device_type = torch.promote_types(inputs[0].dtype, inputs[1].dtype), labels.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device_type)
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    tile_objective = objective._replace(grad_scale=_FP16_GRAD_SCALE) if dtype == torch.float16 else objective
+    sides = [student] if teacher is None else [student, teacher]
+    chunk_size = _chunk_size(labels, len(sides) * len(student.lm_head.weight) * dtype.itemsize, memory_budget_mib)
+    # bf16 has the range of fp32, so that a single product need not be kept in fp32; fp16 has not
+    weight_dtype = dtype if chunk_size == len(labels) and dtype != torch.float16 else sum_dtype
+    grads = [
+        torch.zeros_like(x, dtype=grad_dtype) if is_needed else None
+        for x, grad_dtype, is_needed in zip(inputs, (sum_dtype, weight_dtype, sum_dtype), needed, strict=True)
+    ]
+    sums = torch.zeros(4, dtype=sum_dtype, device=labels.device)
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        # Autocast's casts, once instead of once a chunk
+        heads = [side.lm_head.map_tensors(lambda x: x.to(dtype)) for side in sides]
+        buffers = [labels.new_empty((chunk_size, len(head.weight)), dtype=dtype) for head in heads]
+        for start in range(0, len(labels), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            hidden_states = [side.hidden_states[chunk].to(dtype) for side in sides]
+            tiles = [_project(*parts) for parts in zip(hidden_states, heads, buffers, strict=True)]
+            tiles += [None] * (2 - len(tiles))
+            sums += ce_kl_tile_(*tiles, labels[chunk], tile_objective, with_grad=any(needed)).sum(0)
+            grad_logits = tiles[0].products  # written over them
+            if needed[0]:
+                grads[0][chunk] = grad_logits @ heads[0].weight
+            if needed[1]:
+                _add_product_(grads[1], grad_logits.T, hidden_states[0])
+            if needed[2]:
+                grads[2] += grad_logits.sum(0, dtype=sum_dtype)
+    unscale = objective.grad_scale / tile_objective.grad_scale
+    return _KnownGradients.apply(objective.total(sums), grads, unscale, *inputs), sums
 
 
-class _FusedHead(torch.autograd.Function):
+class _KnownGradients(torch.autograd.Function):
+    """Makes `loss` a function of `inputs` with the gradients `grads * unscale`, `None` for those not needed."""
+
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, lm_head, teacher, labels, objective, head_pass):
-        needed = [head_pass.with_grad and needs_grad for needs_grad in ctx.needs_input_grad[:3]]
-        ctx.dtypes = [x.dtype if x is not None else None for x in (hidden_states, weight, bias)]
-        ctx.unscale = 1.0
-        tile_objective = objective
-        if head_pass.product_dtype == torch.float16:
-            ctx.unscale = objective.grad_scale / _FP16_GRAD_SCALE
-            tile_objective = objective._replace(grad_scale=_FP16_GRAD_SCALE)
-        student = ModelSide(hidden_states, lm_head).detached()
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            sums, grads = _run(student, teacher, labels, tile_objective, head_pass, needed)
+    def forward(ctx, loss, grads, unscale, *inputs):
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(sums)
-        return objective.total(sums), sums
+        ctx.unscale, ctx.dtypes = unscale, [x if x is None else x.dtype for x in inputs]
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _):
-        factor = upstream.float() * ctx.unscale if upstream.dtype != torch.float64 else upstream
-        grads = [_scaled(x, factor, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (*grads, None, None, None, None, None)
+    def backward(ctx, upstream):
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, None, *(_scaled(grad, upstream * ctx.unscale, dtype) for grad, dtype in grads)
 
 
 def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -86,75 +102,32 @@ def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
-def _run(student, teacher, labels, objective, head_pass, needed):
-    """The sums of the losses, and the gradients of the hidden states, the weight and the bias where `needed`."""
-    dtype = head_pass.product_dtype
-    sides = [student] if teacher is None else [student, teacher]
-    num_tokens, vocab_size = len(labels), len(student.lm_head.weight)
-    chunk_size = _chunk_size(num_tokens, len(sides) * vocab_size * dtype.itemsize, head_pass.memory_budget_bytes)
-    tiles = [labels.new_empty((chunk_size, vocab_size), dtype=dtype) for _ in sides]
-    # Autocast's casts, once instead of once a chunk
-    heads = [side.lm_head.map_tensors(lambda x: x.to(dtype)) for side in sides]
-    transforms = [LogitTransform(head.logit_scale, head.logit_softcap) for head in heads] + [None]
-
-    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    grad_hidden = torch.empty_like(student.hidden_states, dtype=sum_dtype) if needed[0] else None
-    grad_weight = None  # begins as the product of the first chunk: zeros would be written and read for nothing
-    grad_bias = torch.zeros_like(student.lm_head.bias, dtype=sum_dtype) if needed[2] else None
-    sums = torch.zeros(4, dtype=sum_dtype, device=labels.device)
-    for start in range(0, num_tokens, chunk_size):
-        chunk = slice(start, min(start + chunk_size, num_tokens))
-        hidden_states = [side.hidden_states[chunk].to(dtype) for side in sides]
-        products = zip(tiles, hidden_states, heads, strict=True)
-        student_logits, teacher_logits, *_ = [
-            *(_project_(tile[: len(x)], x, head) for tile, x, head in products),
-            None,
-        ]
-        losses = head_pass.tile_kernel(
-            student_logits, teacher_logits, labels[chunk], *transforms[:2], objective, with_grad=any(needed)
-        )
-        sums += losses.sum(0)
-        grad_logits = student_logits  # written over them
-        if needed[0]:
-            grad_hidden[chunk] = grad_logits @ heads[0].weight
-        if needed[1]:
-            # bf16 has the range of fp32, so that a single product need not be kept in fp32; fp16 has not
-            total_dtype = dtype if chunk_size == num_tokens and dtype != torch.float16 else sum_dtype
-            grad_weight = _plus_product(grad_weight, grad_logits.T, hidden_states[0], total_dtype)
-        if needed[2]:
-            grad_bias += grad_logits.sum(0, dtype=sum_dtype)
-    if needed[1] and num_tokens == 0:
-        grad_weight = torch.zeros_like(student.lm_head.weight)
-    return sums, (grad_hidden, grad_weight, grad_bias)
+def _chunk_size(labels: torch.Tensor, bytes_per_token: int, memory_budget_mib: float) -> int:
+    """Returns the tokens of a chunk: as many as fit, spread evenly over the chunks, in multiples of 64."""
+    most = max(1, int(memory_budget_mib * 2**20) // bytes_per_token)
+    if labels.device.type == "cpu":
+        most = min(most, _MOST_TOKENS_ON_CPU)
+    num_tokens = max(1, len(labels))
+    evenly = math.ceil(num_tokens / math.ceil(num_tokens / most))
+    return min(num_tokens, most, 64 * math.ceil(evenly / 64))
 
 
-def _chunk_size(num_tokens: int, bytes_per_token: int, memory_budget_bytes: int) -> int:
-    """Tokens of a chunk: as many as the budget holds, spread evenly over the chunks, in multiples of 64."""
-    most = max(1, memory_budget_bytes // bytes_per_token)
-    num_chunks = -(-num_tokens // most)
-    even = -(-num_tokens // max(1, num_chunks))
-    return min(most, -(-even // 64) * 64) if num_chunks > 1 else max(1, num_tokens)
-
-
-def _project_(tile: torch.Tensor, hidden_states: torch.Tensor, lm_head: LMHead) -> torch.Tensor:
-    """The logits, before scale and softcap, written into `tile`."""
+def _project(hidden_states: torch.Tensor, lm_head: LMHead, buffer: torch.Tensor) -> Tile:
+    products = buffer[: len(hidden_states)]
     if lm_head.bias is None:
-        return torch.mm(hidden_states, lm_head.weight.T, out=tile)
-    torch.addmm(lm_head.bias, hidden_states, lm_head.weight.T, out=tile)
-    return tile.clamp_(min=max(_LOWEST_LOGIT, torch.finfo(tile.dtype).min))
+        torch.mm(hidden_states, lm_head.weight.T, out=products)
+    else:
+        torch.addmm(lm_head.bias, hidden_states, lm_head.weight.T, out=products)
+    return Tile(products, lm_head.logit_scale, lm_head.logit_softcap)
 
 
-def _plus_product(
-    total: torch.Tensor | None, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`total + first @ second` in `dtype`, in place; the product alone where `total` is `None`."""
-    if dtype == first.dtype:
-        return first @ second if total is None else total.addmm_(first, second)
-    if first.is_cuda and _ADDS_TO_FP32:
-        if total is None:
-            return torch.mm(first, second, out_dtype=dtype)
-        return torch.addmm(total, first, second, out_dtype=dtype, out=total)
-    if first.dtype == torch.float16:  # the sums of many tokens may pass its largest number
-        first, second = first.float(), second.float()
-    product = first @ second
-    return product.to(dtype) if total is None else total.add_(product)
+def _add_product_(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+    """Adds `first @ second` to `total`, which may be of a wider dtype."""
+    if total.dtype == first.dtype:
+        total.addmm_(first, second)
+    elif first.is_cuda and _ADDS_TO_FP32:
+        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
+    elif first.dtype == torch.float16:  # the sums of many tokens may pass its largest number
+        total.addmm_(first.float(), second.float())
+    else:
+        total += first @ second

@@ -2,46 +2,32 @@
 """Cross-entropy plus KL to a teacher, from hidden states and LM heads (arXiv 2604.15574, equations 1-2)."""
 
 import importlib.util
-import os
+from math import inf
 from typing import Literal, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
-from .checks import check_finite as refuse_not_finite
-from .checks import check_labels, check_options, check_side, check_teacher_is_given, check_vocabularies, check_weight
-from .fused_head import HeadPass, fused_losses
+from .fused_head import fused_losses
 from .lm_head import LMHead, ModelSide
 from .objective import TileObjective
-from .reference import reference_losses
 
 
 IGNORE_INDEX = -100
 
-# For the logits of one chunk. Each chunk reads and writes the gradient of the whole head, so that chunks of few tokens
-# cost time; on a CPU more than this many gain nothing.
-_DEFAULT_BUDGET_MIB = 1024.0
-_ENOUGH_TOKENS_ON_CPU = 512
-
 
 class CEKLOutput(NamedTuple):
     """
-    Output of [`linear_ce_kl`]. All but `loss` are detached scalars, for logging.
+    Output of [`linear_ce_kl`]: scalars over the labels other than -100. All but `loss` are detached.
 
     Args:
-        loss (`torch.Tensor`):
-            Differentiable scalar: the sum of `ce_weight * CE + kl_weight * temperature**2 * KL` over the counted
-            tokens, divided by `num_items_in_batch`, or by `num_tokens` where that is `None`.
-        ce_loss (`torch.Tensor`):
-            Mean cross-entropy at temperature 1 over the counted tokens, in nats per token.
-        kl_loss (`torch.Tensor`):
-            Mean KL(teacher ‖ student), or the `divergence` asked for, at `temperature` over the counted tokens, in
-            nats per token, without the factors `kl_weight` and `temperature**2`. Zero when `kl_weight` is zero.
-        entropy (`torch.Tensor`):
-            Mean entropy of the student's next-token distribution at temperature 1, in nats.
-        top1_accuracy (`torch.Tensor`):
-            Share of the counted tokens whose label is the student's most likely token, in [0, 1].
-        num_tokens (`torch.Tensor`):
-            How many tokens were counted (labels other than `ignore_index`).
+        loss (`torch.Tensor`): Sum of `ce_weight * CE + kl_weight * temperature**2 * KL` over `num_items_in_batch`.
+        ce_loss (`torch.Tensor`): Mean cross-entropy at temperature 1, in nats per token.
+        kl_loss (`torch.Tensor`): Mean KL(teacher ‖ student) at `temperature`, in nats per token, without factors.
+        entropy (`torch.Tensor`): Mean entropy of the student at temperature 1, in nats.
+        top1_accuracy (`torch.Tensor`): Share of the labels that are the student's most likely token, in [0, 1].
+        num_tokens (`torch.Tensor`): Number of labels.
     """
 
     loss: torch.Tensor
@@ -53,140 +39,122 @@ class CEKLOutput(NamedTuple):
 
 
 def linear_ce_kl(
-    student_hidden_states: torch.Tensor,  # (num_tokens, student_hidden_size), what the student's lm_head receives
+    student_hidden_states: torch.Tensor,
     student_lm_head: LMHead,
-    teacher_hidden_states: torch.Tensor | None,  # (num_tokens, teacher_hidden_size), gets no gradient
+    teacher_hidden_states: torch.Tensor | None,
     teacher_lm_head: LMHead | None,
-    shift_labels: torch.Tensor,  # (num_tokens,), the next token's id at each position
+    shift_labels: torch.Tensor,
     *,
     ce_weight: float = 1.0,
     kl_weight: float,
     temperature: float = 1.0,
     num_items_in_batch: int | torch.Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    divergence: Literal["forward_kl", "reverse_kl"] | float = "forward_kl",
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
-    memory_budget_mib: float | None = None,
-    check_finite: bool = False,
+    memory_budget_mib: float = 1024.0,
 ) -> CEKLOutput:
     """
-    Cross-entropy of the labels plus the KL divergence from a teacher, over the same tokens and the same denominator:
+    Computes the cross-entropy of the labels plus the KL divergence from a teacher over the same tokens:
 
     ```python
     student_logits, teacher_logits = student_lm_head.logits(...), teacher_lm_head.logits(...)
-    ce = F.cross_entropy(student_logits, shift_labels)
-    kl = F.kl_div(log_softmax(student_logits / temperature), softmax(teacher_logits / temperature))
+    ce = F.cross_entropy(student_logits, shift_labels, reduction="none")
+    kl = F.kl_div(log_softmax(student_logits / temperature), softmax(teacher_logits / temperature)).sum(-1)
     loss = (ce_weight * ce + kl_weight * temperature**2 * kl).sum() / num_items_in_batch
     ```
 
-    The gradient with respect to the student's logits z, with the teacher's t, is
-    `ce_weight (softmax(z) - onehot) + kl_weight τ (softmax(z / τ) - softmax(t / τ))`: `temperature` acts in the KL
-    only.
+    The gradient with respect to the student's logits z, with the teacher's t and τ = `temperature`, is
+    `ce_weight (softmax(z) - onehot) + kl_weight τ (softmax(z / τ) - softmax(t / τ))`.
 
     Args:
         student_hidden_states (`torch.Tensor` of shape `(num_tokens, student_hidden_size)`):
             The student's last hidden states. Pass the label positions only: nothing is gained from the others.
-        student_lm_head ([`LMHead`]):
-            The student's LM head, of `vocab_size` rows.
-        teacher_hidden_states (`torch.Tensor` of shape `(num_tokens, teacher_hidden_size)`):
-            The teacher's last hidden states at the same positions. May be `None` when `kl_weight` is 0.
-        teacher_lm_head ([`LMHead`]):
-            The teacher's LM head, of as many rows. May be `None` when `kl_weight` is 0.
+        student_lm_head ([`LMHead`]): The student's LM head.
+        teacher_hidden_states (`torch.Tensor` of shape `(num_tokens, teacher_hidden_size)`, *optional*):
+            The teacher's last hidden states at the same positions. No gradient flows to the teacher.
+        teacher_lm_head ([`LMHead`], *optional*):
+            The teacher's LM head, of the same vocabulary. The teacher may be `None` when `kl_weight` is 0.
         shift_labels (`torch.Tensor` of shape `(num_tokens,)`):
-            Token ids; positions equal to `ignore_index` count in neither term.
-        ce_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the cross-entropy.
-        kl_weight (`float`):
-            Weight λ of the KL. At 0 no work is done for the teacher.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature τ of both distributions in the KL.
+            The next token's id at each position. Positions with -100 count in neither term.
+        ce_weight (`float`, *optional*, defaults to `1.0`): Weight of the cross-entropy.
+        kl_weight (`float`): Weight of the KL. At 0 no work is done for the teacher.
+        temperature (`float`, *optional*, defaults to `1.0`): Temperature of both distributions in the KL.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*):
-            Denominator: the number of labels in the whole (accumulated, distributed) batch. Defaults to those counted.
-        ignore_index (`int`, *optional*, defaults to `-100`):
-            Label of the positions to leave out.
-        divergence (`str` or `float`, *optional*, defaults to `"forward_kl"`):
-            What stands for KL: `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` KL(student ‖ teacher), and a
-            number β in (0, 1) the generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649),
-            β KL(teacher ‖ m) + (1 - β) KL(student ‖ m) with m = β teacher + (1 - β) student.
+            Number of labels in the whole (accumulated, distributed) batch. Defaults to those in `shift_labels`.
         impl (`str`, *optional*, defaults to `"auto"`):
             `"triton"` (CUDA) and `"torch"` (any device) form the gradients in the forward pass, in chunks of tokens;
-            `"reference"` is the formula above under autograd, with all logits in memory. `"auto"` takes the first of
-            these that runs.
-        memory_budget_mib (`float`, *optional*):
-            Memory for logits, in MiB: it sets how many tokens make a chunk. Defaults to 1024, on a CPU to
-            that of 512 tokens if it is less. The result does not depend on it.
-        check_finite (`bool`, *optional*, defaults to `False`):
-            Whether to refuse NaN and inf in the teacher's hidden states.
+            `"auto"` takes the first that runs. `"reference"` is the formula above, with all logits in memory.
+        memory_budget_mib (`float`, *optional*, defaults to `1024.0`):
+            Memory for the logits of a chunk, in MiB. On a CPU a chunk has at most 512 tokens.
 
     Returns:
-        [`CEKLOutput`]. With every position ignored the loss is 0, with zero gradients, and still connected to the
-        graph.
+        [`CEKLOutput`]. Without any label the loss is 0 with zero gradients, and still connected to the graph.
 
     Raises:
-        ValueError: If a shape, dtype, device, vocabulary, label or option does not fit.
+        ValueError: If a shape, vocabulary, label or option does not fit.
     """
-    check_options(ce_weight, kl_weight, temperature, divergence, memory_budget_mib)
-    student, teacher = ModelSide(student_hidden_states, student_lm_head).gathered(), None
-    device, vocab_size = student_hidden_states.device, student.lm_head.weight.size(0)
-    autocast = torch.is_autocast_enabled(device.type)
-    check_weight("student", student.lm_head.weight)
-    counts = check_labels(shift_labels, ignore_index, vocab_size, num_items_in_batch)
-    check_side("student", student, len(shift_labels), device, autocast)
+    if not (0 <= ce_weight < inf and 0 <= kl_weight < inf and 0 < temperature < inf):
+        raise ValueError(
+            "`ce_weight`, `kl_weight` and `temperature` must be finite, >= 0, and `temperature` > 0, got "
+            f"{ce_weight}, {kl_weight} and {temperature}."
+        )
+    vocab_size = len(student_lm_head.weight)
+    student = _checked_side("student", student_hidden_states, student_lm_head, shift_labels, vocab_size)
+    teacher = None
     if kl_weight:
-        check_teacher_is_given(teacher_hidden_states, teacher_lm_head)
-        teacher = ModelSide(teacher_hidden_states, teacher_lm_head).detached().gathered()
-        check_weight("teacher", teacher.lm_head.weight)
-        check_side("teacher", teacher, len(shift_labels), device, autocast)
-        check_vocabularies(student.lm_head, teacher.lm_head)
-        if check_finite:
-            refuse_not_finite("teacher_hidden_states", teacher_hidden_states)
-    tile_kernel = _tile_kernel(impl, student_hidden_states)
-
-    labels = shift_labels.long()
-    if counts.num_tokens < len(labels):
-        kept = labels != ignore_index
-        labels, student = labels[kept], student._replace(hidden_states=student.hidden_states[kept])
-        teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[kept])
-    jsd_beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(divergence, divergence)
-    objective = TileObjective(ce_weight, kl_weight, temperature, jsd_beta, grad_scale=1 / counts.denominator)
-    if tile_kernel is None:
-        sums = reference_losses(student, teacher, labels, objective).sum(0)
-        loss = objective.total(sums)
-    else:
-        head_pass = _head_pass(tile_kernel, student, teacher is not None, memory_budget_mib)
-        loss, sums = fused_losses(student, teacher, labels, objective, head_pass)
-    means = sums.detach() / max(1, counts.num_tokens)
-    return CEKLOutput(loss, *means.unbind(), torch.tensor(counts.num_tokens, device=device))
-
-
-def _head_pass(tile_kernel, student: ModelSide, has_teacher: bool, memory_budget_mib: float | None) -> HeadPass:
-    device, dtype = student.hidden_states.device.type, student.hidden_states.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device)
-    budget = int((memory_budget_mib or _DEFAULT_BUDGET_MIB) * 2**20)
-    if memory_budget_mib is None and device == "cpu":
-        bytes_per_token = (1 + has_teacher) * len(student.lm_head.weight) * dtype.itemsize
-        budget = min(budget, _ENOUGH_TOKENS_ON_CPU * bytes_per_token)
-    return HeadPass(tile_kernel, dtype, budget, torch.is_grad_enabled())
-
-
-def _tile_kernel(impl: str, hidden_states: torch.Tensor):
-    """The kernel behind `impl`, `None` for the reference."""
+        if teacher_hidden_states is None or teacher_lm_head is None:
+            raise ValueError("The teacher's hidden states and head are needed, or `kl_weight=0`. Got None.")
+        teacher = _checked_side("teacher", teacher_hidden_states, teacher_lm_head, shift_labels, vocab_size)
     if impl not in ("auto", "triton", "torch", "reference"):
         raise ValueError(f"`impl` must be 'auto', 'triton', 'torch' or 'reference', got {impl!r}.")
+    if impl == "auto":
+        runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
+        impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
+    kept = shift_labels != IGNORE_INDEX
+    labels = shift_labels[kept].long()
+    outside = labels[(labels < 0) | (labels >= vocab_size)]
+    if len(outside):
+        raise ValueError(f"`shift_labels` must be {IGNORE_INDEX} or in [0, {vocab_size}), got {int(outside[0])}.")
+    if len(labels) < len(kept):
+        student = student._replace(hidden_states=student.hidden_states[kept])
+        teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[kept])
+    denominator = max(1.0, float(len(labels) if num_items_in_batch is None else num_items_in_batch))
+    objective = TileObjective(ce_weight, kl_weight, temperature, grad_scale=1 / denominator)
     if impl == "reference":
-        return None
-    has_triton = importlib.util.find_spec("triton") is not None
-    on_cuda = hidden_states.is_cuda and torch.version.cuda is not None
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    runs_triton = has_triton and (on_cuda or interpreted) and hidden_states.dtype != torch.float64
-    if impl == "triton" and not runs_triton:
-        raise ValueError(
-            f"`impl='triton'` needs Triton (installed: {has_triton}) and fp32, bf16 or fp16 tensors on a CUDA device, "
-            f"got {hidden_states.dtype} on {hidden_states.device}. Take `impl='auto'`."
-        )
-    if impl == "triton" or (impl == "auto" and runs_triton and on_cuda):
-        from .ce_kl_triton import ce_kl_tile_
+        loss, sums = _reference_losses(student, teacher, labels, objective)
     else:
-        from .ce_kl_torch import ce_kl_tile_
-    return ce_kl_tile_
+        loss, sums = fused_losses(student, teacher, labels, objective, impl, memory_budget_mib)
+    means = sums.detach() / max(1, len(labels))
+    return CEKLOutput(loss, *means.unbind(), torch.tensor(len(labels), device=labels.device))
+
+
+def _reference_losses(student, teacher, labels, objective):
+    """[`fused_losses`] as a textbook computes them, with all logits in memory."""
+    logits = student.lm_head.logits(student.hidden_states)
+    log_probs = logits.log_softmax(-1)
+    ce = F.nll_loss(log_probs, labels, reduction="none")
+    kl = torch.zeros_like(ce)
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_logits = teacher.lm_head.logits(teacher.hidden_states)
+        log_q = (logits / objective.temperature).log_softmax(-1)
+        log_p = (teacher_logits / objective.temperature).log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    entropy = torch.special.entr(log_probs.detach().exp()).sum(-1)
+    top1 = logits.argmax(-1) == labels
+    sums = torch.stack([ce, kl, entropy, top1.to(ce.dtype)], dim=-1).sum(0)
+    return objective.total(sums), sums
+
+
+def _checked_side(name: str, hidden_states: torch.Tensor, lm_head: LMHead, labels: torch.Tensor, vocab_size: int):
+    """Returns the [`ModelSide`] called `name` if its shapes fit, with FSDP2 shards gathered, differentiably."""
+    lm_head = lm_head.map_tensors(lambda x: x.full_tensor() if isinstance(x, DTensor) else x)
+    hidden_size = lm_head.weight.size(-1)
+    expected = ((len(labels), hidden_size), (vocab_size, hidden_size))
+    if (hidden_states.shape, lm_head.weight.shape) != expected or labels.dim() != 1:
+        raise ValueError(
+            f"`{name}_hidden_states` must have shape (num_tokens, hidden_size), `{name}_lm_head.weight` the shape "
+            f"({vocab_size}, hidden_size), with the student's vocabulary, and `shift_labels` (num_tokens,). Got "
+            f"{tuple(hidden_states.shape)}, {tuple(lm_head.weight.shape)} and {tuple(labels.shape)}. Weights that "
+            "DeepSpeed ZeRO-3 has partitioned need `deepspeed.zero.GatheredParameters` around this call."
+        )
+    return ModelSide(hidden_states, lm_head)

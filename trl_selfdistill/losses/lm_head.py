@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 
@@ -14,13 +13,9 @@ class LMHead(NamedTuple):
     The last layer of a causal language model: `softcap(logit_scale * (hidden_states @ weight.T + bias))`.
 
     Args:
-        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`):
-            Output embedding, the same tensor as the input embedding where they are tied. An FSDP2 `DTensor` is
-            gathered; a weight that DeepSpeed ZeRO-3 has partitioned must be gathered around the call.
-        bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*):
-            Bias of the projection. `-inf` masks a token.
-        logit_scale (`float`, *optional*, defaults to `1.0`):
-            Multiplies the logits (Cohere, Granite, Falcon-H1 ...).
+        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): Output embedding, or an FSDP2 shard of it.
+        bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*): Bias of the projection.
+        logit_scale (`float`, *optional*, defaults to `1.0`): Multiplies the logits (Cohere, Granite, Falcon-H1).
         logit_softcap (`float`, *optional*):
             If set, the scaled logits `z` become `logit_softcap * tanh(z / logit_softcap)` (Gemma 2).
     """
@@ -31,17 +26,16 @@ class LMHead(NamedTuple):
     logit_softcap: float | None = None
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """fp32 (fp64 for fp64 inputs) logits of shape `(num_tokens, vocab_size)`; the product honours autocast."""
+        """Returns fp32 (fp64 for fp64 inputs) logits of shape `(num_tokens, vocab_size)`, under autocast too."""
         logits = F.linear(hidden_states, self.weight, self.bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
+        logits = logits * self.logit_scale
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LMHead":
-        """The head with `function` applied to its weight and bias."""
+        """Returns the head with `function` applied to its weight and bias."""
         bias = None if self.bias is None else function(self.bias)
         return self._replace(weight=function(self.weight), bias=bias)
 
@@ -51,13 +45,3 @@ class ModelSide(NamedTuple):
 
     hidden_states: torch.Tensor
     lm_head: LMHead
-
-    def gathered(self) -> "ModelSide":
-        """With the head's FSDP2 shards gathered, differentiably."""
-        return self._replace(
-            lm_head=self.lm_head.map_tensors(lambda x: x.full_tensor() if isinstance(x, DTensor) else x)
-        )
-
-    def detached(self) -> "ModelSide":
-        """Without gradients."""
-        return ModelSide(self.hidden_states.detach(), self.lm_head.map_tensors(torch.Tensor.detach))
