@@ -17,12 +17,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_selfdistill.files import write_json
 from trl_selfdistill.hallucination.exact_match import exact_match, spellings
-from trl_selfdistill.slick.exemplars import reserve_exemplars
 from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.prompts import few_shot_prompt
-from trl_selfdistill.slick.slick import PRESETS, slick_category
+from trl_selfdistill.slick.slick import PRESETS, reserve_exemplars, slick_category
 from trl_selfdistill.studies.facts.geonames import geonames_facts
 
 
@@ -139,8 +139,7 @@ def main() -> None:
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
         records, seconds = ask_both(args, model, tokenizer, facts, exemplars)
         summary = summarize(args, records, seconds, model, tokenizer)
-    content = json.dumps({"arguments": vars(args), "summary": summary, "records": records}, indent=1, default=str)
-    args.output.write_text(content)
+    write_json(args.output, {"arguments": vars(args), "summary": summary, "records": records})
     print("| measure | value |\n|---|---|")
     for name, value in summary.items():
         print(f"| {name} | {json.dumps(value, ensure_ascii=False)} |")

@@ -5,7 +5,7 @@ import datasets
 import evaluate
 
 from trl_selfdistill.hallucination import score_hallucinations
-from trl_selfdistill.hallucination.inputs import check_references, check_texts
+from trl_selfdistill.hallucination.metric import check_references, check_texts
 
 
 _DESCRIPTION = """\
@@ -28,12 +28,11 @@ Args:
     strip_accents (`bool`, defaults to `False`): "São Tomé" is "Sao Tome".
     exact_numbers (`bool`, defaults to `False`): "17.89" is not "1789"; for SQuAD's script it is.
     abstention_patterns (`list[str]`, *optional*): Regular expressions in place of the list of the package.
-    resamples (`int`, defaults to `10_000`): Bootstrap resamples of the 95 % intervals; 0 for none.
-    seed (`int`, defaults to `0`): Seed of the resampling.
     detailed (`bool`, defaults to `False`): Whether to add `tables` and `examples`.
 
 Returns:
-    A flat dict of fractions in [0, 1], each with `<name>_ci_low` and `<name>_ci_high`; `None` for a share of nothing.
+    A flat dict of fractions in [0, 1], each with the ends of its 95 % interval, `<name>_ci_low` and `<name>_ci_high`;
+    `None` for a share of nothing.
     `hallucination_rate`, `accuracy`, `abstention_rate`, `f1`, `num_predictions`; with a baseline `baseline_accuracy`,
     `forgetting_rate`, `induced_hallucination_rate`, `acquisition_rate`, `net_change` (in [-1, 1]), `mcnemar_p_value`;
     with categories `factual_stability`, `factual_plasticity`; with groups `category/<name>/<rate>` and
@@ -52,7 +51,7 @@ Examples:
 
     >>> before = ["France", "Norway", "Peru", "China"]
     >>> scores = hallucination.compute(
-    ...     predictions=predictions, references=references, baseline_predictions=before, resamples=0
+    ...     predictions=predictions, references=references, baseline_predictions=before
     ... )
     >>> round(scores["forgetting_rate"], 2), round(scores["induced_hallucination_rate"], 2), scores["acquisition_rate"]
     (0.67, 0.33, 1.0)
@@ -84,15 +83,17 @@ class Hallucination(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2604.15574", "https://arxiv.org/abs/2405.05904"],
         )
 
-    def add(self, *, prediction, reference):
+    def add(self, *, prediction=None, reference=None, **columns):
         """Adds one answer. See `add_batch`."""
-        self.add_batch(predictions=[prediction], references=[reference])
+        row = {"predictions": prediction, "references": reference} | columns  # `evaluate.combine` names the columns
+        self.add_batch(**{name: [value] for name, value in row.items()})
 
     def add_batch(self, *, predictions, references):
         """Adds answers, after checking all of them: a batch with a bad row adds nothing."""
-        # Arrow would write a list among strings as its text, "['Peru']", without a word: strings become lists here
-        predictions = check_texts(predictions, "predictions")
-        references = check_references(references, len(predictions))
+        # Arrow would silently write a list among strings as its text, "['Peru']": strings become lists here
+        predictions, references = check_texts(predictions, "predictions"), check_references(references)
+        if len(predictions) != len(references):
+            raise ValueError(f"`references` has {len(references)} rows and `predictions` {len(predictions)}")
         super().add_batch(predictions=predictions, references=references)
 
     def compute(self, *, predictions=None, references=None, **options):
@@ -101,36 +102,5 @@ class Hallucination(evaluate.Metric):
             raise ValueError("Nothing to score: pass `predictions` and `references`, or call `add_batch` first.")
         return super().compute(predictions=predictions, references=references, **options)
 
-    def _compute(
-        self,
-        predictions,
-        references,
-        baseline_predictions=None,
-        categories=None,
-        relations=None,
-        questions=None,
-        match="exact",
-        fold_width=True,
-        strip_accents=False,
-        exact_numbers=False,
-        abstention_patterns=None,
-        resamples=10_000,
-        seed=0,
-        detailed=False,
-    ):
-        return score_hallucinations(
-            predictions,
-            references,
-            baseline_predictions=baseline_predictions,
-            categories=categories,
-            relations=relations,
-            questions=questions,
-            match=match,
-            fold_width=fold_width,
-            strip_accents=strip_accents,
-            exact_numbers=exact_numbers,
-            abstention_patterns=abstention_patterns,
-            resamples=resamples,
-            seed=seed,
-            detailed=detailed,
-        )
+    def _compute(self, predictions, references, **options):
+        return score_hallucinations(predictions, references, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which answers are right, wrong, or none, and how often a model hallucinates. No models, no torch."""
+"""Which answers are right, wrong, or none, and how often a model hallucinates."""
 
 from .metric import RATES, score_hallucinations
 

@@ -1,41 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer to a question of fact is: correct, abstained or hallucinated. Standard library only."""
+"""Whether an answer to a question of fact is correct, abstained or hallucinated. Only the standard library is used."""
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from typing import Literal
 
-from .abstention import check_patterns, is_abstention
 from .exact_match import normalize_answer
 
 
 Outcome = Literal["correct", "abstained", "hallucinated"]
-OUTCOMES: tuple[Outcome, ...] = ("correct", "abstained", "hallucinated")
+
+_LINES = files(__package__).joinpath("abstention_patterns.txt").read_text(encoding="utf-8").splitlines()
+# Regular expressions in eighteen languages, searched for in an answer that `fold_answer` has folded
+ABSTENTION_PATTERNS = tuple(line for line in _LINES if line and not line.startswith("#"))
+
+
+def fold_answer(text: str) -> str:
+    """
+    Returns the form of an answer in which abstention patterns are searched for: NFKC, lower case, straight
+    apostrophes, single spaces, no punctuation at either end. " I don’t  know! " becomes "i don't know".
+    """
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
+    # By Unicode's categories: for `re`, the vowel signs of Hindi are not letters
+    kept = [i for i, character in enumerate(text) if unicodedata.category(character)[0] not in "PSZC"]
+    return " ".join(text[kept[0] : kept[-1] + 1].split()) if kept else ""
 
 
 class AnswerJudge:
     """
-    Judges answers by one set of rules, and normalises each text once.
+    Judges answers by one set of rules.
 
     Args:
         match (`str`, *optional*, defaults to `"exact"`):
-            `"exact"`: the whole answer is one of the accepted forms. `"contains"`: it has one of them among its words,
-            whole words only ("17" is not in "1789"); for models that answer in sentences.
-        fold_width (`bool`, *optional*, defaults to `True`):
+            `"exact"`: the whole answer is one of the accepted forms. `"contains"`: an accepted form is among the words
+            of the answer, whole words only ("17" is not in "1789"), for models that answer in sentences.
+        fold_width, strip_accents, exact_numbers:
             See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
-        strip_accents (`bool`, *optional*, defaults to `False`): As above.
-        exact_numbers (`bool`, *optional*, defaults to `False`): As above.
-        abstention_patterns (`Iterable[str]`, *optional*):
-            See [`~trl_selfdistill.hallucination.abstention.is_abstention`].
+        abstention_patterns (`Iterable[str]`, *optional*, defaults to `ABSTENTION_PATTERNS`):
+            Regular expressions in lower case, searched for in [`fold_answer`] of an answer. They replace the list;
+            `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.
 
     Raises:
         `ValueError`: If `match` is another word, or a pattern is not a regular expression.
-        `TypeError`: If an option is of another type.
+        `TypeError`: If `abstention_patterns` is a single string.
 
     ```python
     >>> judge = AnswerJudge()
-    >>> [judge.outcome(answer, ["France"]) for answer in ("france.", "I don't know", "Spain")]
-    ['correct', 'abstained', 'hallucinated']
+    >>> [judge.outcome(answer, ["France"]) for answer in ("france.", "I don't know", "Spain", "", "Unknown Pleasures")]
+    ['correct', 'abstained', 'hallucinated', 'abstained', 'hallucinated']
     ```
     """
 
@@ -50,37 +65,32 @@ class AnswerJudge:
     ):
         if match not in ("exact", "contains"):
             raise ValueError(f"`match` is {match!r}; it must be 'exact' or 'contains'")
+        if isinstance(abstention_patterns, str):
+            raise TypeError(f"`abstention_patterns` is the string {abstention_patterns!r}; pass a list of patterns")
         self.match = match
         self._options = {"fold_width": fold_width, "strip_accents": strip_accents, "exact_numbers": exact_numbers}
-        for name, value in self._options.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"`{name}` is {value!r}; it must be True or False")
-        self._patterns = check_patterns(abstention_patterns)
-        self._normalized: dict[str, str] = {}
-        self._abstained: dict[str, bool] = {}
+        patterns = ABSTENTION_PATTERNS if abstention_patterns is None else abstention_patterns
+        try:
+            self._abstentions = [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            message = f"`abstention_patterns` has {error.pattern!r}, not a regular expression: {error}"
+            raise ValueError(message) from error
 
     def normalize(self, text: str) -> str:
-        """`text` as it is compared. An answer of nothing but articles ("A", a blood type) keeps them."""
-        if text not in self._normalized:
-            normalized = normalize_answer(text, **self._options)
-            self._normalized[text] = normalized or normalize_answer(text, strip_articles=False, **self._options)
-        return self._normalized[text]
+        """The form in which `text` is compared. An answer of nothing but articles (blood type "A") keeps them."""
+        return normalize_answer(text, **self._options) or fold_answer(text)
 
     def outcome(self, prediction: str, accepted: Sequence[str]) -> Outcome:
         """
-        `"correct"` if `prediction` matches any of the `accepted` forms, `"abstained"` if it says that it is no answer,
-        else `"hallucinated"`.
-
-        An accepted form may itself read like an abstention ("Unknown"): the exact match decides first. A sentence that
-        contains the answer and abstains as well ("I don't know, France?") is an abstention.
+        `"correct"` if `prediction` matches one of the `accepted` forms, `"abstained"` if it declines to answer, else
+        `"hallucinated"`. A sentence that contains the answer and abstains ("I don't know, France?") is an abstention.
         """
         answer = self.normalize(prediction)
         forms = [form for form in map(self.normalize, accepted) if form]
-        if answer in forms:
+        if answer in forms:  # first, as "Unknown" may be the answer
             return "correct"
-        if prediction not in self._abstained:
-            self._abstained[prediction] = is_abstention(prediction, self._patterns)
-        if self._abstained[prediction]:
+        folded = fold_answer(prediction)
+        if not folded or any(pattern.search(folded) for pattern in self._abstentions):
             return "abstained"
         if self.match == "contains" and any(f" {form} " in f" {answer} " for form in forms):
             return "correct"
@@ -88,12 +98,11 @@ class AnswerJudge:
 
     def f1(self, prediction: str, accepted: Sequence[str]) -> float:
         """SQuAD's token F1 of `prediction` with the nearest of the `accepted` forms, in [0, 1]."""
-        words = self.normalize(prediction).split()
-        return max(_f1(words, self.normalize(form).split()) for form in accepted)
-
-
-def _f1(words: list[str], others: list[str]) -> float:
-    if words == others:
-        return float(bool(words))
-    num_same = sum((Counter(words) & Counter(others)).values())
-    return 2 * num_same / (len(words) + len(others)) if num_same else 0.0
+        words = Counter(self.normalize(prediction).split())
+        best = 0.0
+        for form in accepted:
+            others = Counter(self.normalize(form).split())
+            num_same = (words & others).total()
+            if num_same:
+                best = max(best, 2 * num_same / (words.total() + others.total()))
+        return best

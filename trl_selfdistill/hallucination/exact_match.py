@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only judge of answers: exact match with any accepted form, after SQuAD's normalisation.
-
-Only the standard library is imported: the metric and the scripts use it without torch.
-"""
+"""Exact match of answers after SQuAD's normalization. Only the standard library is imported."""
 
 import re
 import string
@@ -21,38 +18,22 @@ _ACCENTS = re.compile("[\u0300-\u036f]")
 
 
 def normalize_answer(
-    text: str,
-    *,
-    fold_width: bool = True,
-    strip_accents: bool = False,
-    exact_numbers: bool = False,
-    strip_articles: bool = True,
+    text: str, *, fold_width: bool = True, strip_accents: bool = False, exact_numbers: bool = False
 ) -> str:
     """
-    Normalises as SQuAD's evaluation script does: lower case, no ASCII punctuation, no English articles, single
-    spaces.
+    Normalizes as SQuAD's evaluation script does: lower case, no ASCII punctuation, no English articles, single spaces.
 
     Args:
-        text (`str`):
-            An answer.
+        text (`str`): An answer.
         fold_width (`bool`, *optional*, defaults to `True`):
-            Unicode's NFKC first, which folds full-width letters and composed accents. SQuAD's script has none of it.
+            Whether to apply Unicode's NFKC first, which folds full-width letters and composed accents. SQuAD's script
+            does not.
         strip_accents (`bool`, *optional*, defaults to `False`):
             Whether Latin, Greek and Cyrillic letters lose their accents ("São Tomé" is "sao tome"). Letters of their
-            own, as in "Łódź" the first, stay.
+            own, such as the first of "Łódź", stay.
         exact_numbers (`bool`, *optional*, defaults to `False`):
-            Whether signs, decimal points and the separators of dates stay in numbers. SQuAD's script drops them, so
+            Whether numbers keep their signs, decimal points and the separators of dates. SQuAD's script drops them, so
             that "17.89" is "1789". A comma goes either way: "1,789" is "1789".
-        strip_articles (`bool`, *optional*, defaults to `True`):
-            Whether English articles are dropped.
-
-    Returns:
-        `str`: The normalised answer, perhaps empty.
-
-    ```python
-    >>> normalize_answer(" The  Hague. "), normalize_answer("17.89."), normalize_answer("17.89.", exact_numbers=True)
-    ('hague', '1789', '17.89')
-    ```
     """
     if fold_width:
         text = unicodedata.normalize("NFKC", text)
@@ -63,18 +44,13 @@ def normalize_answer(
         text = _PUNCTUATION_OUTSIDE_NUMBERS.sub(lambda match: match[1] or "", text)
     else:
         text = text.translate(_PUNCTUATION)
-    return " ".join((_ARTICLES.sub(" ", text) if strip_articles else text).split())
+    return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:
     """
-    Whether `prediction` equals any of the `accepted` forms of the answer (the answer and its aliases) after
-    [`normalize_answer`]. A prediction that normalises to nothing never matches.
-
-    ```python
-    >>> exact_match("the Netherlands.", ["Netherlands", "Holland"])
-    True
-    ```
+    Whether `prediction` equals one of the `accepted` forms of the answer (the answer and its aliases) after
+    [`normalize_answer`]. A prediction of which nothing is left never matches.
     """
     normalized = normalize_answer(prediction)
     return bool(normalized) and any(normalized == normalize_answer(form) for form in accepted)
@@ -82,8 +58,8 @@ def exact_match(prediction: str, accepted: Iterable[str]) -> bool:
 
 def spellings(form: str) -> list[str]:
     """
-    The form, and the form with the other case of the first letter of its last word. Exact match ignores case; of the
-    right answers that models gave to 250 facts this was the only other spelling (docs/slick.md).
+    The form, and the form with the other case of the first letter of its last word. Exact match ignores case, and of
+    the right answers that models gave to 250 facts this was the only other spelling (docs/slick.md).
 
     ```python
     >>> spellings("Swiss Franc")

@@ -1,34 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often a model gives wrong answers as if they were right, and what fine-tuning changed about it.
 
-The plain function behind the metric in `evaluate_metrics/hallucination`: numpy alone, neither torch nor `evaluate`.
-The rates before and after fine-tuning are those of arXiv 2604.15574.
+The plain function behind the metric in `evaluate_metrics/hallucination`, with the rates of arXiv 2604.15574.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from .answer_outcome import AnswerJudge
-from .bootstrap import mcnemar_exact, mean_interval
-from .inputs import check_categories, check_count, check_references, check_texts
+from .categories import SlickCategory
+from .intervals import mean_interval
 
 
-# The rate that each outcome gives
+# The rate of each outcome
 RATES = {"hallucination_rate": "hallucinated", "accuracy": "correct", "abstention_rate": "abstained"}
-
-
-class _Answers(NamedTuple):
-    """How each prediction was judged: one array of shape `(num_predictions,)` for each column."""
-
-    outcomes: np.ndarray  # of `answer_outcome.OUTCOMES`
-    f1: np.ndarray
-    outcomes_before: np.ndarray | None  # of the baseline
-
-    def select(self, index: np.ndarray) -> "_Answers":
-        return _Answers(*(column if column is None else column[index] for column in self))
+_COLUMNS_OF_EXAMPLES = {
+    "questions": "question",
+    "predictions": "prediction",
+    "references": "references",
+    "baseline_predictions": "baseline_prediction",
+    "categories": "category",
+    "relations": "relation",
+}
 
 
 def score_hallucinations(
@@ -39,164 +36,158 @@ def score_hallucinations(
     categories: Iterable[str] | None = None,
     relations: Iterable[str] | None = None,
     questions: Iterable[str] | None = None,
-    match: Literal["exact", "contains"] = "exact",
-    fold_width: bool = True,
-    strip_accents: bool = False,
-    exact_numbers: bool = False,
-    abstention_patterns: Iterable[str] | None = None,
-    resamples: int = 10_000,
-    seed: int = 0,
     detailed: bool = False,
+    **answer_rules,
 ) -> dict:
     """
     Scores answers to questions of fact. Each is correct, abstained or hallucinated
     ([`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`]).
 
     Args:
-        predictions (`Iterable[str]`):
-            The model's answers.
-        references (`Iterable`):
-            For each the accepted answer, or a list of it and its aliases.
-        baseline_predictions (`Iterable[str]`, *optional*):
-            What the model answered to the same questions before fine-tuning.
-        categories (`Iterable[str]`, *optional*):
-            SLiCK category of each fact: HighlyKnown, MaybeKnown, WeaklyKnown or Unknown.
-        relations (`Iterable[str]`, *optional*):
-            Another group of each fact, for example its relation.
-        questions (`Iterable[str]`, *optional*):
-            The questions; they are shown with `detailed`.
-        match, fold_width, strip_accents, exact_numbers, abstention_patterns:
-            See [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`].
-        resamples (`int`, *optional*, defaults to `10_000`):
-            Bootstrap resamples; 0 for no intervals.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-        detailed (`bool`, *optional*, defaults to `False`):
-            Whether to add `tables` and `examples`.
+        predictions (`Iterable[str]`): The model's answers.
+        references (`Iterable`): For each prediction the accepted answer, or a list of it and its aliases.
+        baseline_predictions (`Iterable[str]`, *optional*): The answers to the same questions before fine-tuning.
+        categories (`Iterable[str]`, *optional*): The SLiCK category of each fact.
+        relations (`Iterable[str]`, *optional*): Another grouping of the facts, for example by relation.
+        questions (`Iterable[str]`, *optional*): The questions, for the examples of `detailed`.
+        detailed (`bool`, *optional*, defaults to `False`): Whether to add `tables` and `examples`.
+        answer_rules: Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`].
 
     Returns:
-        `dict`: Fractions in [0, 1], each with the ends of its 95 % bootstrap interval under `<name>_ci_low` and
-        `<name>_ci_high`. A share of no facts is `None`.
+        `dict`: Fractions in [0, 1], each with the ends of its 95 % interval over facts under `<name>_ci_low` and
+        `<name>_ci_high` ([`~trl_selfdistill.hallucination.intervals.mean_interval`]); `None` for no facts, and for an
+        interval of one.
 
         - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `f1`, `num_predictions`.
-        - With a baseline: `baseline_accuracy`; `forgetting_rate` and `induced_hallucination_rate`, the shares of those
-          right before that are not right, and hallucinated, now; `acquisition_rate`, the share of those not right
-          before that are right now; `net_change` of the accuracy, in [-1, 1]; `mcnemar_p_value`.
+        - With a baseline: `baseline_accuracy`; of the facts that were right before, `forgetting_rate`, the share that
+          is not right now, and `induced_hallucination_rate`, the share that is hallucinated now; of the others,
+          `acquisition_rate`, the share that is right now; `net_change` of the accuracy, in [-1, 1]; and
+          `mcnemar_p_value`, two-sided and exact.
         - With categories: `factual_stability`, the accuracy on HighlyKnown, and `factual_plasticity`, on Unknown.
         - With categories or relations: `category/<name>/<rate>` and `relation/<name>/<rate>`, without intervals.
-        - With `detailed`: `tables`, the same with intervals by `"category"`, `"relation"` and group; and `examples`,
+        - With `detailed`: `tables`, the same with intervals by `"category"` or `"relation"` and group; and `examples`,
           a dict for each prediction.
 
     Raises:
-        `TypeError`, `ValueError`: If a column is empty, too long or short, or has a row that is not text.
+        `TypeError`: If a column is not a list or has a row that is not text.
+        `ValueError`: If a column is empty or of another length, or no prediction could match a reference.
 
     ```python
-    >>> scores = score_hallucinations(["Paris", "Bonn", "I don't know"], ["Paris", ["Berlin"], "Rome"], resamples=0)
-    >>> {name: round(value, 2) for name, value in scores.items()}
-    {'hallucination_rate': 0.33, 'accuracy': 0.33, 'abstention_rate': 0.33, 'f1': 0.33, 'num_predictions': 3}
+    >>> scores = score_hallucinations(["Paris", "Bonn", "I don't know"], ["Paris", ["Berlin"], "Rome"])
+    >>> {name: round(scores[name], 2) for name in ("accuracy", "hallucination_rate", "hallucination_rate_ci_high")}
+    {'accuracy': 0.33, 'hallucination_rate': 0.33, 'hallucination_rate_ci_high': 1.0}
     ```
     """
-    judge = AnswerJudge(
-        match=match,
-        fold_width=fold_width,
-        strip_accents=strip_accents,
-        exact_numbers=exact_numbers,
-        abstention_patterns=abstention_patterns,
-    )
-    intervals = {"resamples": check_count(resamples, "resamples"), "seed": check_count(seed, "seed")}
-    predictions = check_texts(predictions, "predictions")
-    num_rows = len(predictions)
-    references = check_references(references, num_rows)
-    _check_matchable(judge, references)
-    optional = {"baseline_predictions": baseline_predictions, "relations": relations, "questions": questions}
-    columns = {n: check_texts(v, n, num_rows) for n, v in optional.items() if v is not None}
+    judge = AnswerJudge(**answer_rules)
+    columns = {
+        "predictions": predictions,
+        "baseline_predictions": baseline_predictions,
+        "categories": categories,
+        "relations": relations,
+        "questions": questions,
+    }
+    columns = {name: check_texts(values, name) for name, values in columns.items() if values is not None}
+    columns["references"] = check_references(references)
+    num_rows = len(columns["predictions"])
+    for name, rows in columns.items():
+        if len(rows) != num_rows:
+            raise ValueError(f"`{name}` has {len(rows)} rows and `predictions` {num_rows}; they must be as many")
+    for i, category in enumerate(columns.get("categories", [])):
+        if category not in list(SlickCategory):
+            names = ", ".join(SlickCategory)
+            raise ValueError(f"`categories[{i}]` is {category!r}; use {names}, and `relations` for other groups")
+    answers = _judge(judge, columns)
+    result = _rates(answers)
+    tables = {}
     if categories is not None:
-        columns["categories"] = check_categories(categories, num_rows)
-
-    answers = _judge(judge, predictions, references, columns.get("baseline_predictions"))
-    result = _rates(answers, **intervals)
-    groups = {"category": columns.get("categories"), "relation": columns.get("relations")}
-    groups = {column: labels for column, labels in groups.items() if labels is not None}
-    if "category" in groups:
-        for name, category in (("factual_stability", "HighlyKnown"), ("factual_plasticity", "Unknown")):
-            asked = np.array([value == category for value in groups["category"]])
-            result |= _with_interval(name, (answers.outcomes == "correct")[asked], **intervals)
-    shown = intervals if detailed else {"resamples": 0, "seed": 0}
-    tables = {column: _by_group(answers, labels, **shown) for column, labels in groups.items()}
+        labels = np.array(columns["categories"])
+        right = answers["outcome"] == "correct"
+        result |= _with_interval("factual_stability", right[labels == SlickCategory.HIGHLY_KNOWN])
+        result |= _with_interval("factual_plasticity", right[labels == SlickCategory.UNKNOWN])
+        tables["category"] = _by_group(answers, labels)
+    if relations is not None:
+        tables["relation"] = _by_group(answers, np.array(columns["relations"]))
     for column, table in tables.items():
         for group, rates in table.items():
-            named = {f"{column}/{group}/{n}": v for n, v in rates.items() if not n.endswith(("_ci_low", "_ci_high"))}
-            result |= named
+            means = {name: value for name, value in rates.items() if not name.endswith(("_ci_low", "_ci_high"))}
+            result |= {f"{column}/{group}/{name}": value for name, value in means.items()}
     if detailed:
         result["tables"] = tables
-        result["examples"] = _examples(answers, predictions, references, columns)
+        examples = {_COLUMNS_OF_EXAMPLES[name]: column for name, column in columns.items()}
+        examples |= {name: values.tolist() for name, values in answers.items()}
+        result["examples"] = [dict(zip(examples, row, strict=True)) for row in zip(*examples.values(), strict=True)]
     return result
 
 
-def _check_matchable(judge: AnswerJudge, references: list[list[str]]) -> None:
+def check_texts(values: Iterable[str], name: str) -> list[str]:
+    """Returns the column `values` as a list of strings. Errors name the argument `name` and the row."""
+    rows = _rows(values, name)
+    for i, value in enumerate(rows):
+        if not isinstance(value, str):
+            raise TypeError(f"`{name}[{i}]` is {reprlib.repr(value)}; it must be a string")
+    return rows
+
+
+def check_references(values: Iterable[str | Iterable[str]]) -> list[list[str]]:
+    """Returns `values` as a list of lists of accepted answers. A row may be a string or a list of aliases."""
+    rows = [[value] if isinstance(value, str) else value for value in _rows(values, "references")]
+    return [check_texts(row, f"references[{i}]") for i, row in enumerate(rows)]
+
+
+def _rows(values: Any, name: str) -> list:
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"`{name}` is a {type(values).__name__}; it must be a list of strings")
+    rows = list(values)
+    if not rows:
+        raise ValueError(f"`{name}` is empty; there is nothing to score")
+    return rows
+
+
+def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray]:
+    """How each prediction was judged: arrays of shape `(num_predictions,)`."""
+    predictions, references = columns["predictions"], columns["references"]
     for i, aliases in enumerate(references):
-        if not any(judge.normalize(alias) for alias in aliases):
+        if not any(map(judge.normalize, aliases)):
             raise ValueError(
-                f"`references[{i}]` is {aliases!r}, of which nothing is left after normalising (lower case, no "
-                "punctuation), so that no prediction could match it. Drop the row, or give another alias."
+                f"`references[{i}]` is {aliases!r}, of which normalizing (lower case, no punctuation) leaves nothing "
+                "that a prediction could match. Drop the row, or add another alias."
             )
+    pairs = list(zip(predictions, references, strict=True))
+    answers = {"outcome": [judge.outcome(*pair) for pair in pairs], "f1": [judge.f1(*pair) for pair in pairs]}
+    if "baseline_predictions" in columns:
+        before = zip(columns["baseline_predictions"], references, strict=True)
+        answers["baseline_outcome"] = [judge.outcome(*pair) for pair in before]
+    return {name: np.array(values) for name, values in answers.items()}
 
 
-def _judge(judge: AnswerJudge, predictions, references, before: list[str] | None) -> _Answers:
-    return _Answers(
-        np.array([judge.outcome(*pair) for pair in zip(predictions, references, strict=True)]),
-        np.array([judge.f1(*pair) for pair in zip(predictions, references, strict=True)]),
-        None if before is None else np.array([judge.outcome(*pair) for pair in zip(before, references, strict=True)]),
-    )
-
-
-def _rates(answers: _Answers, resamples: int, seed: int) -> dict:
-    right = answers.outcomes == "correct"
-    means = {name: answers.outcomes == outcome for name, outcome in RATES.items()}
-    means["f1"] = answers.f1
-    counts = {"num_predictions": len(right)}
-    if answers.outcomes_before is not None:
-        before = answers.outcomes_before == "correct"
+def _rates(answers: dict[str, np.ndarray]) -> dict:
+    right = answers["outcome"] == "correct"
+    means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()}
+    means["f1"] = answers["f1"]
+    others = {"num_predictions": len(right)}
+    if "baseline_outcome" in answers:
+        before = answers["baseline_outcome"] == "correct"
         means["baseline_accuracy"] = before
         means["forgetting_rate"] = ~right[before]
-        means["induced_hallucination_rate"] = (answers.outcomes == "hallucinated")[before]
+        means["induced_hallucination_rate"] = (answers["outcome"] == "hallucinated")[before]
         means["acquisition_rate"] = right[~before]
         means["net_change"] = right.astype(int) - before
-        counts["mcnemar_p_value"] = mcnemar_exact(int((before & ~right).sum()), int((right & ~before).sum()))
+        # McNemar's exact test (1947): the facts that changed sides against a fair coin
+        changed = right[before != right]
+        others["mcnemar_p_value"] = float(binomtest(int(changed.sum()), len(changed)).pvalue) if len(changed) else 1.0
     result = {}
     for name, values in means.items():
-        result |= _with_interval(name, values, resamples, seed)
-    return result | counts
+        result |= _with_interval(name, values)
+    return result | others
 
 
-def _with_interval(name: str, values: np.ndarray, resamples: int, seed: int) -> dict:
-    """The mean of `values` under `name`, and the ends of its interval; `None` where there are no values."""
-    ends = (f"{name}_ci_low", f"{name}_ci_high") if resamples else ()
-    if not len(values):
-        return dict.fromkeys((name, *ends))
-    if not resamples:
-        return {name: float(np.mean(values))}
-    return dict(zip((name, *ends), mean_interval(values, resamples, seed), strict=True))
+def _with_interval(name: str, values: np.ndarray) -> dict[str, float | None]:
+    """The mean of `values` under `name`, and the ends of its interval; `None` where there is no such number."""
+    numbers = mean_interval(values) if len(values) else (np.nan,) * 3
+    names = (name, f"{name}_ci_low", f"{name}_ci_high")
+    return {key: None if np.isnan(number) else number for key, number in zip(names, numbers, strict=True)}
 
 
-def _by_group(answers: _Answers, labels: list[str], resamples: int, seed: int) -> dict[str, dict]:
-    rows = defaultdict(list)
-    for i, label in enumerate(labels):
-        rows[label].append(i)
-    return {label: _rates(answers.select(np.array(rows[label])), resamples, seed) for label in sorted(rows)}
-
-
-def _examples(answers: _Answers, predictions, references, columns: dict[str, list[str]]) -> list[dict]:
-    table = {
-        "question": columns.get("questions"),
-        "prediction": predictions,
-        "references": references,
-        "outcome": answers.outcomes.tolist(),
-        "f1": answers.f1.tolist(),
-        "baseline_prediction": columns.get("baseline_predictions"),
-        "baseline_outcome": None if answers.outcomes_before is None else answers.outcomes_before.tolist(),
-        "category": columns.get("categories"),
-        "relation": columns.get("relations"),
-    }
-    table = {name: column for name, column in table.items() if column is not None}
-    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+def _by_group(answers: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict]:
+    groups = {str(label): labels == label for label in np.unique(labels)}
+    return {label: _rates({name: values[rows] for name, values in answers.items()}) for label, rows in groups.items()}

@@ -1,73 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that the processes of a distributed launch share, with the result of one process."""
+"""Work that the processes of a distributed launch share, and a file from which a stopped run continues it."""
 
+import json
+import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from ..files import written_whole
 
 
-def share_of_process(items: Sequence[Item]) -> list[Item]:
-    """What this process has to do of `items`: every n-th of n processes, so that a slow stretch is shared too."""
-    state = PartialState()
-    return list(items[state.process_index :: state.num_processes])
-
-
-def map_in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def map_in_parallel(function: Callable, items: Sequence) -> list:
     """
-    `[function(item) for item in items]`, each process doing its share. A collective: call it on every process.
-
-    Args:
-        function (`Callable`):
-            Called once an item, on one of the processes. It must not be a collective itself: the shares may differ in
-            length.
-        items (`Sequence`):
-            The same on every process.
-
-    Returns:
-        `list`: All results in the order of the items, on every process. They are pickled on the way.
-
-    Raises:
-        Exception: What `function` raised, on the process where it did.
-        RuntimeError: On the others, naming that process, instead of waiting for it for ever.
+    Returns `[function(item) for item in items]` on every process, of which each computes a share. A collective: call
+    it on every process with the same `items`. `function` must not be a collective itself. Its results are pickled.
     """
-    state = PartialState()
-    results, error = [], None
-    try:
-        results = [function(item) for item in share_of_process(items)]
-    except Exception as raised:  # raised below, once the others know
-        error = raised
-    shares = gather_object([(results, repr(error) if error is not None else None)])
-    if error is not None:
-        raise error
-    for index, (_, failure) in enumerate(shares):
-        if failure is not None:
-            raise RuntimeError(f"Process {index} of {state.num_processes} failed: {failure}")
-    merged: list = [None] * len(items)
-    for index, (share, _) in enumerate(shares):
-        merged[index :: state.num_processes] = share
-    return merged
+    with PartialState().split_between_processes(list(items)) as share:
+        return gather_object([function(item) for item in share])
 
 
-def on_main_process(function: Callable[[], Result]) -> Result:
+def on_main_process(function: Callable[[], Any]) -> Any:
+    """Returns on every process what `function` returns on the main one. A collective."""
+    return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
+
+
+class ProgressFile:
     """
-    What `function` returns on the main process, on every process. A collective.
-
-    Raises:
-        Exception: What `function` raised, on every process.
+    The `results` of the finished units of some work, by name, kept in a JSON-lines file (or with `path=None` in memory
+    only). Its first line is the work's `identity`: settings and checksums of the inputs. A last line without its end,
+    left by a run that was killed, is dropped, and a file of other work is refused. The main process reads and writes.
     """
-    outcome: list = [None, None]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as raised:
-            outcome[1] = raised
-    result, error = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    return result
+
+    def __init__(self, path: str | os.PathLike | None, identity: dict[str, Any]):
+        self._path = None if path is None else Path(path)
+        header = json.dumps({"identity": identity}).encode() + b"\n"
+        self.results: dict[str, Any] = {} if path is None else on_main_process(lambda: self._read(header))
+
+    def append(self, unit: str, result: Any) -> None:
+        """Adds the result of a unit to the results and to the file."""
+        self.results[unit] = result
+        if self._path is not None and PartialState().is_main_process:
+            with self._path.open("ab") as file:
+                file.write(json.dumps({"unit": unit, "result": result}).encode() + b"\n")
+
+    def _read(self, header: bytes) -> dict[str, Any]:
+        content = self._path.read_bytes() if self._path.exists() else b""
+        if not content.startswith(header[: len(content)]):
+            found, now = (text.split(b"\n")[0].decode(errors="replace") for text in (content, header))
+            raise ValueError(f"{self._path} is of other work, {found}, and not {now}; delete it or name another file")
+        whole_lines = content[: content.rfind(b"\n") + 1] or header
+        with written_whole(self._path) as partial:
+            partial.write_bytes(whole_lines)
+        units = [json.loads(line) for line in whole_lines.removeprefix(header).splitlines()]
+        return {unit["unit"]: unit["result"] for unit in units}

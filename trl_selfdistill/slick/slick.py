@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """SLiCK: how well a model knows each fact (Gekhman et al. 2024, arXiv 2405.05904, section 3).
 
-Each fact is asked with several few-shot prompts. `annotate_facts` takes a table of facts and adds how often the
-answers are right and the category that follows; `training_mix` builds the training data from the categories.
+`annotate_facts` adds to a table of facts how often a model's answers are right and the category that follows.
 """
 
 import hashlib
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from enum import Enum
 from typing import Literal, NamedTuple
 
 from accelerate import PartialState
@@ -19,39 +18,29 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hallucination.categories import SlickCategory
 from ..hallucination.exact_match import exact_match
-from .exemplars import reserve_exemplars
 from .generation import predict_answers
 from .likelihood import score_answers
-from .process_sharding import map_in_parallel
-from .progress_file import ProgressFile
+from .process_sharding import ProgressFile, map_in_parallel
 from .prompts import answer_completion, few_shot_prompt
 
 
-# Facts of one (relation, prompt) that are answered together: what an interruption loses, and one step of the ETA.
+# Facts of one relation and prompt that are asked together: what an interruption loses
 _CHUNK_SIZE = {"score": 256, "generate": 64}
-_REQUIRED_COLUMNS = ("fact_id", "relation", "question", "answer", "aliases")
+_MAX_SHARE = 0.1  # of the facts of a relation, as exemplars are lost for training and evaluation
+_LIKELY = 0.5  # probability of a right sample from which a fact is WeaklyKnown without drawing
+_REQUIRED_COLUMNS = ["fact_id", "relation", "question", "answer", "aliases"]
 SLICK_COLUMNS = ("p_correct_greedy", "p_correct_sampled", "p_any_sample_correct", "slick_category")
-
-
-class SlickCategory(str, Enum):
-    """The four categories; "Known" means the first three."""
-
-    HIGHLY_KNOWN = "HighlyKnown"
-    MAYBE_KNOWN = "MaybeKnown"
-    WEAKLY_KNOWN = "WeaklyKnown"
-    UNKNOWN = "Unknown"
 
 
 def slick_category(p_correct_greedy: float, p_correct_sampled: float) -> SlickCategory:
     """
-    The category of a fact, from the fractions of its right answers (arXiv 2405.05904, Figure 2).
+    Returns the category of a fact, given the fractions of its answers that are right (arXiv 2405.05904, Figure 2).
 
     ```python
-    >>> slick_category(1.0, 0.9).value, slick_category(0.25, 0.0).value
-    ('HighlyKnown', 'MaybeKnown')
-    >>> slick_category(0.0, 0.1).value, slick_category(0.0, 0.0).value
-    ('WeaklyKnown', 'Unknown')
+    >>> [str(slick_category(*fractions)) for fractions in [(1.0, 0.9), (0.25, 0.0), (0.0, 0.1), (0.0, 0.0)]]
+    ['HighlyKnown', 'MaybeKnown', 'WeaklyKnown', 'Unknown']
     ```
     """
     if p_correct_greedy >= 1.0:
@@ -67,24 +56,14 @@ class SlickSettings:
     How a fact is asked.
 
     Args:
-        num_prompts (`int`, *optional*, defaults to `4`):
-            Few-shot prompts that each fact is asked with.
-        num_shots (`int`, *optional*, defaults to `4`):
-            Solved exemplars of the same relation in each prompt.
-        num_samples (`int`, *optional*, defaults to `16`):
-            Answers sampled for each prompt, besides the greedy one.
-        temperature (`float`, *optional*, defaults to `0.5`):
-            Sampling temperature.
-        top_k (`int`, *optional*, defaults to `40`):
-            Sampling is from the `top_k` most likely tokens; `None` for all.
+        num_prompts (`int`, *optional*, defaults to `4`): Few-shot prompts for each fact.
+        num_shots (`int`, *optional*, defaults to `4`): Solved exemplars of the same relation in each prompt.
+        num_samples (`int`, *optional*, defaults to `16`): Answers sampled for each prompt, besides the greedy one.
+        temperature (`float`, *optional*, defaults to `0.5`): Sampling temperature.
+        top_k (`int`, *optional*, defaults to `40`): Number of most likely tokens to sample from; `None` for all.
         method (`str`, *optional*, defaults to `"score"`):
-            `"score"` computes the probabilities of the right answers, `"generate"` draws answers and counts the right
-            ones; docs/slick.md compares them.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the choice of exemplars and of the sampling.
-
-    Raises:
-        `ValueError`: If a number is too small or the method is not one of the two.
+            `"score"` computes the probabilities of the right answers, `"generate"` draws answers (docs/slick.md).
+        seed (`int`, *optional*, defaults to `0`): Seed of the choice of exemplars and of the sampling.
     """
 
     num_prompts: int = 4
@@ -99,25 +78,72 @@ class SlickSettings:
         for name in ("num_prompts", "num_shots", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` is {self.temperature}; it must be above 0 (greedy answers come anyway)")
         if self.method not in _CHUNK_SIZE:
             raise ValueError(f"`method` is {self.method!r}; choose one of {', '.join(map(repr, _CHUNK_SIZE))}")
 
 
 PRESETS = {
-    # arXiv 2405.05904, section 3: 10 random 4-shot prompts, each greedy and 16 samples at T = 0.5 with top-k 40.
+    # arXiv 2405.05904, section 3: 10 random 4-shot prompts, each greedy and 16 samples at T = 0.5 with top-k 40
     "gekhman2024": SlickSettings(num_prompts=10, method="generate"),
-    # arXiv 2604.15574: "several" few-shot prompts and about 20 draws in all. Only the sum is in the paper: that it is
-    # 5 x 4 here is this package's choice, and so are temperature and top-k, which are those of 2405.05904.
+    # arXiv 2604.15574: "several" few-shot prompts and about 20 draws in all. 5 x 4 is this package's choice, and so
+    # are temperature and top-k, those of 2405.05904
     "kaplan2026": SlickSettings(num_prompts=5, num_samples=4, method="generate"),
-    # The sampling of 2405.05904 with fewer prompts and without drawing: minutes on a CPU.
+    # The sampling of 2405.05904 with fewer prompts and without drawing: minutes on a CPU
     "quick": SlickSettings(num_prompts=4, method="score"),
 }
 
 
+def reserve_exemplars(
+    facts: Dataset, num_prompts: int, num_shots: int, seed: int
+) -> tuple[dict[str, list[list[tuple[str, str]]]], list[int]]:
+    """
+    Sets facts of each relation aside as exemplars and draws the exemplars of each prompt from them.
+
+    A relation gives `num_prompts * num_shots` facts, or a tenth of its facts if that is less, but at least
+    `num_shots`. As far as these allow, the exemplars of a prompt have distinct answers, and prompts share few.
+
+    Args:
+        facts (`Dataset`): Table with the columns `fact_id`, `relation`, `question` and `answer`.
+        num_prompts (`int`): Prompts of each relation.
+        num_shots (`int`): Exemplars of each prompt.
+        seed (`int`): Seed of the choice.
+
+    Returns:
+        `tuple`: For each relation its prompts, each a list of `(question, answer)`; and the rows that are left.
+
+    Raises:
+        `ValueError`: If a relation has no fact left to ask.
+    """
+    fact_ids, questions, answers = facts["fact_id"][:], facts["question"][:], facts["answer"][:]
+    rows_of_relation: dict[str, list[int]] = {}
+    for row, relation in enumerate(facts["relation"]):
+        rows_of_relation.setdefault(relation, []).append(row)
+    exemplars, reserved = {}, set()
+    for relation, rows in rows_of_relation.items():
+        size = min(num_prompts * num_shots, max(num_shots, int(_MAX_SHARE * len(rows))))
+        if size >= len(rows):
+            raise ValueError(
+                f"relation {relation!r} has {len(rows)} facts, and `num_shots` = {num_shots} of them are exemplars, "
+                "which leaves none to ask; add facts, drop the relation or lower `num_shots`"
+            )
+        rng = random.Random(f"{seed}/{relation}")
+        pool = rng.sample(sorted(rows, key=lambda row: fact_ids[row]), size)
+        reserved.update(pool)
+        used: Counter[int] = Counter()
+        exemplars[relation] = []
+        for _ in range(num_prompts):
+            # Least used first, chance decides between equals; then those that repeat an answer go to the end
+            order = sorted(pool, key=lambda row: (used[row], rng.random()))
+            first_rows = {answers[row]: row for row in reversed(order)}
+            prompt = sorted(order, key=lambda row: row != first_rows[answers[row]])[:num_shots]
+            used.update(prompt)
+            rng.shuffle(prompt)
+            exemplars[relation].append([(questions[row], answers[row]) for row in prompt])
+    return exemplars, [row for row in range(len(facts)) if row not in reserved]
+
+
 class _Unit(NamedTuple):
-    """Some of the work: one prompt of a relation, and the rows of some of its facts."""
+    """A piece of the work: one prompt of a relation, and the rows of some of its facts."""
 
     name: str
     relation: str
@@ -132,160 +158,118 @@ def annotate_facts(
     settings: SlickSettings | str = "quick",
     *,
     batch_size: int = 64,
-    weakly_known_threshold: float = 0.5,
     progress_file: str | os.PathLike | None = None,
-    progress: bool = True,
 ) -> Dataset:
     """
     Asks a model every fact and adds the columns [`SLICK_COLUMNS`].
 
     - `p_correct_greedy`: fraction of the prompts whose greedy answer is right.
-    - `p_correct_sampled`: fraction of the samples that are right; method `"score"`: their mean probability.
-    - `p_any_sample_correct`: 1.0 or 0.0; method `"score"`: probability that at least one of all samples is right.
-    - `slick_category`: the value of a [`SlickCategory`].
+    - `p_correct_sampled`: fraction of the samples that are right; with method `"score"`, their mean probability.
+    - `p_any_sample_correct`: 1.0 or 0.0; with `"score"`, the probability that at least one of all samples is right.
+    - `slick_category`: a [`~trl_selfdistill.hallucination.categories.SlickCategory`]. With `"score"`, a fact without
+      a right greedy answer is WeaklyKnown if drawing the samples would more likely than not give a right one.
 
-    The facts that serve as exemplars ([`reserve_exemplars`]) are left out, so that no fact is asked with its own
-    answer in the prompt and nothing that was in a prompt is trained or evaluated on.
-
-    In a distributed launch it is a collective: each process, with the whole model, asks a share of the facts, and all
-    get the table that one process would.
+    The facts that serve as exemplars ([`reserve_exemplars`]) are left out, so that nothing from a prompt is trained or
+    evaluated on. In a distributed launch this is a collective: each process, with the whole model, asks a share of the
+    facts, and all get the same table.
 
     Args:
-        facts (`Dataset`):
-            Table with the columns `fact_id`, `relation`, `question`, `answer` and `aliases`.
-        model ([`~transformers.PreTrainedModel`]):
-            The model to ask. Its dtype and a surrounding autocast hold; near-ties may flip between dtypes.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        settings ([`SlickSettings`] or `str`, *optional*, defaults to `"quick"`):
-            How to ask, or the name of one of [`PRESETS`].
-        batch_size (`int`, *optional*, defaults to `64`):
-            Sequences in one forward pass.
-        weakly_known_threshold (`float`, *optional*, defaults to `0.5`):
-            Method `"score"`: a fact that is never right greedily is WeaklyKnown if `p_any_sample_correct` is at least
-            this. At 0.5 the category is the one that drawing the samples would more likely give.
+        facts (`Dataset`): Table with the columns `fact_id`, `relation`, `question`, `answer` and `aliases`.
+        model ([`~transformers.PreTrainedModel`]): The model to ask, in its dtype.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        settings ([`SlickSettings`] or `str`, *optional*, defaults to `"quick"`): How to ask, or one of [`PRESETS`].
+        batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
         progress_file (`str` or `os.PathLike`, *optional*):
-            JSON-lines file of the answers so far. A run that was stopped goes on where it was, with the same result.
-        progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a progress bar with the time left.
+            JSON-lines file of the results so far. A run that was stopped continues with it, to the same result.
 
     Returns:
-        `Dataset`: The facts that are no exemplars, in their order, with the new columns.
+        `Dataset`: The facts that are not exemplars, in their order, with the new columns.
 
     Raises:
         `ValueError`: If a column is missing, a relation has too few facts, the preset does not exist, or the progress
-            file belongs to other facts, settings, model or batch size.
+            file is of other work.
     """
-    settings = _resolve_settings(settings)
+    if isinstance(settings, str):
+        if settings not in PRESETS:
+            raise ValueError(f"`settings` is {settings!r}; the presets are {', '.join(map(repr, PRESETS))}")
+        settings = PRESETS[settings]
     missing = [column for column in _REQUIRED_COLUMNS if column not in facts.column_names]
     if missing or not len(facts):
-        raise ValueError(
-            f"`facts` has {len(facts)} rows and lacks the columns {missing}; pass a table of `load_facts`"
-        )
+        raise ValueError(f"`facts` has {len(facts)} rows and lacks the columns {missing}; add what is missing")
     exemplars, kept = reserve_exemplars(facts, settings.num_prompts, settings.num_shots, settings.seed)
     asked = facts.select(kept)
-    questions, relations = asked["question"][:], asked["relation"][:]
+    questions = asked["question"][:]
     accepted = [[answer, *aliases] for answer, aliases in zip(asked["answer"], asked["aliases"], strict=True)]
-    max_new_tokens = _max_new_tokens(tokenizer, accepted)
     work = ProgressFile(progress_file, _identity(facts, model, settings, batch_size))
-    outcomes: list[list[tuple[bool, float]]] = [[] for _ in accepted]  # of each fact: (greedy, sampled) of each prompt
 
     def ask(unit: _Unit) -> list:
         prompts = [few_shot_prompt(questions[row], exemplars[unit.relation][unit.prompt]) for row in unit.rows]
         forms = [accepted[row] for row in unit.rows]
-        return _ask(model, tokenizer, prompts, forms, settings, batch_size, max_new_tokens, unit.name)
+        return _ask(model, tokenizer, prompts, forms, settings, batch_size, unit.name)
 
-    units = list(_units(relations, settings))
-    missing = [unit for unit in units if unit.name not in work.results]
-    # `initial`: what an earlier run did says nothing about the time left.
-    total = len(asked) * settings.num_prompts
-    done = total - sum(len(unit.rows) for unit in missing)
-    state = PartialState()
-    hidden = not (progress and state.is_main_process)
-    with tqdm(total=total, initial=done, desc="SLiCK", unit="question", disable=hidden) as bar:
-        for begin in range(0, len(missing), state.num_processes):  # one unit a process, then all are on the disk
-            together = missing[begin : begin + state.num_processes]
-            for unit, answers in zip(together, map_in_parallel(ask, together), strict=True):
-                work.append(unit.name, answers)
-                bar.update(len(unit.rows))
+    units = _units(asked["relation"][:], settings)
+    todo = [unit for unit in units if unit.name not in work.results]
+    n = PartialState().num_processes
+    rounds = [todo[i : i + n] for i in range(0, len(todo), n)]  # a unit for each process, then all are in the file
+    for together in tqdm(rounds, desc="SLiCK", disable=not PartialState().is_main_process):
+        for unit, outcomes in zip(together, map_in_parallel(ask, together), strict=True):
+            work.append(unit.name, outcomes)
+    outcomes_of_facts: list[list[tuple[bool, float]]] = [[] for _ in accepted]  # one for each prompt
     for unit in units:
-        for row, answer in zip(unit.rows, work.results[unit.name], strict=True):
-            outcomes[row].append(_judge(answer, accepted[row], settings.method))
-    return _add_columns(asked, outcomes, settings, weakly_known_threshold)
+        for row, outcome in zip(unit.rows, work.results[unit.name], strict=True):
+            outcomes_of_facts[row].append(outcome)
+    return _add_columns(asked, outcomes_of_facts, settings)
 
 
 def _identity(facts: Dataset, model: PreTrainedModel, settings: SlickSettings, batch_size: int) -> dict:
-    table = hashlib.sha256()
-    for values in zip(*(facts[column] for column in _REQUIRED_COLUMNS), strict=True):
-        table.update(repr(values).encode())
-    # A few numbers of each parameter tell apart checkpoints of one name, and cost nothing.
-    weights = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        weights.update(f"{name} {parameter.detach().flatten()[:8].float().tolist()}".encode())
-    return {
-        "settings": asdict(settings),
-        "facts": table.hexdigest(),
-        "model": weights.hexdigest(),
-        "batch_size": batch_size,
-    }
+    table = facts.select_columns(_REQUIRED_COLUMNS).to_list()
+    # A few numbers of each parameter tell checkpoints of one architecture apart, and cost nothing
+    weights = [(name, p.detach().flatten()[:8].float().tolist()) for name, p in model.named_parameters()]
+    table_hash, weights_hash = (hashlib.sha256(repr(values).encode()).hexdigest() for values in (table, weights))
+    return {"settings": asdict(settings), "facts": table_hash, "model": weights_hash, "batch_size": batch_size}
 
 
-def _resolve_settings(settings: SlickSettings | str) -> SlickSettings:
-    if isinstance(settings, str):
-        if settings not in PRESETS:
-            raise ValueError(f"`settings` is {settings!r}; the presets are {', '.join(map(repr, PRESETS))}")
-        return PRESETS[settings]
-    return settings
-
-
-def _units(relations: Sequence[str], settings: SlickSettings) -> Iterator[_Unit]:
-    size = _CHUNK_SIZE[settings.method]
+def _units(relations: Sequence[str], settings: SlickSettings) -> list[_Unit]:
+    size, units = _CHUNK_SIZE[settings.method], []
     for relation in dict.fromkeys(relations):
         rows = [row for row, other in enumerate(relations) if other == relation]
         for prompt in range(settings.num_prompts):
             for begin in range(0, len(rows), size):
-                yield _Unit(f"{relation}/{prompt}/{begin}", relation, prompt, rows[begin : begin + size])
+                units.append(_Unit(f"{relation}/{prompt}/{begin}", relation, prompt, rows[begin : begin + size]))
+    return units
 
 
-def _max_new_tokens(tokenizer: PreTrainedTokenizerBase, accepted: list[list[str]]) -> int:
-    # An answer that is longer than every right one is wrong however it ends; the rest is for articles and full stops.
-    forms = list({answer_completion(form) for forms in accepted for form in forms})
-    return 8 + max(map(len, tokenizer(forms, add_special_tokens=False)["input_ids"]))
-
-
-def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_size, max_new_tokens, unit: str) -> list:
-    """One JSON value a prompt: `[is_greedy, p_sampled]`, or `[greedy answer, [sampled answers]]`."""
+def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_size: int, unit: str) -> list[list]:
+    """For each prompt `[whether the greedy answer is right, fraction or probability of right samples]`."""
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "batch_size": batch_size}
     if settings.method == "score":
         return [list(score) for score in score_answers(model, tokenizer, prompts, accepted, **sampling)]
-    # A seed of its own for each unit: what it draws does not depend on whether an earlier run did the units before it.
+    # An answer that is longer than every right one is wrong however it ends; the rest is for articles and full stops
+    completions = [answer_completion(form) for forms in accepted for form in forms]
+    longest = 8 + max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
+    # A seed for each unit: its samples do not depend on which units an earlier run has done
     seed = random.Random(f"{settings.seed}/{unit}").getrandbits(32)
-    sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
-    greedy = predict_answers(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    sampled = predict_answers(model, tokenizer, prompts, num_samples=settings.num_samples, **sampling)
-    return [[answer, samples] for [answer], samples in zip(greedy, sampled, strict=True)]
+    sampling |= {"num_samples": settings.num_samples, "max_new_tokens": longest, "seed": seed}
+    greedy = predict_answers(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=longest)
+    sampled = predict_answers(model, tokenizer, prompts, **sampling)
+    outcomes = []
+    for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True):
+        num_right = sum(exact_match(sample, forms) for sample in samples)
+        outcomes.append([exact_match(answer, forms), num_right / len(samples)])
+    return outcomes
 
 
-def _judge(answer: list, accepted: list[str], method: str) -> tuple[bool, float]:
-    greedy, sampled = answer
-    if method == "score":
-        return greedy, sampled
-    return exact_match(greedy, accepted), sum(exact_match(sample, accepted) for sample in sampled) / len(sampled)
-
-
-def _add_columns(asked: Dataset, outcomes, settings: SlickSettings, weakly_known_threshold: float) -> Dataset:
-    columns: dict[str, list] = {name: [] for name in SLICK_COLUMNS}
-    for prompts in outcomes:
-        p_greedy = sum(greedy for greedy, _ in prompts) / len(prompts)
-        p_sampled = sum(sampled for _, sampled in prompts) / len(prompts)
+def _add_columns(asked: Dataset, outcomes_of_facts: list[list], settings: SlickSettings) -> Dataset:
+    rows = []
+    for outcomes in outcomes_of_facts:
+        p_greedy = sum(greedy for greedy, _ in outcomes) / len(outcomes)
+        p_sampled = sum(sampled for _, sampled in outcomes) / len(outcomes)
         p_any = float(p_sampled > 0)
         if settings.method == "score":
-            p_any = 1.0 - math.prod((1.0 - sampled) ** settings.num_samples for _, sampled in prompts)
-        category = slick_category(p_greedy, p_sampled if p_any >= weakly_known_threshold else 0.0)
-        row = (p_greedy, p_sampled, p_any, category.value)
-        for name, value in zip(SLICK_COLUMNS, row, strict=True):
-            columns[name].append(value)
+            p_any = 1.0 - math.prod((1.0 - sampled) ** settings.num_samples for _, sampled in outcomes)
+        category = slick_category(p_greedy, p_sampled if p_any >= _LIKELY else 0.0)
+        rows.append((p_greedy, p_sampled, p_any, str(category)))
     asked = asked.remove_columns([name for name in SLICK_COLUMNS if name in asked.column_names])
-    for name, values in columns.items():
-        asked = asked.add_column(name, values)
+    for name, values in zip(SLICK_COLUMNS, zip(*rows, strict=True), strict=True):
+        asked = asked.add_column(name, list(values))
     return asked
