@@ -9,13 +9,9 @@ import torch
 from conftest import build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trl_selfdistill.parameters.groups import (
-    GROUPS,
-    freeze_groups,
-    group_of_parameters,
-    parameter_table,
-)
+from trl_selfdistill.parameters.groups import freeze_groups, parameter_table
 from trl_selfdistill.parameters.hashes import digest_groups, hash_parameters, verify_frozen
+from trl_selfdistill.parameters.structure import GROUPS, group_of, named_tensors
 
 
 class Expected(NamedTuple):
@@ -44,8 +40,6 @@ MAMBA = "A_log D conv1d in_proj x_proj dt_proj out_proj"
 
 ARCHITECTURES = {
     "llama": Expected(QKVO, GATED),
-    "mistral": Expected(QKVO, GATED),
-    "qwen2": Expected(QKVO, GATED),
     "qwen3": Expected(QKVO, GATED, norm_in_attention=True, config=HEAD_DIM),
     "qwen3_moe": Expected(QKVO, "gate gate_up_proj down_proj", norm_in_attention=True, config=HEAD_DIM | MOE),
     "mixtral": Expected(QKVO, "gate gate_up_proj down_proj", config=MOE),
@@ -59,7 +53,6 @@ ARCHITECTURES = {
         config=GEMMA4 | HEAD_DIM | TIED,
     ),
     "phi": Expected("q_proj k_proj v_proj dense", "fc1 fc2"),
-    "phi3": Expected("qkv_proj o_proj", "gate_up_proj down_proj"),
     "gpt2": Expected("c_attn c_proj", "c_fc c_proj", "wte wpe", config=TIED),
     "gpt_neox": Expected("query_key_value dense", "dense_h_to_4h dense_4h_to_h", "embed_in"),
     "opt": Expected(
@@ -69,12 +62,9 @@ ARCHITECTURES = {
         config=TIED | {"ffn_dim": 32, "word_embed_proj_dim": 8},
     ),
     "falcon": Expected("query_key_value dense", "dense_h_to_4h dense_4h_to_h", "word_embeddings", config=TIED),
-    "bloom": Expected("query_key_value dense", "dense_h_to_4h dense_4h_to_h", "word_embeddings", config=TIED),
     "mpt": Expected("Wqkv out_proj", "up_proj down_proj", "wte", config=TIED | {"d_model": 16, "n_heads": 2}),
     "olmo2": Expected(QKVO, GATED, norm_in_attention=True),
-    "granite": Expected(QKVO, GATED),
     "cohere": Expected(QKVO, GATED, norm_in_attention=True, config=TIED | {"use_qk_norm": True}),
-    "stablelm": Expected(QKVO, GATED),
     "deepseek_v3": Expected(
         "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj",
         GATED + " gate gate_up_proj",
@@ -107,6 +97,10 @@ def tiny(architecture: str, **config) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**settings, **expected, **config}))
 
 
+def group_of_parameters(model) -> dict[str, str]:
+    return {names[0].name: group_of(names) for _, names in named_tensors(model)}
+
+
 def modules_of(groups: dict[str, str], group: str) -> set[str]:
     """The last module of each parameter in `group`, or the parameter itself where it is a raw one."""
     names = [re.sub(r"\.(weight|bias)$", "", name) for name in groups if groups[name] == group]
@@ -130,22 +124,6 @@ def test_every_parameter_is_in_its_group(architecture):
     assert sum(row.parameters for row in table.values()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mamba"])
-def test_a_step_on_the_attention_moves_nothing_else(architecture):
-    model = tiny(architecture).train()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    groups = group_of_parameters(model)
-    freeze_groups(model, trainable_groups=["attention"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)  # also holds what is frozen
-    input_ids = torch.arange(1, 25).view(2, 12)
-    model(input_ids=input_ids, labels=input_ids).loss.backward()
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        moved = not torch.equal(parameter, before[name])
-        assert moved == (groups[name] == "attention"), name
-        assert (parameter.grad is not None) == moved, name
-
-
 def test_structures_of_other_architectures():
     """On the meta device, as configured by default: models whose structure is unlike the above have groups as well."""
     others = "bart bert codegen cohere2 falcon_h1 gemma3n_text gptj hrm_text jetmoe kimi_linear lfm2 longcat_flash "
@@ -165,19 +143,16 @@ def test_structures_of_other_architectures():
     "entry, selected",
     [
         ("mlp", r"mlp"),
-        ("mlp:1", r"layers\.1\.mlp"),
         ("mlp:0-1", r"layers\.[01]\.mlp"),
         ("norm:0", r"layers\.0\..*norm"),
-        ("attention:2", r"layers\.2\.self_attn"),
         ("lm_head", r"lm_head"),
         ("re:q_proj|k_proj", r"[qk]_proj"),
-        (r"re:^model\.layers\.2\.", r"layers\.2"),
     ],
 )
 def test_entries_select_groups_layers_and_patterns(tokenizer, entry, selected):
     frozen, trainable = build_model(tokenizer, num_hidden_layers=3), build_model(tokenizer, num_hidden_layers=3)
     freeze_groups(frozen, frozen_groups=[entry])
-    freeze_groups(trainable, trainable_groups=[entry])
+    freeze_groups(trainable, trainable_groups=entry)  # a lone text, as YAML may have it
     matched = {name: re.search(selected, name) is not None for name, _ in frozen.named_parameters()}
     assert {name: not parameter.requires_grad for name, parameter in frozen.named_parameters()} == matched
     assert {name: parameter.requires_grad for name, parameter in trainable.named_parameters()} == matched
@@ -188,27 +163,16 @@ def test_entries_select_groups_layers_and_patterns(tokenizer, entry, selected):
     [
         (dict(frozen_groups=["mlp"], trainable_groups=["attention"]), "both set"),
         (dict(frozen_groups=["mpl"]), "'mpl' is not a group.*embeddings, attention, mlp, norm, lm_head"),
-        (dict(frozen_groups=["mlp:0-"]), "'mlp:0-' is not a group"),
-        (dict(frozen_groups=["mlp:3-1"]), "empty range"),
-        (dict(frozen_groups=["mlp:0-2"]), "'mlp:0-2'.*has 2 layers"),
-        (dict(frozen_groups=["mlp", "attention:7"]), "'attention:7'.*has 2 layers"),
-        (dict(frozen_groups=["embeddings:0"]), "outside of the layers"),
-        (dict(frozen_groups=["mlp", "re:Wqkv"]), "'re:Wqkv', but it matches no parameter"),
+        (dict(frozen_groups=["mlp", "attention:0-2"]), "'attention:0-2'.*in 2 layers"),
+        (dict(frozen_groups=["mlp", "re:Wqkv"]), "'re:Wqkv', which matches no parameter"),
         (dict(frozen_groups=["re:("]), "not a regular expression"),
         (dict(frozen_groups=[*GROUPS]), "leaves nothing to train"),
-        (dict(frozen_groups=["re:."]), "leaves nothing to train"),
         (dict(trainable_groups=[]), "leaves nothing to train"),
     ],
 )
 def test_errors_change_no_parameter(model, options, message):
     with pytest.raises(ValueError, match=message):
         freeze_groups(model, **options)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_nothing_asked_freezes_nothing(model):
-    for options in ({}, dict(frozen_groups=[]), dict(frozen_groups=None, trainable_groups=None)):
-        assert freeze_groups(model, **options) == parameter_table(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -221,50 +185,21 @@ def test_what_was_frozen_stays_frozen(model):
     assert trainable == {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(frozen_groups=["embeddings"]),
-        dict(frozen_groups=["lm_head"]),
-        dict(frozen_groups=["mlp", "re:embed_tokens"]),
-        dict(trainable_groups=["lm_head"]),
-        dict(trainable_groups=["attention", "embeddings"]),
-    ],
-)
-def test_half_of_tied_embeddings_is_refused(tokenizer, options):
+def test_tied_embeddings_are_frozen_together(tokenizer):
     model = build_model(tokenizer, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="'embeddings' and 'lm_head', or none"):
-        freeze_groups(model, **options)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(frozen_groups=["embeddings", "lm_head"]),
-        dict(frozen_groups=["re:embed_tokens|lm_head"]),
-        dict(frozen_groups=["embeddings", "re:lm_head"]),
-    ],
-)
-def test_tied_embeddings_are_frozen_together(tokenizer, options):
-    model = build_model(tokenizer, tie_word_embeddings=True)
-    freeze_groups(model, **options)
+    for half in (dict(frozen_groups=["mlp", "re:embed_tokens"]), dict(trainable_groups=["lm_head"])):
+        with pytest.raises(ValueError, match="both 'embeddings' and 'lm_head', or none"):
+            freeze_groups(model, **half)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    freeze_groups(model, frozen_groups=["embeddings", "lm_head"])
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["model.embed_tokens.weight"]
 
 
-def test_blocks_that_share_weights_are_tied_as_well(model):
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-    with pytest.raises(ValueError, match="half of a tied tensor"):
-        freeze_groups(model, frozen_groups=["mlp:0"])
-    freeze_groups(model, frozen_groups=["mlp"])
-
-
-@pytest.mark.parametrize("option", ["frozen_groups", "trainable_groups"])
-def test_a_model_without_attention_says_so(option):
+def test_a_model_without_attention_says_so():
     model = tiny("mamba")
-    with pytest.raises(ValueError, match="MambaForCausalLM has no attention modules.*counted in 'mlp'"):
-        freeze_groups(model, **{option: ["attention"]})
+    with pytest.raises(ValueError, match="matches no parameter of MambaForCausalLM.*counted in 'mlp'"):
+        freeze_groups(model, trainable_groups=["attention"])
     freeze_groups(model, trainable_groups=["mlp"])
 
 
@@ -272,16 +207,10 @@ def test_a_vision_tower_is_no_group_but_can_be_selected(model):
     model.model.language_model = model.model.__class__(model.config)  # `get_decoder` finds it, as in LLaVA
     model.get_decoder = lambda: model.model.language_model
     model.set_input_embeddings(model.model.language_model.embed_tokens)
-    with pytest.raises(ValueError, match="belong to none of"):
-        group_of_parameters(model)
-    with pytest.raises(ValueError, match="belong to none of") as refused:
+    with pytest.raises(ValueError, match=r"belong to none of .*'model\.layers\.0\."):
         freeze_groups(model, frozen_groups=["mlp"])
     assert all(parameter.requires_grad for parameter in model.parameters())
-    advice = re.search("as '(re:.*?)',", str(refused.value))[1]
-    assert advice == "re:^(model.layers|model.norm)"
-    with pytest.raises(ValueError, match=r"as 're:\^model.norm',"):
-        freeze_groups(model, frozen_groups=["mlp", r"re:^model\.layers\b"])
-    table = freeze_groups(model, frozen_groups=["mlp", advice])
+    table = freeze_groups(model, frozen_groups=["mlp", "re:^model.(layers|norm)"])
     assert [row.group for row in table] == [*GROUPS, "unassigned"]
     freeze_groups(model, trainable_groups=["re:language_model.*self_attn"])
 
@@ -314,18 +243,6 @@ def test_hashes_see_every_bit_of_what_is_frozen(model, dtype):
     changed = digest_groups(hash_parameters(model))
     assert changed["norm"] == digest_groups(hashes)["norm"] and changed["mlp"] != digest_groups(hashes)["mlp"]
     bits[0, 0] ^= 1
-    verify_frozen(model, hashes)
-
-
-def test_hashes_tell_dtypes_and_shapes_apart(model):
-    freeze_groups(model, frozen_groups=["mlp"])
-    hashes = hash_parameters(model)
-    weight = model.model.layers[0].mlp.up_proj.weight
     weight.data = weight.data.reshape(16, 32)
-    with pytest.raises(ValueError, match="up_proj"):
-        verify_frozen(model, hashes)
-    weight.data = weight.data.reshape(32, 16).view(torch.int32).view(torch.float32)
-    verify_frozen(model, hashes)
-    weight.data = weight.data.double()
     with pytest.raises(ValueError, match="up_proj"):
         verify_frozen(model, hashes)

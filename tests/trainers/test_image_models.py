@@ -9,7 +9,7 @@ import torch
 from conftest import build_tokenizer
 from datasets import Dataset
 from PIL import Image
-from sft_runs import assert_same_weights, config, logs, weights
+from sft_runs import config, logs, weights
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -18,7 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
 
@@ -79,14 +79,6 @@ def build(tmp_path):
     return make
 
 
-def test_without_a_kl_it_is_sft(build):
-    runs = [build(SFTTrainer), build(kl_weight=0.0)]
-    for run in runs:
-        run.train()
-    assert logs(runs[0]) == logs(runs[1])
-    assert_same_weights(runs[0].model, runs[1].model)
-
-
 def test_kl_is_that_of_the_logits_given_the_images(build):
     teacher = build_vision_model(build.processor, seed=1)
     run = build(arguments=dict(teacher_model=teacher), max_steps=1, temperature=0.7)
@@ -112,20 +104,10 @@ def test_kl_is_that_of_the_logits_given_the_images(build):
     assert logged != pytest.approx(kl(-batch["pixel_values"]), rel=1e-3)  # another image
 
 
-def test_the_first_step_is_that_of_sft_and_the_snapshot_stays(build):
-    run = build()
-    before = weights(run.teacher_model)
-    run.train()
-    rows = [row for row in logs(run) if "kl_loss" in row]
-    assert rows[0]["kl_loss"] == pytest.approx(0, abs=1e-5) and all(row["kl_loss"] > 0.01 for row in rows[1:])
-    assert all(torch.equal(value, before[name]) for name, value in run.teacher_model.named_parameters())
-
-
 def test_the_vision_tower_is_frozen_or_trained_as_asked(build):
-    with pytest.raises(ValueError, match=r"re:\^\(model.multi_modal_projector\|model.vision_tower\)") as refused:
+    with pytest.raises(ValueError, match="belong to none of .*'re:vision_tower'"):
         build(FrozenGroupsSFTTrainer, frozen_groups=["mlp"])
-    expression = str(refused.value).split("as '")[1].split("'")[0]
-    run = build(FrozenGroupsSFTTrainer, frozen_groups=["mlp", expression])
+    run = build(FrozenGroupsSFTTrainer, frozen_groups=["mlp", "re:vision_tower|multi_modal_projector"])
     before = weights(run.model)
     run.train()
     moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
@@ -134,5 +116,5 @@ def test_the_vision_tower_is_frozen_or_trained_as_asked(build):
 
 
 def test_a_cache_of_the_teacher_needs_the_tokens(build):
-    with pytest.raises(ValueError, match="`train_dataset` becomes tokens only in a batch"):
+    with pytest.raises(ValueError, match="`train_dataset` is .* becomes tokens only in a batch"):
         build(precompute_teacher=True)

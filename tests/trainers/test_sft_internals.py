@@ -6,20 +6,24 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import build_model
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from sft_runs import ARCHITECTURES, TOKENIZER, architecture, config, trainer
+from sft_runs import ARCHITECTURES, FACTS, TOKENIZER, architecture, config, trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from trl_selfdistill import SelfDistillSFTConfig
+from trl_selfdistill.trainers.frozen_groups_sft_config import config_from
 from trl_selfdistill.trainers.sft_internals import (
-    add_distillation_forward,
+    HookedSFTTrainer,
+    add_label_head_forward,
     base_causal_lm,
-    config_from,
     frozen_copy,
+    label_hidden_states,
     label_positions_only,
     lm_head_of,
+    without_unused_columns,
 )
 
 
@@ -61,15 +65,15 @@ def test_the_head_gives_the_models_own_logits(name):
     assert (head.logit_softcap is not None) == (name == "gemma2") and (head.bias is not None) == (name == "phi")
 
 
-def test_the_distillation_forward_gives_the_hidden_states_of_the_label_positions(model):
+def test_the_label_head_forward_gives_the_hidden_states_of_the_label_positions(model):
     def generate(model, **options):
         return model.generate(IDS, max_new_tokens=3, do_sample=False, logits_to_keep=1, **options)
 
     logits, generated = model(input_ids=IDS).logits, generate(model)
     labels = IDS.clone()
     labels[0, :4] = labels[1, 5:] = -100
-    add_distillation_forward(model)
-    hidden_states = model(input_ids=IDS, labels=labels, distillation="hidden_states")
+    add_label_head_forward(model)
+    hidden_states = label_hidden_states(model, dict(input_ids=IDS, labels=labels))
     torch.testing.assert_close(lm_head_of(model).logits(hidden_states), logits[:, :-1][labels[:, 1:] != -100])
     assert torch.equal(model(input_ids=IDS).logits, logits)
     assert torch.equal(generate(model), generated)
@@ -117,3 +121,22 @@ def test_the_head_sees_the_label_positions_only_and_the_loss_is_the_same(tmp_pat
     assert flops[0] - flops[1] == 2 * head * 2 * (9 - 4) and flops[2] == flops[0]
     for values in (losses, gradients):
         torch.testing.assert_close(values[1], values[0])
+
+
+def test_the_hooks_are_called_where_transformers_saves(tmp_path):
+    called = []
+
+    class Hooked(HookedSFTTrainer):
+        extra_columns = ("note",)
+
+        def on_save_checkpoint(self, folder):
+            called.append((folder.name, sorted(path.name for path in folder.iterdir())))
+
+        def on_save_model(self, folder):
+            called.append((folder.name, (folder / "model.safetensors").is_file()))
+
+    data = Dataset.from_list(FACTS).map(lambda row: {"note": row["prompt"]})
+    run = trainer(tmp_path, None, dict(train_dataset=data), Hooked, save_strategy="steps", save_steps=3)
+    assert "note" in without_unused_columns(run, run.train_dataset).column_names
+    run.train()
+    assert called == [("checkpoint-3", []), ("checkpoint-3", True)]

@@ -10,11 +10,7 @@ from .structure import group_of, named_tensors
 
 
 def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
-    """
-    SHA-256 of each frozen parameter, as `{group: {name: hash}}` (see [`hash_tensor`]).
-
-    Under FSDP and DeepSpeed ZeRO-3 these are the shards of this process: comparable within a run, not with a file.
-    """
+    """SHA-256 of each frozen parameter, as `{group: {name: hash}}` (see [`hash_tensor`])."""
     hashes: dict[str, dict[str, str]] = {}
     for parameter, names in named_tensors(model):
         if not parameter.requires_grad:
@@ -23,7 +19,7 @@ def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
 
 
 def hash_tensor(parameter: torch.Tensor) -> str:
-    """SHA-256 of a parameter's dtype, shape and bytes; of one that is sharded, those of this process's part."""
+    """SHA-256 of a parameter's dtype, shape and bytes; of a sharded one (FSDP, ZeRO-3), of this process's part."""
     data = getattr(parameter, "ds_tensor", parameter).detach()  # a partition of ZeRO-3; the parameter itself is empty
     data = data.to_local() if hasattr(data, "to_local") else data
     digest = hashlib.sha256(f"{parameter.dtype} {tuple(data.shape)} ".encode())
@@ -42,12 +38,7 @@ def digest_groups(hashes: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -> None:
-    """
-    Checks that the parameters of `expected`, the result of an earlier [`hash_parameters`], are bit for bit the same.
-
-    Raises:
-        ValueError: If any is not. It names the groups and the parameters.
-    """
+    """Raises `ValueError` if a parameter is not bit for bit that of `expected`, an earlier [`hash_parameters`]."""
     parameters = dict(model.named_parameters())
     for group, members in expected.items():
         moved = [

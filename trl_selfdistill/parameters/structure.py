@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of five groups each parameter of a causal language model belongs to, and in which layer it sits.
 
+- `norm`: modules whose class is a normalisation, wherever they are: q_norm and k_norm of an attention too.
+- `lm_head`: the output embeddings and the head around them. Tied ones are counted in `embeddings`.
+- `embeddings`: the input embeddings, learned positions, projections beside the blocks.
+- `attention`: all of a softmax or linear attention: projections, latent projections, biases, sinks.
+- `mlp`: the rest of a block: dense MLP, experts, routers, layer scales, and what mixes the sequence without being
+  attention (state-space, recurrent and convolution mixers: a Mamba model has no `attention`).
+
 Decided by the structure of the model (its embedding modules, its lists of blocks, the classes of the modules in them),
-so that it holds for every architecture of transformers, and for most remote code.
+so that it holds for every architecture of transformers, and for most remote code. Other parameters, such as those of a
+vision tower, have no group.
 """
 
 import re
@@ -29,18 +37,23 @@ class ParameterName(NamedTuple):
     layer: int | None
 
 
+def keep_trainable(model: nn.Module) -> None:
+    """
+    Keeps bitsandbytes from repacking 4-bit weights in place at the first forward in evaluation mode, as it does on
+    CPUs with AVX512-BF16: the new layout has no backward, so that adapters below would silently get no gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The `transformers` model itself, without a PEFT wrapper around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def named_tensors(model: PreTrainedModel) -> Iterator[tuple[nn.Parameter, list[ParameterName]]]:
-    """
-    Each parameter once, in the order of `model.named_parameters()`, with all of its names: a tied one has several.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Causal language model.
-    """
+    """Each parameter once, in the order of `model.named_parameters()`, with all its names: a tied one has several."""
     structure = _Structure(model)
     tensors: dict[int, tuple[nn.Parameter, list[ParameterName]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -2,8 +2,6 @@
 """The teacher of a student with an adapter: the same base model, with a frozen second adapter or with none."""
 
 import copy
-import json
-import shutil
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,30 +13,24 @@ from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.utils import is_peft_available, logging
 
+from ..files import written_whole
 from ..losses import ModelSide
 from ..parameters.hashes import digest
-from ..parameters.quantised import keep_trainable
-from ..parameters.structure import base_causal_lm
+from ..parameters.structure import keep_trainable
 from ..slick.generation import evaluation_mode
-from .checkpoints import find_damage
-from .model_identity import hash_base, hash_settings, hash_tensors
-from .sft_internals import lm_head_of, use_adapter
-from .teacher import Teacher, whole_head
-from .zero3 import is_partitioned
+from .model_identity import hash_config, hash_model, hash_tensors
+from .sft_internals import label_hidden_states, use_adapter
+from .teachers import Teacher, frozen_head
 
 
 if is_peft_available():
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 
 logger = logging.get_logger(__name__)
 
 TEACHER_ADAPTER = "self_distill_teacher"
-_RECORD = "teacher.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class AdapterTeacher(Teacher):
@@ -60,8 +52,8 @@ class AdapterTeacher(Teacher):
             model.delete_adapter(TEACHER_ADAPTER)
         self._accelerator = accelerator
         self.adapter_name = None if is_identity(model) else TEACHER_ADAPTER
-        self._base_sha256 = hash_base(model)  # before it is prepared: a shard would have another hash
-        self.sha256 = self._base_sha256
+        self._is_kept = False
+        self.sha256 = self._base_sha256 = hash_model(model, adapters=False)
         if self.adapter_name is not None:
             add_frozen_copy(model)
             self._take_state(model)
@@ -69,56 +61,36 @@ class AdapterTeacher(Teacher):
     def _take_state(self, model: torch.nn.Module) -> None:
         state = get_peft_model_state_dict(model, adapter_name=TEACHER_ADAPTER, save_embedding_layers=False)
         # On the CPU, as the model may be sharded when it is to be kept
-        self._state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-        settings = hash_settings(model.peft_config[TEACHER_ADAPTER].to_dict())
-        self.sha256 = digest({"base": self._base_sha256, "settings": settings, **hash_tensors(self._state)})
+        self._state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+        config = hash_config(model.peft_config[TEACHER_ADAPTER])
+        self.sha256 = digest({"base": self._base_sha256, "config": config, **hash_tensors(self._state)})
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         model = self._accelerator.unwrap_model(student, keep_torch_compile=False)
-        with self._active(model), evaluation_mode(student):
-            hidden_states = student(**inputs, distillation="hidden_states")
-            head = lm_head_of(base_causal_lm(model))
-            head = whole_head(model) if is_partitioned(head.weight) else head.map_tensors(torch.Tensor.detach)
-        return ModelSide(hidden_states, head)
-
-    @contextmanager
-    def _active(self, model: torch.nn.Module) -> Iterator[None]:
-        """Switches the teacher on. PEFT makes what it activates trainable, and freezes the others: that is undone."""
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            with use_adapter(model, self.adapter_name):
-                yield
-        finally:
-            for parameter, requires_grad in flags:
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)
+        with _same_trainable(model), use_adapter(model, self.adapter_name), evaluation_mode(student):
+            return ModelSide(label_hidden_states(student, inputs), frozen_head(model))
 
     def keep(self, folder: Path) -> None:
-        """Writes the second adapter to `folder`, once a run, whole or not at all."""
-        if self.adapter_name is None:
+        if self.adapter_name is None or self._is_kept:
             return
-        record = folder / _RECORD
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sha256"] == self.sha256:
-            return
-        partial = folder.with_name(folder.name + ".partial")
-        for stale in (partial, folder):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in self._state.items()}, partial / ADAPTER_WEIGHTS)
-        (partial / _RECORD).write_text(json.dumps({"sha256": self.sha256}) + "\n", encoding="utf-8")
-        partial.rename(folder)
+        with written_whole(folder) as partial:
+            partial.mkdir()
+            save_file(self._state, partial / SAFETENSORS_WEIGHTS_NAME)
+        self._is_kept = True
 
-    def restore(self, model: torch.nn.Module, folder: Path) -> None:
-        """Takes the adapter that the run has kept in `folder`, if it has, in place of a copy of the student's."""
-        if not (folder / ADAPTER_WEIGHTS).is_file():
+    def restore(self, student: torch.nn.Module, folder: Path) -> None:
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             return
-        if damage := find_damage(folder):
-            raise ValueError(f"The teacher's adapter cannot be read: {damage}. Put it back, or start the run anew.")
         if self.adapter_name is None:
-            add_frozen_copy(model)
+            add_frozen_copy(student)
             self.adapter_name = TEACHER_ADAPTER
-        set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS), TEACHER_ADAPTER)
-        self._take_state(model)
+        set_peft_model_state_dict(student, load_file(folder / SAFETENSORS_WEIGHTS_NAME), TEACHER_ADAPTER)
+        self._take_state(student)
+        self._is_kept = True
+
+    def release(self, student: torch.nn.Module) -> None:
+        if self.adapter_name is not None:
+            student.delete_adapter(TEACHER_ADAPTER)
 
 
 def fits_adapter_teacher(model: torch.nn.Module) -> bool:
@@ -127,11 +99,6 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
     can hold two. Where a PEFT model cannot, the reason is logged: its teacher is a copy of the whole.
     """
     if not is_peft_model(model):
-        if getattr(model, "_hf_peft_config_loaded", False):
-            logger.warning(
-                "The teacher is a copy of the whole model: its adapter was added by `model.add_adapter`. Wrap the "
-                "model with `peft.get_peft_model`, or pass `peft_config`, and the teacher is a second adapter."
-            )
         return False
     config = model.active_peft_config
     reason = None
@@ -163,31 +130,32 @@ def is_identity(model: torch.nn.Module) -> bool:
     magnitudes of a DoRA are those of the base then: the first step that moves them moves B too. Other kinds may change
     nothing either; their teacher is a copy all the same.
     """
-    [name] = model.active_adapters
-    if model.peft_config[name].peft_type != "LORA":
+    [adapter] = model.active_adapters
+    if model.peft_config[adapter].peft_type != "LORA":
+        return False
+    zero = (f"lora_B.{adapter}", f"lora_embedding_A.{adapter}")  # an embedding's A starts at zero and its B at random
+    if any(tensor.count_nonzero() for name, tensor in model.named_parameters() if any(part in name for part in zero)):
         return False
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            if not _same_weights(module.modules_to_save[name], module.original_module):
+            own, original = module.modules_to_save[adapter].parameters(), module.original_module.parameters()
+            if not all(torch.equal(a.to(b.dtype), b) for a, b in zip(own, original, strict=True)):
                 return False
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            return False
-        elif isinstance(module, LoraLayer):
-            # An embedding's A starts at zero and its B at random
-            factors = [module.lora_B[name].weight] if name in module.lora_B else []
-            factors += [module.lora_embedding_A[name]] if name in module.lora_embedding_A else []
-            if any(factor.count_nonzero() for factor in factors):
-                return False
-        elif isinstance(module, BaseTunerLayer):
             return False
     return True
 
 
-def _same_weights(module: torch.nn.Module, other: torch.nn.Module) -> bool:
-    theirs = other.state_dict()
-    return all(
-        torch.equal(tensor.to(theirs[name].dtype), theirs[name]) for name, tensor in module.state_dict().items()
-    )
+@contextmanager
+def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
+    """PEFT makes the adapter that it activates trainable, and freezes the others: this undoes it."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
 
 def add_frozen_copy(model: torch.nn.Module) -> None:
@@ -200,16 +168,11 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and OLoRA would take their part out of the base once more
     config.inference_mode = True
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training = {name: module.training for name, module in model.named_modules()}
-    with torch.random.fork_rng():  # its initialisation is overwritten: the run goes on as without it
+    # Its initialisation is overwritten: the run goes on as without it
+    with _same_trainable(model), torch.random.fork_rng():
         model.add_adapter(TEACHER_ADAPTER, config)
-    _copy_adapter(model, student)
-    model.set_adapter(student)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(name, False))
-    for name, module in model.named_modules():
-        module.training = training.get(name, model.training)
+        _copy_adapter(model, student)
+        model.set_adapter(student)
     _save_without_teacher(model)
 
 

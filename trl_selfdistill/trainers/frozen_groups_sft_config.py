@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of [`FrozenGroupsSFTTrainer`]: TRL's `SFTConfig` and the groups of parameters to train."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig
 
-from ..parameters.groups import parse_group_specs
+from ..parameters.groups import GroupSelection
+from .sft_internals import get_config_model_id
 
 
 @dataclass
@@ -26,12 +28,11 @@ class FrozenGroupsSFTConfig(SFTConfig):
             `embeddings` and `lm_head` are one tensor and go together. By default nothing is frozen, and the run is
             [`~trl.SFTTrainer`]'s step for step.
         trainable_groups (`list[str]`, *optional*):
-            What to train, in the same form: everything else is frozen. The paper's setting where new facts are not
-            wanted is `["attention"]`. Set this or `frozen_groups`, not both.
+            What to train, in the same form; everything else is frozen. The paper's setting is `["attention"]`. Set
+            this or `frozen_groups`, not both.
         verify_frozen (`bool`, *optional*, defaults to `True`):
-            Whether to prove that the frozen parameters did not move: their SHA-256, taken when training starts, is
-            compared whenever the model is saved and when training ends, and stored with the model in
-            `parameter_groups.json`. Each comparison reads the frozen parameters once (about a second for 1 GB).
+            Whether to prove that the frozen parameters did not move: their SHA-256 is taken when training starts,
+            compared at each save and at the end (about a second for 1 GB), and stored in `parameter_groups.json`.
 
     > [!NOTE]
     > The defaults of all inherited parameters are those of [`~trl.SFTConfig`].
@@ -41,26 +42,42 @@ class FrozenGroupsSFTConfig(SFTConfig):
     frozen_groups: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What not to train: groups among `embeddings`, `attention`, `mlp`, `norm`, `lm_head`, a group in "
-            "some layers (`mlp:5`, `mlp:0-11`), or regular expressions over parameter names (`re:q_proj`)."
+            "help": "What not to train: `embeddings`, `attention`, `mlp`, `norm`, `lm_head`, a group in some layers "
+            "(`mlp:0-11`), or regular expressions over parameter names (`re:q_proj`)."
         },
     )
     trainable_groups: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What to train, in the form of `frozen_groups`: everything else is frozen. Set one of the two."
-        },
+        default=None, metadata={"help": "What to train, in the form of `frozen_groups`. Set one of the two."}
     )
     verify_frozen: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to prove by SHA-256 that the frozen parameters did not move: compared at every save and "
-            "at the end of training, and stored in `parameter_groups.json`."
-        },
+        default=True, metadata={"help": "Whether to prove by SHA-256 that the frozen parameters did not move."}
     )
 
     def __post_init__(self):
         super().__post_init__()
-        option, specs = parse_group_specs(self.frozen_groups, self.trainable_groups)  # before a model is loaded
-        if option is not None:
-            setattr(self, option, [spec.text for spec in specs])  # YAML may hold a lone string
+        # Parsed here and handed on: an entry that cannot be read is an error before a model is loaded
+        self.group_selection = GroupSelection.parse(self.frozen_groups, self.trainable_groups)
+        if self.group_selection is not None:
+            setattr(self, self.group_selection.option, self.group_selection.entries)  # YAML may hold a lone string
+
+
+def config_from(
+    args: TrainingArguments | None, config_class: type, model: str | PreTrainedModel, suffix: str
+) -> TrainingArguments:
+    """
+    The `config_class` that a trainer works with, from what `SFTTrainer` accepts as `args`: the values of any other
+    config are kept, and without one `output_dir` is `<model name>-<suffix>`.
+    """
+    if isinstance(args, config_class):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{name.split('/')[-1]}-{suffix}")
+    values = args.to_dict()
+    # `to_dict` masks every name that ends in `_token`, be it `hub_token` or `eos_token`
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
+    names = {field.name for field in fields(config_class)}
+    config = config_class(**{name: value for name, value in values.items() if name in names})
+    for name in values.keys() - names:  # of a config class of the user's own
+        setattr(config, name, getattr(args, name))
+    return config

@@ -4,41 +4,23 @@
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..parameters.structure import base_causal_lm
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
+from .frozen_groups_sft_config import config_from
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
-from .l2_to_teacher import L2ToTeacher
-from .rehearsal import rehearse
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
-    DistillationTargets,
-    add_distillation_forward,
-    add_training_rows,
-    config_from,
+    add_label_head_forward,
     count_input_tokens,
     frozen_copy,
     log_means,
-    tokenizer_of,
+    student_ce_kl,
 )
-from .teacher import ModelTeacher, Teacher, UntrainedStudent
-from .teacher_loading import load_teacher
-from .teacher_precomputation import precompute_teacher
-from .teacher_record import TEACHER_FOLDER, check_teacher_record, write_teacher_record
-from .teacher_rows import TEACHER_ROW
+from .teacher_cache import CACHE_COLUMNS, precompute_teacher
 from .teacher_snapshot import TeacherSnapshotCallback
-from .unsupported import (
-    needs_own_ce,
-    refuse_adapter_on_head,
-    refuse_contradictions,
-    refuse_joined_sequences,
-    refuse_kl,
-    refuse_l2,
-    refuse_rehearsal,
-    refuse_settings,
-)
+from .teachers import ModelTeacher, Teacher, UntrainedStudent, check_teacher, load_teacher, refuse_adapter_on_head
 
 
 class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
@@ -59,16 +41,18 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             Configuration. The values of a plain `SFTConfig` or `TrainingArguments` are kept.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Teacher, by path, Hub id or instance. Defaults to `args.teacher_model_name_or_path`, and without that to a
-            frozen copy of the model as handed over. An instance is frozen in place.
-        rehearsal_dataset (`Dataset`, *optional*):
-            Prompts (column `prompt`, texts or conversations) that the model as handed over answers before training, to
-            train on its own answers too. Defaults to the dataset of `args.rehearsal_dataset_name`. The answers are
-            kept in `output_dir/_rehearsal.json` for resuming.
+            frozen copy of `model`. An instance is frozen in place.
         kwargs:
             The other arguments of [`~trl.SFTTrainer`].
 
+    Attributes:
+        teacher ([`~trl_selfdistill.trainers.teachers.Teacher`] or `None`): The teacher; `None` with `kl_weight=0`, and
+            before its snapshot.
+        teacher_folder (`pathlib.Path`): Where a teacher is kept that a resumed run could not load from elsewhere.
+
     Raises:
-        ValueError: If the teacher's vocabulary or tokenizer is not the student's, or the teacher is given twice.
+        ValueError: If the teacher does not fit the student or is given twice, or the KL does not work with another
+            setting.
 
     Example:
 
@@ -84,8 +68,10 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     ```
     """
 
-    _tag_names = ["trl", "sft", "self-distill-sft"]
-    _name = "SelfDistillSFT"
+    tags = ["trl", "sft", "self-distill-sft"]
+    method_name = "SelfDistillSFT"
+
+    extra_columns = CACHE_COLUMNS
 
     def __init__(
         self,
@@ -93,101 +79,76 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         args: SelfDistillSFTConfig | None = None,
         *positional,
         teacher_model: str | PreTrainedModel | None = None,
-        rehearsal_dataset: Dataset | None = None,
         **kwargs,
     ):
-        args = config_from(args, SelfDistillSFTConfig, model, self._name)
-        refuse_settings(args)
-        refuse_contradictions(args, teacher_model, rehearsal_dataset)
-        given = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        snapshot = args.teacher_snapshot_steps or args.teacher_snapshot_epochs
+        args = config_from(args, SelfDistillSFTConfig, model, self.method_name)
+        given = args.choose_teacher(teacher_model)
         super().__init__(model, args, *positional, **kwargs)
-        self.teacher: Teacher | L2ToTeacher | None = None
-        self.num_rehearsal_rows = 0
-        self._takes_snapshot = bool(snapshot)
+        self.teacher: Teacher | None = None
+        self.saved_teacher: dict | None = None  # of the checkpoint that training resumes from
+        # Trainer does not push names that start with "_"
+        self.teacher_folder = Path(args.output_dir) / "_teacher"
         self._teacher_name = given if isinstance(given, str) else None
-        if rehearsal_dataset is not None or args.rehearsal_dataset_name is not None:
-            refuse_rehearsal(self)
-            rows = rehearse(self, rehearsal_dataset)
-            self.num_rehearsal_rows = len(rows)
-            add_training_rows(self, rows)
         if args.kl_weight == 0:
             return
-        refuse_kl(self)
-        refuse_adapter_on_head(self.model)
-        # The copy comes after `SFTTrainer.__init__`, which may resize the embeddings for a new chat template
-        if args.regularizer == "l2":
-            self._set_l2(given)
-            return
-        if snapshot:
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
+            raise ValueError(
+                "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1). "
+                "Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
+            )
+        refuse_adapter_on_head(self.model, "model")
+        # From here on the embeddings are the final ones: `SFTTrainer` may resize them for a new chat template
+        if args.takes_snapshot:
             self.add_callback(TeacherSnapshotCallback(self))
         elif given is None:
-            self.set_teacher_to_student()
+            self.teacher = self.freeze_student()
         else:
-            self.set_teacher(load_teacher(given, self.model, tokenizer_of(self), args))
-        refuse_joined_sequences(self, self.teacher_model)
-        add_distillation_forward(base_causal_lm(self.model))
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            self.teacher = ModelTeacher(load_teacher(given, self.model, tokenizer, args), self.accelerator)
+        add_label_head_forward(base_causal_lm(self.model))
         if args.precompute_teacher:
-            precompute_teacher(self)
+            self.teacher = precompute_teacher(self)
 
-    def _set_l2(self, given) -> None:
-        refuse_l2(self, given)
-        add_distillation_forward(base_causal_lm(self.model))  # for the KL that its strength is matched to
-        self.teacher = L2ToTeacher(self.model, self.args.l2_weight)
-
-    def set_teacher(self, teacher: PreTrainedModel) -> None:
-        """Makes `teacher` the frozen teacher from the next step on."""
-        self.teacher = ModelTeacher(teacher, self.accelerator)
-
-    def set_teacher_to_student(self) -> None:
-        """Makes the student as it is now the teacher: its adapter, if it has one of which a model can hold two."""
+    def freeze_student(self) -> Teacher:
+        """The student as it is now as a teacher: its adapter, if the model can hold two of them, or a copy."""
         if fits_adapter_teacher(self.model):
-            self.teacher = AdapterTeacher(self.model, self.accelerator)
-        elif self.args.precompute_teacher and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.teacher = UntrainedStudent(self.model)
-        else:
-            self.set_teacher(frozen_copy(self.accelerator.unwrap_model(self.model)))
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if TEACHER_ROW not in self._signature_columns:
-            self._signature_columns.append(TEACHER_ROW)
+            return AdapterTeacher(self.model, self.accelerator)
+        if self.args.precompute_teacher and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return UntrainedStudent(self.model)
+        return ModelTeacher(frozen_copy(self.accelerator.unwrap_model(self.model)), self.accelerator)
 
     @property
     def teacher_model(self) -> PreTrainedModel | None:
         """The teacher as a model; `None` where there is none, or where it is no model of its own."""
-        return getattr(self.teacher, "model", None)
+        return self.teacher.model if self.teacher is not None else None
 
-    def check_checkpoint(self, checkpoint: Path) -> None:
-        super().check_checkpoint(checkpoint)
-        if self.teacher is not None and not self._takes_snapshot:
-            if isinstance(self.teacher, AdapterTeacher):
-                self.teacher.restore(self.model, Path(self.args.output_dir) / TEACHER_FOLDER)
-            record = check_teacher_record(self.teacher, checkpoint)
-            if isinstance(self.teacher, L2ToTeacher):  # matched on the first batch of the run
-                self.teacher.weight = record["l2_weight"]
+    def describe_run(self) -> dict:
+        teacher = None
+        if self.teacher is not None:
+            teacher = {"sha256": self.teacher.sha256, "name_or_path": self._teacher_name}
+        return {**super().describe_run(), "teacher": teacher}
 
-    def check_teacher_of_checkpoint(self) -> None:
-        """Refuses to go on with another teacher than that of the checkpoint that training resumed from."""
-        if self._checkpoint is not None:
-            check_teacher_record(self.teacher, Path(self._checkpoint))
+    def check_run(self, saved: dict, checkpoint: Path) -> None:
+        super().check_run(saved, checkpoint)
+        self.saved_teacher = saved.get("teacher")
+        if self.teacher is None or self.args.takes_snapshot:  # the snapshot's callback checks it
+            return
+        if self.saved_teacher is not None and self.saved_teacher["sha256"] != self.teacher.sha256:
+            self.teacher.restore(self.model, self.teacher_folder)
+        check_teacher(self.teacher, self.saved_teacher, checkpoint)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        # Not in `_save`, which FSDP does not call where the checkpoints are sharded
-        if self.teacher is not None and self.args.should_save:
-            folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(self.teacher, AdapterTeacher):
-                self.teacher.keep(Path(self.args.output_dir) / TEACHER_FOLDER)
-            write_teacher_record(self.teacher, folder, self._teacher_name)
+    def on_save_checkpoint(self, folder: Path) -> None:
+        super().on_save_checkpoint(folder)
+        if self.teacher is not None:
+            self.teacher.keep(self.teacher_folder)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if isinstance(self.teacher, L2ToTeacher):
-            return self._compute_l2_loss(model, inputs, return_outputs, num_items_in_batch)
-        own_ce = needs_own_ce(self)
+        args = self.args
+        # Another loss than the CE is left to `SFTTrainer`: the KL is added to it, from a forward of its own
+        own_ce = args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
         mode = "train" if self.model.training else "eval"
         inputs["use_cache"] = False
         teacher = self.teacher.targets(model, inputs)
@@ -198,17 +159,18 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
 
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        targets = DistillationTargets(
+        ce_kl, aux_loss = student_ce_kl(
+            model,
+            inputs,
             teacher,
             ce_weight=0.0 if own_ce else 1.0,
-            kl_weight=self.args.kl_weight,
-            temperature=self.args.temperature,
+            kl_weight=args.kl_weight,
+            temperature=args.temperature,
             num_items_in_batch=num_items_in_batch,
         )
-        ce_kl, aux_loss = model(**inputs, distillation=targets)
         loss = ce_kl.loss
         # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients over the ranks
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if aux_loss is not None and not own_ce:
             # A mean over the micro-batch: with `num_items_in_batch`, Trainer leaves accumulation to the loss
@@ -220,27 +182,6 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             with torch.no_grad():  # for `compute_metrics`: the logits do not exist in the fused pass
                 outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
         return (sft_loss + loss, outputs) if return_outputs else sft_loss + loss
-
-    def _compute_l2_loss(self, model, inputs, return_outputs, num_items_in_batch):
-        student = self.accelerator.unwrap_model(model)
-        mode = "train" if self.model.training else "eval"
-        if self.teacher.weight is None and mode == "eval":  # before the first step there is nothing to pull
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.teacher.weight is None:
-            batch = {**inputs, "use_cache": False}
-            args = self.args
-            weight = self.teacher.calibrate(student, batch, args.kl_weight, args.temperature, args.learning_rate)
-            # Each process has a batch of its own
-            mean = self.accelerator.reduce(torch.tensor(weight, device=self.accelerator.device), "mean")
-            self.teacher.weight = mean.item()
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = loss if return_outputs else (loss, None)
-        penalty = self.teacher.penalty(student)
-        log_means(self, mode, l2_loss=penalty.item())
-        # A term of the whole step: with `num_items_in_batch`, Trainer leaves accumulation to the loss
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = loss + penalty / steps
-        return (loss, outputs) if return_outputs else loss
 
     def _record_metrics(self, mode, inputs, ce_kl, aux_loss, sft_metrics: bool) -> None:
         """Keeps the metrics of `SFTTrainer`, and `ce_loss` and `kl_loss`, averaged over the tokens of all ranks."""

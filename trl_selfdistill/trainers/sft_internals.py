@@ -1,82 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that relies on how TRL's `SFTTrainer` and transformers' models work inside.
-
-What it relies on, and what happens when a TRL release moves it:
-- `SFTTrainer.__init__` binds a `forward` to the model instance (`add_fused_lm_head`). A deep copy of the model would
-  go on running the original's weights, so [`frozen_copy`] unbinds it. Were TRL to stop, unbinding does nothing.
-- `create_model_from_path` loads a model given by name as `SFTTrainer` does. Were it gone, importing this file fails.
-- `prepare_fsdp` and `prepare_deepspeed` shard the teacher like TRL's reference models. Were they gone, importing this
-  file fails.
-- `use_adapter` switches a PEFT model to another adapter, or to none. Were it gone, importing this file fails.
-- `_prepare_dataset` truncates, packs and shuffles rows that are tokens already. Were it gone, `rehearsal_dataset`
-  fails when the trainer is made.
-- `get_config_model_id` reads the name that a model was loaded by. Were it gone, importing this file fails.
-- `compute_loss` gets `inputs` with `labels`, and `aux_loss_enabled` asks for `output_router_logits`, of which
-  transformers' `load_balancing_loss_func` makes the loss that `router_aux_loss_coef` weighs.
-- `_metrics`, `_total_train_tokens` and `_tp_size` are what `SFTTrainer.log` reports from. Were they gone, the first
-  step with a teacher fails.
-- `_tokenizer` is the tokenizer, also of a processor. Were it gone, making a trainer with another teacher, or with
-  `rehearsal_dataset`, fails.
-- `_use_triton` decides whether the LM head is applied to the label positions only. Were it gone,
-  [`label_positions_only`] fails.
+"""
+The only file that relies on how TRL's `SFTTrainer`, transformers' models, accelerate and DeepSpeed work inside. What a
+new version of theirs could break without an error is tested in tests/trainers/test_sft_internals.py.
 """
 
 import copy
-import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from accelerate import Accelerator, DistributedType
+from datasets import Dataset
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import utils as trl_utils
-from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
+from trl.trainer.utils import create_model_from_path as create_model_from_path
+from trl.trainer.utils import get_config_model_id as get_config_model_id
+from trl.trainer.utils import use_adapter as use_adapter
 
 from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
 from ..parameters.structure import base_causal_lm
-from .zero3 import copy_partitioned, is_partitioned
 
 
-__all__ = [
-    "DistillationOutput",
-    "DistillationTargets",
-    "add_distillation_forward",
-    "add_training_rows",
-    "config_from",
-    "count_input_tokens",
-    "create_model_from_path",
-    "frozen_copy",
-    "get_config_model_id",
-    "label_positions_only",
-    "lm_head_of",
-    "log_means",
-    "prepare_deepspeed",
-    "prepare_fsdp",
-    "tokenizer_of",
-    "use_adapter",
-]
+class HookedSFTTrainer(SFTTrainer):
+    """
+    `SFTTrainer` with public hooks in place of methods that transformers lets subclasses override by private names. An
+    override calls `super()`, so that mixins can have hooks too.
+    """
+
+    method_name: str = "SFT"  # in TRL's messages and in the default output folder
+    tags: list[str] = ["trl", "sft"]  # of the trained model
+    extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._name, cls._tag_names = cls.method_name, cls.tags
+
+    def on_save_model(self, folder: Path) -> None:
+        """Called on the processes that save, when the model's weights have been written into `folder`."""
+
+    def on_save_checkpoint(self, folder: Path) -> None:
+        """Called on the processes that save, before the checkpoint `folder`, which exists, is written."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self.extra_columns if name not in self._signature_columns]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.on_save_model(Path(self.args.output_dir if output_dir is None else output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self._missing_keys: list[str] = []
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._missing_keys = []
+        super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", None) or ()
+        self._missing_keys = [name for name in load_result.missing_keys if name not in tied]
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        # `save_pretrained` gives some weights (the experts of a mixture) the names that they have on the Hub. Trainer
+        # loads by the names in memory, and would go on with the untrained ones and a warning.
+        if self._missing_keys:
+            whole = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(whole.state_dict())
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.on_save_checkpoint(folder)
+        super()._save_checkpoint(model, trial)
 
 
-class DistillationTargets(NamedTuple):
-    """What the student's forward needs to compute the loss inside the DDP / FSDP / DeepSpeed wrapper."""
+class LabelStates(NamedTuple):
+    """What a backbone gives for a batch, at the label positions of all rows one after another."""
 
-    teacher: ModelSide  # hidden states of shape (num_label_tokens, teacher_hidden_size)
-    ce_weight: float
-    kl_weight: float
-    temperature: float
-    num_items_in_batch: int | torch.Tensor | None
-
-
-class DistillationOutput(NamedTuple):
-    """What a forward returns that was called with [`DistillationTargets`]."""
-
-    ce_kl: CEKLOutput
+    hidden_states: torch.Tensor  # (num_label_tokens, hidden_size)
+    shift_labels: torch.Tensor  # (num_label_tokens,), the token that each of them predicts
     aux_loss: torch.Tensor | None  # the MoE load-balancing loss, where router logits were asked for
 
 
@@ -87,12 +102,41 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy
     they would keep running the weights of the student in training, and accelerate would not prepare it anew.
     """
-    partitioned = any(map(is_partitioned, model.parameters()))
-    teacher = copy_partitioned(model) if partitioned else copy.deepcopy(model)
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    teacher = _copy_partitioned(model) if partitioned else copy.deepcopy(model)
     for module in (teacher, base_causal_lm(teacher)):
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             module.__dict__.pop(name, None)
     return teacher.requires_grad_(False).eval()
+
+
+def _copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "The teacher would be a copy of the model with its adapter, whose weights DeepSpeed ZeRO-3 has "
+            "partitioned. Use ZeRO-2 or FSDP, pass a `teacher_model`, or set `kl_weight=0`."
+        )
+    config = copy.deepcopy(model.config)
+    # While ZeRO-3 is on, transformers partitions what it makes, in the same way
+    twin = type(model)._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
+    with torch.no_grad():
+        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+            ours.ds_tensor.copy_(theirs.ds_tensor)
+        for ours, theirs in zip(twin.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+    return twin
+
+
+def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """The teacher on the accelerator's device, in its mixed precision, and sharded as it shards models."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return prepare_fsdp(model, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(model, accelerator)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    # `Trainer.evaluate` prepares the student only if nothing has been prepared yet, and the teacher may be replaced
+    accelerator._models.pop()
+    return prepared
 
 
 def lm_head_of(model: PreTrainedModel) -> LMHead:
@@ -101,32 +145,33 @@ def lm_head_of(model: PreTrainedModel) -> LMHead:
     under the names that TRL's `add_fused_lm_head` knows. FSDP2 shards stay shards: `linear_ce_kl` gathers them.
     """
     config = model.config.get_text_config()
-    logit_scale = None
+    logit_scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
-        if logit_scale is None:
-            logit_scale = getattr(config, name, None)
-    if logit_scale is None and getattr(config, "logits_scaling", None) is not None:
+        if getattr(config, name, None) is not None:
+            logit_scale = getattr(config, name)
+    if getattr(config, "logits_scaling", None) is not None:
         # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
         logit_scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
     head = model.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return LMHead(head.weight, head.bias, 1.0 if logit_scale is None else logit_scale, softcap)
+    return LMHead(head.weight, head.bias, logit_scale, getattr(config, "final_logit_softcapping", None))
 
 
-def add_distillation_forward(model: PreTrainedModel) -> None:
+def add_label_head_forward(model: PreTrainedModel) -> None:
     """
-    Lets `model(..., labels=labels, distillation=...)` run the backbone and the head on the label positions only.
+    Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`.
 
-    With `distillation=DistillationTargets(...)` it returns a [`DistillationOutput`], with `"hidden_states"` the last
-    hidden states at the label positions, of shape `(num_label_tokens, hidden_size)`, without it what it returned
-    before. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's
-    autocast wrap: parameters are gathered and cast, and prompt-learning tokens added, as in any other forward.
+    The backbone runs as in any other forward, and `function` gets its [`LabelStates`]. It is a `forward`, as in TRL,
+    because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's autocast wrap: parameters are gathered and cast,
+    and prompt-learning tokens are added.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Causal language model without a PEFT wrapper; changed in place.
     """
     original_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
-    def forward(self, *args, distillation=None, **kwargs):
-        if distillation is None:
+    def forward(self, *args, label_head: Callable[[PreTrainedModel, LabelStates], Any] | None = None, **kwargs):
+        if label_head is None:
             return original_forward(*args, **kwargs)
         shift_labels = kwargs.pop("labels")[:, 1:]
         # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run
@@ -134,44 +179,73 @@ def add_distillation_forward(model: PreTrainedModel) -> None:
         mask = shift_labels != IGNORE_INDEX
         hidden_states = outputs.last_hidden_state[:, :-1]
         hidden_states = hidden_states[mask.to(hidden_states.device)]  # (num_label_tokens, hidden_size)
-        if isinstance(distillation, str):
-            return hidden_states
-        ce_kl = _head_loss(self, hidden_states, shift_labels[mask], distillation)
-        return DistillationOutput(ce_kl, _aux_loss(self, outputs, kwargs))
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            config = self.config.get_text_config()
+            experts = config.num_experts, config.num_experts_per_tok
+            aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, kwargs.get("attention_mask"))
+        return label_head(self, LabelStates(hidden_states, shift_labels[mask], aux_loss))
 
     model.forward = types.MethodType(forward, model)
 
 
-def _head_loss(
-    model: PreTrainedModel, hidden_states: torch.Tensor, shift_labels: torch.Tensor, targets: DistillationTargets
-) -> CEKLOutput:
-    if len(hidden_states) != len(targets.teacher.hidden_states):
+def label_hidden_states(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    The last hidden states of a model at the label positions of a batch, `(num_label_tokens, hidden_size)`.
+
+    Args:
+        model (`torch.nn.Module`): A model that [`add_label_head_forward`] was called on, wrapped or not.
+        inputs (`dict[str, torch.Tensor]`): Arguments of its forward, `labels` among them.
+    """
+    return model(**inputs, label_head=_hidden_states)
+
+
+def student_ce_kl(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], teacher: ModelSide, **options
+) -> tuple[CEKLOutput, torch.Tensor | None]:
+    """
+    The loss of the student on a batch, `ce_weight * CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, and the
+    MoE load-balancing loss, where router logits were asked for.
+
+    Args:
+        model (`torch.nn.Module`): The student, on which [`add_label_head_forward`] was called, wrapped or not.
+        inputs (`dict[str, torch.Tensor]`): Arguments of its forward, `labels` among them.
+        teacher ([`~trl_selfdistill.losses.ModelSide`]): What [`Teacher.targets`] returned for `inputs`.
+        options: `ce_weight`, `kl_weight`, `temperature` and `num_items_in_batch` of
+            [`~trl_selfdistill.losses.linear_ce_kl`].
+    """
+    return model(**inputs, label_head=functools.partial(_ce_kl, teacher=teacher, **options))
+
+
+def _hidden_states(model: PreTrainedModel, states: LabelStates) -> torch.Tensor:
+    return states.hidden_states
+
+
+def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide, **options):
+    if len(states.hidden_states) != len(teacher.hidden_states):
         raise ValueError(
-            f"The student has {len(hidden_states)} label positions and the teacher "
-            f"{len(targets.teacher.hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) "
-            "shifts the positions: pass a `teacher_model` with the same adapter, or train another kind of adapter."
+            f"The student has {len(states.hidden_states)} label positions and the teacher "
+            f"{len(teacher.hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) shifts the "
+            "positions: pass a `teacher_model` with the same adapter, or train another kind of adapter."
         )
     lm_head = lm_head_of(model)
     device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
-    return linear_ce_kl(
-        hidden_states.to(device),
+    ce_kl = linear_ce_kl(
+        states.hidden_states.to(device),
         lm_head,
-        targets.teacher.hidden_states.to(device),
-        targets.teacher.lm_head.map_tensors(lambda x: x.to(device)),
-        shift_labels.to(device),
-        ce_weight=targets.ce_weight,
-        kl_weight=targets.kl_weight,
-        temperature=targets.temperature,
-        num_items_in_batch=targets.num_items_in_batch,
+        teacher.hidden_states.to(device),
+        teacher.lm_head.map_tensors(lambda tensor: tensor.to(device)),
+        states.shift_labels.to(device),
+        **options,
     )
+    return ce_kl, states.aux_loss
 
 
 @contextmanager
 def label_positions_only() -> Iterator[None]:
     """
-    Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as it does on a GPU: elsewhere TRL
-    1.16 scores every position, for devices that recompile when a shape changes. The loss is the same; a step of a
-    small model on short answers takes half as long.
+    Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as it does on a GPU. The loss is the
+    same; a step of a small model on short answers takes half as long.
     """
     uses_triton = trl_utils._use_triton
     trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
@@ -181,27 +255,9 @@ def label_positions_only() -> Iterator[None]:
         trl_utils._use_triton = uses_triton
 
 
-def _aux_loss(model: PreTrainedModel, outputs, kwargs: dict) -> torch.Tensor | None:
-    """The MoE load-balancing loss, which the model's own forward would have computed from the router logits."""
-    if not kwargs.get("output_router_logits"):
-        return None
-    config = model.config.get_text_config()
-    return load_balancing_loss_func(
-        outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-    )
-
-
-def add_training_rows(trainer: SFTTrainer, rows: Dataset) -> None:
-    """Adds rows of tokens and labels to the trainer's dataset, truncated and packed as it is."""
-    args = trainer.args
-    prepared = trainer._prepare_dataset(rows, trainer.processing_class, args, args.packing, None, "rehearsal")
-    # Columns that do not reach the model are empty in the new rows
-    trainer.train_dataset = concatenate_datasets([trainer.train_dataset, prepared])
-
-
-def tokenizer_of(trainer: SFTTrainer) -> PreTrainedTokenizerBase:
-    """The tokenizer of a trainer's `processing_class`, which may be a processor."""
-    return trainer._tokenizer
+def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
+    """A prepared dataset with the columns that the trainer hands to its collator."""
+    return trainer._remove_unused_columns(dataset, "training")
 
 
 def log_means(trainer: SFTTrainer, mode: str, **values: float) -> None:
@@ -215,24 +271,3 @@ def count_input_tokens(trainer: SFTTrainer, mode: str, number: int) -> None:
     if mode == "train":
         trainer._total_train_tokens += number // trainer._tp_size
     trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
-
-
-def config_from(args: TrainingArguments | None, config_class: type, model, suffix: str) -> TrainingArguments:
-    """
-    The `config_class` that a trainer works with, from what `SFTTrainer` accepts as `args`: its own config, a plain
-    `TrainingArguments` or `SFTConfig` (whose values are kept), or `None` (`output_dir` is then `<model
-    name>-<suffix>`).
-    """
-    if isinstance(args, config_class):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return config_class(f"{name.split('/')[-1]}-{suffix}")
-    values = args.to_dict()
-    # `to_dict` masks every name that ends in `_token`, be it `hub_token` or `eos_token`
-    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
-    names = {field.name for field in dataclasses.fields(config_class)}
-    config = config_class(**{name: value for name, value in values.items() if name in names})
-    for name in values.keys() - names:  # of a config class of the user's own
-        setattr(config, name, getattr(args, name))
-    return config

@@ -26,7 +26,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
 
 
 # Trainer collects garbage when training starts, which takes longer than these runs if it goes through every module
@@ -77,11 +77,11 @@ def config(folder, config_class=SelfDistillSFTConfig, **options) -> TrainingArgu
 
 def trainer(folder, model=None, arguments=None, trainer_class=SelfDistillSFTTrainer, **options) -> SFTTrainer:
     """A trainer, by default of the tiny Llama and of `FACTS`: `options` go to its config, `arguments` to itself."""
-    config_class = SFTConfig if trainer_class is SFTTrainer else SelfDistillSFTConfig
+    configs = {SFTTrainer: SFTConfig, FrozenGroupsSFTTrainer: FrozenGroupsSFTConfig}
     model = build_model(TOKENIZER) if model is None else model
     defaults = dict(processing_class=build_tokenizer(), train_dataset=Dataset.from_list(FACTS))
     if "args" not in (arguments or {}):
-        defaults["args"] = config(folder, config_class, **options)
+        defaults["args"] = config(folder, configs.get(trainer_class, SelfDistillSFTConfig), **options)
     return trainer_class(model, **{**defaults, **(arguments or {})})
 
 

@@ -4,11 +4,9 @@
 import shutil
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
-from accelerate import DistributedType
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -17,10 +15,9 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTTrainer
-from trl_selfdistill.trainers import teacher_loading
+from trl_selfdistill.trainers import teachers
 from trl_selfdistill.trainers.model_identity import hash_model
 from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
-from trl_selfdistill.trainers.unsupported import refuse_kl
 
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -70,13 +67,6 @@ def test_teacher_stays_while_the_student_trains(tmp_path, teacher_dir, source):
     assert (first["kl_loss"] < 1e-6) == source.startswith("copy") and second["kl_loss"] > 1e-6
 
 
-def test_how_the_teacher_is_loaded(tmp_path, teacher_dir):
-    extra = dict(teacher_model=teacher_dir)
-    run = train(tmp_path, None, extra, teacher_model_init_kwargs={"dtype": "bfloat16"})
-    assert run.teacher_model.dtype == torch.bfloat16 and logs(run)[0]["kl_loss"] > 0
-    assert trainer(tmp_path, None, extra).teacher_model.dtype == torch.float32
-
-
 def test_with_which_arguments_the_teacher_is_loaded(tmp_path, teacher_dir, monkeypatch):
     loads = []
 
@@ -86,14 +76,15 @@ def test_with_which_arguments_the_teacher_is_loaded(tmp_path, teacher_dir, monke
 
     named = other_model()
     named.config._name_or_path = teacher_dir
-    module = teacher_loading.__name__
+    module = teachers.__name__
     monkeypatch.setattr(f"{module}.create_model_from_path", partial(load, named))
     monkeypatch.setattr(f"{module}.AutoTokenizer.from_pretrained", partial(load, TOKENIZER))
-    extra = dict(teacher_model=teacher_dir)
-    run = trainer(tmp_path, None, extra, teacher_model_revision="v1", trust_remote_code=True)
-    assert loads == [dict(revision="v1", trust_remote_code=True)] * 2  # the model and the tokenizer
+    options = dict(teacher_model_revision="v1", teacher_model_init_kwargs={"dtype": "auto"}, trust_remote_code=True)
+    run = trainer(tmp_path, None, dict(teacher_model=teacher_dir), **options)
+    of_the_tokenizer = dict(revision="v1", trust_remote_code=True)
+    assert loads == [of_the_tokenizer | dict(dtype="auto"), of_the_tokenizer]
     run.args.distributed_state = SimpleNamespace(distributed_type="MULTI_GPU")
-    teacher_loading.load_teacher(teacher_dir, run.model, TOKENIZER, run.args)
+    teachers.load_teacher(teacher_dir, run.model, TOKENIZER, run.args)
     assert loads[2]["device_map"] is None  # TRL's default would spread it over the GPUs
 
 
@@ -142,9 +133,7 @@ def test_positions_that_the_teacher_does_not_have_are_refused(tmp_path):
 
 def other_tokenizer(folder):
     tokenizer = build_tokenizer()
-    vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens(["a token that the student has not"])
-    assert tokenizer.get_vocab() != vocabulary
     other_model().save_pretrained(folder / "other")
     tokenizer.save_pretrained(folder / "other")
     return str(folder / "other")
@@ -156,25 +145,20 @@ model = build_model(TOKENIZER)
 @pytest.mark.parametrize(
     "student, extra, options, message",
     [
-        (None, dict(teacher_model="a"), dict(teacher_model_name_or_path="b"), "given twice: .*'b'.*Set one of them"),
+        (None, dict(teacher_model="a"), dict(teacher_model_name_or_path="b"), "Set one of them"),
         (None, dict(teacher_model=other_model()), dict(teacher_snapshot_steps=1), "Set one of them"),
         (None, dict(teacher_model=other_model()), dict(teacher_snapshot_epochs=1.0), "Set one of them"),
         (model, dict(teacher_model=model), {}, "itself, .* Leave `teacher_model` unset"),
         (model, dict(teacher_model=model, peft_config=LoraConfig(**LORA)), {}, "in training itself"),
         (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary of 300 .* 320.* same vocabulary"),
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Use a"),
-        (
-            None,
-            dict(teacher_model=other_model()),
-            dict(teacher_model_revision="main"),
-            "`teacher_model_revision` .* no teacher",
-        ),
-        (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* no teacher"),
+        (None, dict(teacher_model=other_model()), dict(teacher_model_revision="v1"), "revision` .* none is"),
+        (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* none is"),
         (
             None,
             dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
             dict(teacher_snapshot_steps=1),
-            "got a PEFT model that cannot hold a second adapter. Train stage 1",
+            "one adapter that can be held twice. Train stage 1",
         ),
     ],
 )
@@ -183,11 +167,6 @@ def test_teachers_that_are_refused(tmp_path, student, extra, options, message):
         extra = dict(teacher_model=other_tokenizer(tmp_path))
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, student, extra, **options)
-
-
-def test_a_teacher_without_a_tokenizer_is_not_compared(tmp_path):
-    other_model().save_pretrained(tmp_path / "teacher")
-    assert trainer(tmp_path, None, dict(teacher_model=str(tmp_path / "teacher"))).teacher_model is not None
 
 
 SNAPSHOTS = {
@@ -214,79 +193,6 @@ def test_before_the_snapshot_it_is_sft_trainer_and_after_it_there_is_a_kl(tmp_pa
     assert "kl_loss" not in logs(run)[0]
 
 
-def test_a_snapshot_that_never_comes(tmp_path, caplog):
-    stream = dict(train_dataset=Dataset.from_list(FACTS).to_iterable_dataset())
-    with pytest.raises(ValueError, match="`teacher_snapshot_epochs=1.0` .* `teacher_snapshot_steps`"):
-        trainer(tmp_path, None, stream, teacher_snapshot_epochs=1.0)
-    run = train(tmp_path, None, stream, teacher_snapshot_steps=1)
-    assert "kl_loss" in logs(run)[1]
-    for late in (dict(teacher_snapshot_steps=3), dict(teacher_snapshot_epochs=5.0)):
-        with pytest.raises(ValueError, match="after the last step, so that there would be no distillation"):
-            train(tmp_path, **late)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},  # the teacher is the model as handed over, not the student in the checkpoint
-        *(dict(teacher_snapshot_steps=steps) for steps in (2, 3, 4)),  # before, at and after the checkpoint
-        dict(teacher_snapshot_epochs=1.0),
-        dict(kl_weight=0),
-    ],
-)
-def test_resuming_is_the_uninterrupted_run(tmp_path, options):
-    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=2e-2, **options)
-    whole = train(tmp_path / "whole", **options)
-    train(tmp_path, None, dict(callbacks=[StopAt(3)]), **options)
-    resumed = train(tmp_path, resume=True, **options)
-    assert resumed.state.global_step == 6
-    assert_same_weights(resumed.model, whole.model)
-    for row, expected in zip(logs(resumed)[:6], logs(whole)[:6], strict=True):
-        assert row == expected | {"num_tokens": row["num_tokens"]}  # SFTTrainer counts them anew
-    if whole.teacher_model is not None:
-        assert_same_weights(resumed.teacher_model, whole.teacher_model)
-
-
-def test_resuming_without_the_snapshot_is_refused(tmp_path):
-    options = dict(max_steps=6, save_strategy="steps", save_steps=3, teacher_snapshot_steps=2)
-    train(tmp_path, None, dict(callbacks=[StopAt(3)]), **options)
-    shutil.rmtree(tmp_path / "run" / "_teacher")
-    with pytest.raises(FileNotFoundError, match="step 3, after the teacher's snapshot.* Put the folder back"):
-        train(tmp_path, resume=str(tmp_path / "run" / "checkpoint-3"), **options)
-
-
-def test_what_cannot_be_distilled_is_refused():
-    """On stand-ins, as none of it runs on a CPU."""
-    plain = dict(is_fsdp_enabled=False, is_deepspeed_enabled=False, model=None)
-    for what in ("fsdp", "deepspeed"):
-        run = SimpleNamespace(**plain | {f"is_{what}_enabled": True}, args=SimpleNamespace(output_dir="run"))
-        with pytest.raises(ValueError, match=f"(?i)can be held twice, got {what}. Train stage 1 first"):
-            TeacherSnapshotCallback(run)
-
-    def refuse(**parallelism):
-        sizes = SimpleNamespace(**{"sp_enabled": False, "cp_enabled": False, **parallelism})
-        accelerator = SimpleNamespace(parallelism_config=sizes, distributed_type=DistributedType.NO)
-        args = SimpleNamespace(loss_type="nll", gradient_checkpointing=False)
-        refuse_kl(SimpleNamespace(accelerator=accelerator, args=args, label_smoother=None, compute_loss_func=None))
-
-    refuse()
-    for name in ("sp_enabled", "cp_enabled"):
-        with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
-            refuse(**{name: True})
-
-
-@pytest.mark.parametrize("options", [dict(loss_type="dft"), dict(label_smoothing_factor=0.1)])
-def test_two_forwards_with_reentrant_checkpoints_are_refused_under_ddp(tmp_path, options):
-    checkpoints = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    run = trainer(tmp_path, **checkpoints, **options)
-    refuse_kl(run)
-    with patch.object(type(run.accelerator), "distributed_type", DistributedType.MULTI_GPU):
-        with pytest.raises(ValueError, match="allows one forward a step.*{'use_reentrant': False}"):
-            refuse_kl(run)
-        run.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        refuse_kl(run)
-
-
 def test_the_hash_is_of_all_that_the_teacher_computes_with(tmp_path):
     adapted = partial(get_peft_model, peft_config=LoraConfig(**LORA, init_lora_weights=False))
     teachers = {
@@ -311,18 +217,6 @@ def fixed(model):
     return model
 
 
-def test_a_teacher_with_another_scale_is_refused_when_resuming(tmp_path):
-    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
-
-    def extra(alpha):
-        return dict(teacher_model=fixed(get_peft_model(other_model(), LoraConfig(**LORA, lora_alpha=alpha))))
-
-    train(tmp_path, None, extra(8) | dict(callbacks=[StopAt(2)]), **options)
-    with pytest.raises(ValueError, match="The teacher is not the one that"):
-        train(tmp_path, None, extra(64), resume=True, **options)
-    train(tmp_path, None, extra(8), resume=True, **options)
-
-
 def test_an_adapter_on_the_teachers_head_is_refused(tmp_path):
     teacher = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
     with pytest.raises(ValueError, match="In `teacher_model`, an adapter .* adds to the LM head.*merge_and_unload"):
@@ -338,23 +232,71 @@ def test_a_teacher_in_the_students_memory_is_refused(tmp_path):
         trainer(tmp_path, student, dict(teacher_model=teacher))
 
 
-@pytest.mark.parametrize("first", [{}, dict(teacher_snapshot_steps=2)])
-def test_a_later_snapshot_does_not_make_the_drifted_student_the_teacher(tmp_path, first):
-    options = dict(max_steps=8, save_strategy="steps", save_steps=4)
-    train(tmp_path, None, dict(callbacks=[StopAt(4)]), **options, **first)
-    with pytest.raises(ValueError, match="checkpoint-4 was written with a teacher.* Set them as they were"):
-        train(tmp_path, resume=True, **options, teacher_snapshot_steps=6)
+def test_a_snapshot_that_never_comes_is_refused(tmp_path):
+    stream = dict(train_dataset=Dataset.from_list(FACTS).to_iterable_dataset())
+    with pytest.raises(ValueError, match="`teacher_snapshot_epochs=1.0` .* `teacher_snapshot_steps`"):
+        trainer(tmp_path, None, stream, teacher_snapshot_epochs=1.0)
+    assert "kl_loss" in logs(train(tmp_path, None, stream, teacher_snapshot_steps=1))[1]
+    late = [dict(teacher_snapshot_steps=3), dict(teacher_snapshot_epochs=1.0)]  # of three steps, an epoch of three
+    for options in [*late, dict(max_steps=-1, num_train_epochs=1.5, teacher_snapshot_epochs=1.8)]:
+        with pytest.raises(ValueError, match="after step . of ., so that there would be no distillation"):
+            train(tmp_path, **options)
 
 
-def test_the_best_checkpoint_is_not_chosen_by_two_objectives(tmp_path):
-    evaluation = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
-    options = dict(teacher_snapshot_steps=2, load_best_model_at_end=True, **evaluation)
-    extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]))
-    for metric in (None, "eval_loss", "eval_ce_loss"):
-        with pytest.raises(ValueError, match="`load_best_model_at_end=True` compares.*'eval_mean_token_accuracy'"):
-            trainer(tmp_path, None, extra, metric_for_best_model=metric, **options)
-    run = train(tmp_path, None, extra, metric_for_best_model="eval_mean_token_accuracy", **options)
-    assert run.state.best_model_checkpoint is not None
+def test_resuming_after_the_snapshot_needs_it(tmp_path):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3)
+    train(tmp_path, None, dict(callbacks=[StopAt(3)]), **options, teacher_snapshot_steps=2)
+    with pytest.raises(ValueError, match="checkpoint-3 was written with a teacher.* without one.* as they were"):
+        train(tmp_path, resume=True, **options, teacher_snapshot_steps=5)
+    shutil.rmtree(tmp_path / "run" / "_teacher")
+    with pytest.raises(OSError, match="_teacher"):
+        train(tmp_path, resume=True, **options, teacher_snapshot_steps=2)
+
+
+def test_another_teacher_is_refused_when_resuming(tmp_path, teacher_dir):
+    """With other weights, or other settings of the same; the message names the one that it was, if it had a name."""
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+
+    def adapted(alpha):
+        return dict(teacher_model=fixed(get_peft_model(other_model(), LoraConfig(**LORA, lora_alpha=alpha))))
+
+    train(tmp_path, None, adapted(8) | dict(callbacks=[StopAt(2)]), **options)
+    with pytest.raises(ValueError, match="The teacher is not the one that .*name_or_path=None"):
+        train(tmp_path, None, adapted(64), resume=True, **options)
+    train(tmp_path, None, adapted(8), resume=True, **options)
+
+    named = dict(options, teacher_model_name_or_path=teacher_dir)
+    train(tmp_path / "named", None, dict(callbacks=[StopAt(2)]), **named)
+    with pytest.raises(ValueError, match=f"`teacher_model_name_or_path='{teacher_dir}'`"):
+        train(tmp_path / "named", resume=True, **options)
+    train(tmp_path / "none", None, dict(callbacks=[StopAt(2)]), kl_weight=0, **options)
+    with pytest.raises(ValueError, match="checkpoint-2 was written without a teacher.* `kl_weight`"):
+        train(tmp_path / "none", resume=True, **options)
+
+
+def test_what_cannot_be_distilled_is_refused(tmp_path, monkeypatch):
+    """By changed properties, as none of it runs on a CPU."""
+    run = trainer(tmp_path)
+    run.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="are not sharded .*Train stage 1 first"):
+        TeacherSnapshotCallback(run)
+    make = SFTTrainer.__init__
+
+    def with_context_parallelism(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        sizes = SimpleNamespace(sp_enabled=False, cp_enabled=True)
+        monkeypatch.setattr(type(self.accelerator), "parallelism_config", sizes)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", with_context_parallelism)
+    with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
+        trainer(tmp_path)
+
+
+def test_a_teacher_does_not_keep_the_student_from_mixed_precision(tmp_path):
+    """`evaluate` before `train` prepares the student although the teacher has been prepared."""
+    run = trainer(tmp_path, bf16=True)
+    metrics = run.evaluate(Dataset.from_list(FACTS))
+    assert metrics["eval_kl_loss"] < 1e-5 and run.accelerator._models == [run.model_wrapped]
 
 
 def test_without_kl_weight_no_teacher_is_loaded(tmp_path):

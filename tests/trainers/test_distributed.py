@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Two processes (gloo) are the one-process run with the same global batch: DDP, FSDP2 and DeepSpeed ZeRO, one start each.
+
+accelerate enables FSDP on accelerators only. What keeps it from a CPU is one condition on the kind of the processes,
+which `shard_on_the_cpu` answers otherwise; sharding, saving and loading are then those of accelerate and Trainer.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from conftest import build_model
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from sft_runs import FACTS, TOKENIZER, architecture, logs, train, trainer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from two_processes import leave_processes, run_in_two_processes
+
+from trl_selfdistill.trainers.teachers import ModelTeacher
+
+
+def half_labelled_rows() -> Dataset:
+    """
+    Rows of uneven length, every other one without a token to predict: a process has nothing to learn from in some
+    steps. (TRL drops rows without any label; that of a row's first token is never predicted.)
+    """
+    rows = []
+    for i, fact in enumerate(FACTS):
+        input_ids = TOKENIZER(fact["prompt"] + fact["completion"])["input_ids"]
+        labels = [input_ids[0], *[-100] * (len(input_ids) - 1)] if i % 2 else input_ids
+        rows.append({"input_ids": input_ids, "labels": labels})
+    return Dataset.from_list(rows)
+
+
+CACHE = dict(precompute_teacher=True, teacher_cache_dtype="float32")
+DDP = {
+    "given teacher": {},
+    "snapshot": dict(teacher_snapshot_steps=1),
+    "another loss": dict(loss_type="dft"),
+    "frozen groups": dict(trainable_groups=["attention"]),
+    "adapter": {},
+    "cache, a process without labels": dict(max_steps=4, gradient_accumulation_steps=1, **CACHE),
+}
+
+
+def run_ddp(folder: Path, batch_size: int) -> None:
+    """Each of the runs, its weights and its logs."""
+    for name, options in DDP.items():
+        arguments = {}
+        if name not in ("snapshot", "adapter"):
+            arguments["teacher_model"] = build_model(TOKENIZER, seed=1, initializer_range=0.4)
+        if "without labels" in name:
+            arguments["train_dataset"] = half_labelled_rows()
+            options = options | dict(teacher_cache_dir=str(folder / name / "cache"))
+        if name == "adapter":
+            torch.manual_seed(4)
+            arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        settings = dict(per_device_train_batch_size=batch_size, optim="sgd", learning_rate=0.5, kl_weight=2.0)
+        settings |= dict(gradient_accumulation_steps=2, max_steps=2, max_grad_norm=0.0)
+        run = train(folder / name, architecture("llama"), arguments, **settings | options)
+        run.save_model()
+        if run.is_world_process_zero():
+            (folder / name / "logs.json").write_text(json.dumps(logs(run)))
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    alone, together = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    run_in_two_processes(__file__, "ddp", together)
+    run_ddp(alone, batch_size=2)
+    return alone, together
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_ddp_is_one_process_with_twice_the_batch(ddp, name):
+    file = "adapter_model.safetensors" if name == "adapter" else "model.safetensors"
+    alone, together = (load_file(folder / name / "run" / file) for folder in ddp)
+    assert alone.keys() == together.keys()
+    for key in alone:
+        # The weights are of the order of 1, and sums in another order differ in their last bits, step for step
+        torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=2e-5, msg=key)
+    alone, together = (json.loads((folder / name / "logs.json").read_text()) for folder in ddp)
+    for row, expected in zip(together[:-1], alone[:-1], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert alone[1]["kl_loss"] >= 0
+
+
+def test_processes_share_the_cache(ddp):
+    alone, together = ([*folder.glob("cache*/cache/*/rows-*.arrow")] for folder in ddp)
+    assert alone[0].parent.name == together[0].parent.name and (len(alone), len(together)) == (1, 2)
+
+
+STEPS, SAVED = 4, 2
+GROUPS = dict(trainable_groups=["attention"])
+# Each with the options of the trainer, those of the model, and the format of the checkpoints
+FSDP2 = {
+    "frozen groups": (GROUPS, {}, "SHARDED_STATE_DICT"),
+    "tied embeddings": ({}, dict(tie_word_embeddings=True), "FULL_STATE_DICT"),
+    "no teacher": (dict(kl_weight=0.0, **GROUPS), {}, "FULL_STATE_DICT"),
+}
+# As scripts/accelerate_configs/fsdp2.yaml; `accelerate launch` hands it over in the environment
+FSDP2_ENVIRONMENT = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+FSDP2_ENVIRONMENT |= dict(FSDP_CPU_RAM_EFFICIENT_LOADING="false", FSDP_OFFLOAD_PARAMS="false")
+
+
+def shard_on_the_cpu() -> None:
+    """Makes accelerate's state that of FSDP where a plugin is given, as it is on GPUs."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+        if plugin is not None:  # whoever asks for the state takes the kind of the processes over anew
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = init
+
+
+def fsdp2_trainer(folder: Path, name: str, batch_size: int):
+    options, model, _ = FSDP2[name]
+    arguments = {}
+    if options.get("kl_weight") != 0:
+        arguments["teacher_model"] = build_model(TOKENIZER, seed=1, initializer_range=0.4, **model)
+    settings = dict(max_steps=STEPS, save_strategy="steps", save_steps=SAVED, learning_rate=1e-2, kl_weight=2.0)
+    settings |= dict(per_device_train_batch_size=batch_size, weight_decay=0.1, max_grad_norm=0.0)
+    student = build_model(TOKENIZER, initializer_range=0.4, **model)
+    return trainer(folder, student, arguments, **settings | options)
+
+
+def run_fsdp2(folder: Path, name: str) -> None:
+    """Trains without a break, and again from the checkpoint in the middle of that; saves what is compared."""
+    os.environ["FSDP_STATE_DICT_TYPE"] = FSDP2[name][2]
+    for part in ("whole", "resumed"):
+        AcceleratorState._reset_state()
+        run = fsdp2_trainer(folder / part, name, batch_size=1)
+        resume = folder / "whole" / "run" / f"checkpoint-{SAVED}" if part == "resumed" else None
+        run.train(resume_from_checkpoint=resume and str(resume))
+        assert isinstance(run.model, FSDPModule) and all(isinstance(p, DTensor) for p in run.model.parameters())
+        if run.teacher is not None:
+            assert all(isinstance(p, DTensor) and not p.requires_grad for p in run.teacher_model.parameters())
+        run.save_model()
+        weights = {key: parameter.full_tensor().detach() for key, parameter in run.model.named_parameters()}
+        if run.is_world_process_zero():
+            torch.save(weights, folder / f"{part}.pt")
+            (folder / f"{part}.json").write_text(json.dumps(logs(run)))
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    for name in FSDP2:
+        (folder / name).mkdir()
+    run_in_two_processes(__file__, "fsdp2", folder, **FSDP2_ENVIRONMENT)
+    return folder
+
+
+@pytest.mark.parametrize("name", FSDP2)
+def test_fsdp2_is_one_process_resumes_exactly_and_saves_whole_models(fsdp2, tmp_path, name):
+    whole, resumed = (torch.load(fsdp2 / name / f"{part}.pt", weights_only=True) for part in ("whole", "resumed"))
+    alone = fsdp2_trainer(tmp_path, name, batch_size=2)
+    start = {key: parameter.detach().clone() for key, parameter in alone.model.named_parameters()}
+    alone.train()
+    for key, parameter in alone.model.named_parameters():
+        torch.testing.assert_close(whole[key], parameter.detach(), rtol=1e-4, atol=1e-6, msg=key)
+        assert torch.equal(whole[key], resumed[key]), key
+    still = {key for key, tensor in start.items() if torch.equal(whole[key], tensor)}
+    assert still == ({key for key in start if "self_attn" not in key} if "tied" not in name else set())
+    for ours, theirs in zip(json.loads((fsdp2 / name / "whole.json").read_text()), logs(alone), strict=True):
+        for key in {"loss", "ce_loss", "kl_loss"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+    if FSDP2[name][2] == "FULL_STATE_DICT":
+        saved = load_file(fsdp2 / name / "whole/run/model.safetensors")
+        assert all(torch.equal(saved[key], whole[key]) for key in saved.keys() & whole.keys())
+
+
+def test_a_teacher_that_other_processes_have_not_loaded_is_refused():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin), device="cpu"
+    )
+    with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading: true` .* Set it to false"):
+        ModelTeacher(build_model(TOKENIZER), accelerator)
+
+
+if __name__ == "__main__":
+    kind, output = sys.argv[1], Path(sys.argv[2])
+    if kind == "ddp":
+        run_ddp(output, batch_size=1)
+    else:
+        shard_on_the_cpu()
+        for run_name in FSDP2:
+            run_fsdp2(output / run_name, run_name)
+    leave_processes()

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`precompute_teacher`: the run is that of a teacher in memory, and there is no teacher in memory."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from sft_runs import FACTS, TOKENIZER, architecture, config, logs, train, trainer
+
+from trl_selfdistill.losses import ModelSide
+from trl_selfdistill.trainers import teacher_cache
+from trl_selfdistill.trainers.teachers import ModelTeacher
+
+
+# The batches of the cache are padded otherwise than those of training, which changes the last bits
+CLOSE = dict(rtol=1e-4, atol=1e-6)
+ROWS = [FACTS[i % len(FACTS)] | {"prompt": f"Q: {i} {FACTS[i % len(FACTS)]['prompt']}"} for i in range(11)]
+
+
+def cached(folder, **options) -> dict:
+    settings = dict(precompute_teacher=True, teacher_cache_dir=str(folder / "cache"), teacher_cache_dtype="float32")
+    return settings | options
+
+
+def data(rows=ROWS) -> dict:
+    return {"train_dataset": Dataset.from_list(rows)}
+
+
+def losses(run) -> torch.Tensor:
+    return torch.tensor([row[key] for row in logs(run) for key in ("loss", "kl_loss", "ce_loss") if key in row])
+
+
+def caches(folder) -> dict[str, int]:
+    """The caches in a folder, and when they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "cache").iterdir() if path.is_dir()}
+
+
+def given_teacher() -> dict:
+    return {"teacher_model": build_model(TOKENIZER, seed=7, hidden_size=24)}
+
+
+def adapted(modules_to_save=None, trained=False):
+    torch.manual_seed(1)
+    adapter = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=modules_to_save, init_lora_weights=not trained
+    )
+    return get_peft_model(build_model(TOKENIZER), adapter)
+
+
+MOE = dict(model=lambda: architecture("qwen3_moe"))
+# Options of the config; `model` and `arguments` make a model and further arguments of the trainer
+PATHS = {
+    "another teacher": dict(arguments=given_teacher, max_steps=-1, num_train_epochs=2),
+    "softcap": dict(model=lambda: architecture("gemma2")),
+    "experts": MOE | dict(dataloader_num_workers=1),
+    "bfd_split": dict(packing=True, packing_strategy="bfd_split", max_length=24, gradient_accumulation_steps=2),
+    "padding_free": dict(padding_free=True, max_length=None, train_sampling_strategy="group_by_length"),
+    "kept columns": dict(remove_unused_columns=False, shuffle_dataset=True, trainable_groups=["attention"]),
+    "dft": dict(loss_type="dft", gradient_checkpointing=True),
+    "bf16": dict(bf16=True, kl_weight=0.5, temperature=2.0),
+    "fresh adapter": dict(model=adapted),
+    "trained adapter": dict(model=lambda: adapted(trained=True)),
+    "adapter and head": dict(model=lambda: adapted(["lm_head"])),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_run_is_that_of_a_teacher_in_memory(tmp_path, name):
+    options = dict(max_steps=4) | PATHS[name]
+    model, arguments = options.pop("model", lambda: None), options.pop("arguments", dict)
+    reference = train(tmp_path, model(), data() | arguments(), **options)
+    run = train(tmp_path, model(), data() | arguments(), **options, **cached(tmp_path))
+    tolerance = dict(rtol=2e-2, atol=2e-4) if name == "bf16" else CLOSE
+    torch.testing.assert_close(losses(run), losses(reference), **tolerance)
+    assert sum(row.get("kl_loss", 0) for row in logs(run)) > 0
+    assert run.teacher.sha256 == reference.teacher.sha256 and run.teacher_model is None
+    assert list(getattr(run.model, "peft_config", {})) in ([], ["default"])
+
+
+def test_bf16_is_the_teacher_with_rounded_hidden_states(tmp_path, monkeypatch):
+    run = train(tmp_path, arguments=data(), **cached(tmp_path, teacher_cache_dtype="bfloat16"))
+    exact = ModelTeacher.targets
+
+    def rounded(self, student, inputs):
+        side = exact(self, student, inputs)
+        return ModelSide(side.hidden_states.to(torch.bfloat16).float(), side.lm_head)
+
+    monkeypatch.setattr(ModelTeacher, "targets", rounded)
+    reference = train(tmp_path, arguments=data())
+    # Where a last bit decides the rounding, a number may be one bf16 step apart
+    torch.testing.assert_close(losses(run), losses(reference), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_sets_have_their_answers_too(tmp_path):
+    sets = {"seen": Dataset.from_list(ROWS[:5]), "other": Dataset.from_list(ROWS[7:])}
+    reference = train(tmp_path, arguments=data() | dict(eval_dataset=dict(sets)))
+    run = train(tmp_path, arguments=data() | dict(eval_dataset=dict(sets)), **cached(tmp_path))
+    for name in sets:
+        expected, found = (each.evaluate()[f"eval_{name}_loss"] for each in (reference, run))
+        assert found == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="another one.*eval_dataset"):
+        run.evaluate(Dataset.from_list(ROWS[:3]))
+
+
+def test_no_teacher_is_in_memory_and_no_copy_of_the_model_is_made(tmp_path, monkeypatch):
+    given = build_model(TOKENIZER, seed=7)
+    watch = weakref.ref(given), weakref.ref(given.model.layers[0].mlp.up_proj.weight)
+    run = trainer(tmp_path, arguments=data() | {"teacher_model": given}, **cached(tmp_path))
+    del given
+    gc.collect()
+    assert watch[0]() is None and watch[1]() is None and run.teacher_model is None
+    monkeypatch.setattr("trl_selfdistill.trainers.self_distill_sft_trainer.frozen_copy", None)  # not called
+    trainer(tmp_path, arguments=data(), **cached(tmp_path))
+
+
+def other_end() -> dict:
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    return {"processing_class": tokenizer}
+
+
+CHANGES = {
+    "packing": dict(packing=True, packing_strategy="wrapped", max_length=24),
+    "labels": dict(completion_only_loss=False),
+    "precision": dict(bf16=True),
+    "dtype": dict(teacher_cache_dtype="bfloat16"),
+    "order": dict(seed=4, shuffle_dataset=True),
+    "weights": dict(model=build_model(TOKENIZER, seed=1)),
+    "config": dict(model=build_model(TOKENIZER, rope_theta=77.0)),
+    "rows": dict(arguments=data(ROWS[:-1])),
+    "tokens": dict(arguments=data() | other_end()),
+}
+
+
+def test_a_cache_is_found_again_and_anything_it_depends_on_makes_another(tmp_path):
+    first = train(tmp_path, arguments=data(), **cached(tmp_path))
+    before = caches(tmp_path)
+    same = dict(learning_rate=0.1, kl_weight=3.0, per_device_train_batch_size=5)
+    trainer(tmp_path, arguments=data(), **cached(tmp_path), **same)
+    second = train(tmp_path, arguments=data(), **cached(tmp_path))
+    assert caches(tmp_path) == before and torch.equal(losses(second), losses(first))
+    for number, (name, change) in enumerate(CHANGES.items(), start=2):
+        options = dict(change)
+        model, arguments = options.pop("model", None), options.pop("arguments", data())
+        trainer(tmp_path, model, arguments, **cached(tmp_path) | options)
+        assert len(caches(tmp_path)) == number, name
+
+
+def in_a_process_of_its_own(work) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def test_a_killed_or_parallel_run_leaves_a_whole_cache_or_none(tmp_path, monkeypatch):
+    def work():
+        trainer(tmp_path, arguments=data(), **cached(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache.ArrowWriter, "finalize", lambda writer: os.kill(os.getpid(), signal.SIGKILL))
+        killed = in_a_process_of_its_own(work)
+    killed.join(timeout=120)
+    jobs = [in_a_process_of_its_own(work) for _ in range(2)]
+    for job in jobs:
+        job.join(timeout=120)
+    assert [job.exitcode for job in (killed, *jobs)] == [-signal.SIGKILL, 0, 0]
+    [before] = caches(tmp_path).items()
+    assert [file.name for file in (tmp_path / "cache").glob("*/*")] == ["rows-00000.arrow"]
+    run = train(tmp_path, arguments=data(), **cached(tmp_path))
+    whole = train(tmp_path / "whole", arguments=data(), **cached(tmp_path / "whole"))
+    assert [*caches(tmp_path).items()] == [before] and torch.equal(losses(run), losses(whole))
+
+
+def test_the_folder_is_expanded_and_never_in_the_output(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = trainer(tmp_path, arguments=data(), **cached(Path("~")))
+    assert len(caches(tmp_path / "home")) == 1 and not Path("~").exists()
+    assert run.train_dataset.cache_files[-1]["filename"].startswith(str(tmp_path / "home/cache"))  # memory-mapped
+    with pytest.raises(ValueError, match="inside `output_dir="):
+        trainer(tmp_path, **cached(tmp_path / "run"))
+    train(tmp_path, arguments=data(), kl_weight=0.0, **cached(tmp_path))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_data_that_cannot_be_seen_in_advance_are_refused(tmp_path):
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(ValueError, match="`train_dataset` is a stream"):
+        trainer(tmp_path, arguments={"train_dataset": stream}, **cached(tmp_path))
+    with pytest.raises(ValueError, match=r"`eval_dataset\['held'\]` is a stream"):
+        trainer(tmp_path, arguments=data() | {"eval_dataset": {"held": stream}}, **cached(tmp_path))
+
+
+def test_a_collator_that_changes_the_labels_is_refused(tmp_path):
+    collator = trainer(tmp_path, arguments=data()).data_collator
+    is_training = []
+
+    def other_labels_in_training(rows):
+        batch = collator(rows)
+        if is_training:
+            batch["labels"] = torch.where(batch["labels"] == -100, -100, (batch["labels"] + 1) % 200)
+        return batch
+
+    run = trainer(tmp_path, arguments=data() | {"data_collator": other_labels_in_training}, **cached(tmp_path))
+    is_training.append(True)
+    with pytest.raises(ValueError, match="labels of this batch.*data_collator"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(precompute_teacher=True, teacher_snapshot_steps=3), "teacher_snapshot_steps"),
+        (dict(precompute_teacher=True, teacher_snapshot_epochs=1.0), "teacher_snapshot_epochs"),
+        (dict(precompute_teacher=True, teacher_cache_dtype="float16"), "bfloat16, float32, got 'float16'"),
+    ],
+)
+def test_settings_that_contradict_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)

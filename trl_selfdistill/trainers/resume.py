@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact resuming: a run goes on from a complete checkpoint, with the data that it was started with, or not at all."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, LargeList, List
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
+
+from ..files import read_json, write_json
+
+
+logger = logging.get_logger(__name__)
+
+RESUME_FILE = "resume.json"  # in each checkpoint, with `describe_run` of the run that wrote it
+_FILES_OF_0_1_0 = ("training_data.json", "teacher.json")
+_COLUMNS = ("input_ids", "labels", "seq_lengths")  # of a tokenized dataset, those that reach the model
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The last checkpoint in `folder` that was written to its end, or `None`. A warning names later ones that were not.
+    """
+    for checkpoint in reversed(sort_checkpoints(os.fspath(folder))):
+        if _is_complete(checkpoint):
+            return checkpoint
+        logger.warning(f"{checkpoint} is incomplete and is passed over: it has no readable {TRAINER_STATE_NAME}.")
+    return None
+
+
+def _is_complete(checkpoint: str | os.PathLike) -> bool:
+    """Whether `Trainer` finished a checkpoint: it writes `trainer_state.json` last."""
+    try:
+        read_json(Path(checkpoint) / TRAINER_STATE_NAME)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
+class ExactResumeMixin:
+    """
+    Makes a trainer resume exactly or raise an error. Put it before `HookedSFTTrainer` in the bases.
+
+    `resume_from_checkpoint=True` takes the last complete checkpoint. Each holds [`describe_run`], and [`check_run`]
+    compares it with the present run before anything is loaded. Subclasses extend both methods.
+    """
+
+    resumed_from: Path | None = None  # the checkpoint of this `train()` call
+    _training_data: dict | None = None
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:  # without a complete one, `Trainer` says what is missing
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        is_folder = isinstance(resume_from_checkpoint, str | os.PathLike)
+        self.resumed_from = Path(resume_from_checkpoint) if is_folder else None
+        self._training_data = None
+        if self.resumed_from is not None:
+            if not _is_complete(self.resumed_from):
+                raise ValueError(
+                    f"Can't find a valid checkpoint at {self.resumed_from}: it has no readable {TRAINER_STATE_NAME}. "
+                    "Pass `resume_from_checkpoint=True` for the last complete one."
+                )
+            record = self.resumed_from / RESUME_FILE  # a plain `SFTTrainer` writes none
+            if old := [name for name in _FILES_OF_0_1_0 if (self.resumed_from / name).is_file()]:
+                raise ValueError(
+                    f"{self.resumed_from} was written by trl-selfdistill 0.1.0 (it holds {old[0]}), whose checkpoints "
+                    "are not resumed from. Start a new run from the model in it."
+                )
+            self.check_run(read_json(record) if record.is_file() else {}, self.resumed_from)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def describe_run(self) -> dict:
+        """What a resumed run must have in common with this one, as JSON values: `training_data`."""
+        if self._training_data is None:  # once a run, as it reads every token
+            self._training_data = describe_dataset(self.train_dataset)
+        return {"training_data": self._training_data}
+
+    def check_run(self, saved: dict, checkpoint: Path) -> None:
+        """
+        Raises `ValueError` if this run would not continue `checkpoint`. `saved` is [`describe_run`] of the run that
+        wrote it, empty for a plain `SFTTrainer`. With `ignore_data_skip=True` the training data may be others.
+        """
+        expected = saved.get("training_data")
+        if self.args.ignore_data_skip or expected is None:
+            return
+        found = ExactResumeMixin.describe_run(self)["training_data"]
+        if found is not None and found != expected:
+            raise ValueError(
+                f"`train_dataset` is not the one that {checkpoint} was trained on: got {found} after tokenization, "
+                f"not {expected}. Resume with the same rows, tokenizer, chat template, `max_length`, packing and loss "
+                "mask, or set `ignore_data_skip=True` to use others."
+            )
+
+    def on_save_checkpoint(self, folder: Path) -> None:
+        super().on_save_checkpoint(folder)
+        # A complete one of an earlier run is incomplete while its files are replaced
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        write_json(folder / RESUME_FILE, self.describe_run())
+
+
+def describe_dataset(dataset: Dataset | IterableDataset | None) -> dict | None:
+    """
+    The number of rows (`num_rows`) and the SHA-256 of their tokens and labels in order (`sha256`, `None` where rows
+    become tokens only in a batch). `None` for a stream, which can be read only once.
+    """
+    if not isinstance(dataset, Dataset):
+        return None
+    columns = [name for name in _COLUMNS if isinstance(dataset.features.get(name), List | LargeList)]
+    if "input_ids" not in columns:
+        return {"num_rows": len(dataset), "sha256": None}
+    digest = hashlib.sha256(json.dumps(columns).encode())
+    # The content, not the dataset's fingerprint, which changes when the same rows are tokenized again
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            rows = table.column(name).combine_chunks()
+            for values in (rows.value_lengths(), rows.flatten()):
+                digest.update(values.to_numpy(zero_copy_only=False).astype("int64").tobytes())
+    return {"num_rows": len(dataset), "sha256": digest.hexdigest()}

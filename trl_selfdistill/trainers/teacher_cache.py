@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Runs the teacher once, before training, and keeps its last hidden states as a column of the dataset, as TRL's
+`DPOTrainer` keeps reference log-probabilities. The column is an Arrow file on disk that is memory-mapped.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import DistributedType
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..files import written_whole
+from ..losses import IGNORE_INDEX, LMHead, ModelSide
+from ..parameters.hashes import digest
+from .resume import describe_dataset
+from .sft_internals import without_unused_columns
+from .teachers import Teacher
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_CACHE_DIR = os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache")
+_STATES, _LABELS = CACHE_COLUMNS = ("teacher_hidden_states", "teacher_labels")
+_FEATURES = Features({_STATES: Value("large_binary"), _LABELS: List(Value("int32"))})
+
+
+class CachedTeacher(Teacher):
+    """
+    The hidden states that a teacher had, and its LM head: with both the KL is that over the whole vocabulary.
+
+    Args:
+        sha256 (`str`): Hash of the teacher, as in [`Teacher`].
+        lm_head ([`~trl_selfdistill.losses.LMHead`]): Its head, which nothing else may change.
+        dtype (`torch.dtype`): What the hidden states are stored in.
+    """
+
+    def __init__(self, sha256: str, lm_head: LMHead, dtype: torch.dtype):
+        self.sha256, self._lm_head, self._dtype = sha256, lm_head, dtype
+
+    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
+        """
+        As [`Teacher.targets`]. Takes the dataset's columns out of `inputs`.
+
+        Raises:
+            ValueError: If the batch is of a dataset that the teacher has not been run on, or has other labels.
+        """
+        if _STATES not in inputs:
+            raise ValueError(
+                "With `precompute_teacher=True` the teacher has seen the datasets that the trainer was made with, and "
+                "this batch is of another one. Pass it as `eval_dataset` when the trainer is made, or leave "
+                "`precompute_teacher` unset."
+            )
+        weight = self._lm_head.weight
+        hidden_states = inputs.pop(_STATES).view(self._dtype).view(-1, weight.size(1))
+        labels = _shift_labels(inputs)
+        if not torch.equal(inputs.pop(_LABELS).to(labels), labels):
+            raise ValueError(
+                "The labels of this batch are not those that the teacher was run on. With `precompute_teacher=True`, "
+                "`data_collator` must make the same tokens and labels of a row each time, and keep the rows' order."
+            )
+        return ModelSide(hidden_states.to(weight.device, weight.dtype), self._lm_head)
+
+
+class CacheCollator:
+    """
+    Puts the cached columns of the rows into a batch: `teacher_hidden_states` (bytes) and `teacher_labels`.
+
+    Args:
+        collator (`Callable`): The collator of the model's own inputs.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator([{k: v for k, v in row.items() if k not in CACHE_COLUMNS} for row in rows])
+        if all(_STATES in row for row in rows):
+            states = bytearray().join(row[_STATES] for row in rows)
+            batch[_STATES] = torch.from_numpy(np.frombuffer(states, np.uint8))
+            batch[_LABELS] = torch.tensor([label for row in rows for label in row[_LABELS]], dtype=torch.int32)
+        return batch
+
+
+def precompute_teacher(trainer) -> CachedTeacher:
+    """
+    Runs the trainer's teacher over its datasets, or finds what an earlier run has kept, and adds the hidden states to
+    the datasets. A collective: the processes share the rows.
+
+    Args:
+        trainer ([`SelfDistillSFTTrainer`]): With its teacher. Its datasets and its collator are replaced.
+
+    Returns:
+        [`CachedTeacher`], which takes the teacher's place.
+
+    Raises:
+        ValueError: If a dataset is a stream or becomes tokens only in a batch, or if the cache would be in
+            `output_dir`.
+    """
+    args, teacher, evaluated = trainer.args, trainer.teacher, trainer.eval_dataset
+    folder = Path(args.teacher_cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
+        raise ValueError(
+            f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, which is pushed "
+            "to the Hub. Choose a folder outside of it."
+        )
+    train_dataset = trainer.train_dataset
+    trainer.train_dataset = _with_answers(trainer, "train_dataset", trainer.train_dataset, folder)
+    if isinstance(evaluated, dict):
+        trainer.eval_dataset = {
+            name: _with_answers(trainer, f"eval_dataset[{name!r}]", dataset, folder)
+            for name, dataset in evaluated.items()
+        }
+    elif evaluated is not None:
+        trainer.eval_dataset = _with_answers(trainer, "eval_dataset", evaluated, folder)
+    first = trainer.data_collator([without_unused_columns(trainer, train_dataset)[0]])
+    lm_head = _targets(trainer, first).lm_head
+    moving = {parameter.data_ptr() for parameter in trainer.model.parameters() if parameter.requires_grad}
+    if lm_head.weight.data_ptr() in moving:
+        lm_head = lm_head.map_tensors(torch.clone)
+    trainer.data_collator = CacheCollator(trainer.data_collator)
+    teacher.release(trainer.model)
+    return CachedTeacher(teacher.sha256, lm_head, getattr(torch, args.teacher_cache_dtype))
+
+
+def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
+    """All that the teacher's answers to a dataset depend on, as the name of a folder."""
+    description = describe_dataset(dataset)
+    if description is None or description["sha256"] is None:
+        raise ValueError(
+            f"`precompute_teacher=True` runs the teacher over every row before training, and `{name}` is a stream or "
+            "becomes tokens only in a batch. Pass a `datasets.Dataset` that the trainer tokenizes, or leave "
+            "`precompute_teacher` unset."
+        )
+    settings = {
+        "teacher": trainer.teacher.sha256,
+        "data": description["sha256"],
+        "padding_free": str(trainer.padding_free),
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        "dtype": trainer.args.teacher_cache_dtype,
+    }
+    return digest(settings)[:32]
+
+
+def _with_answers(trainer, name: str, dataset: Dataset, cache_dir: Path) -> Dataset:
+    """The dataset with the cached columns, which are computed unless an earlier run has left them in `cache_dir`."""
+    accelerator, folder = trainer.accelerator, cache_dir / _fingerprint(trainer, name, dataset)
+    with ExitStack() as stack:
+        partial = None
+        if accelerator.is_main_process:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{folder}.lock"))  # a job beside this one may be writing the same cache
+            if not folder.is_dir():
+                partial = stack.enter_context(written_whole(folder))
+                partial.mkdir()
+        [partial] = broadcast_object_list([partial])
+        if partial is not None:
+            _write_share(trainer, dataset, partial)
+            accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+    files = [os.fspath(file) for file in sorted(folder.glob("rows-*.arrow"))]
+    logger.info(f"The teacher's answers to `{name}`: {sum(map(os.path.getsize, files)) / 1e6:,.1f} MB in {folder}.")
+    # Without indices of its own: with them, `concatenate_datasets` would copy the answers, too
+    answers = concatenate_datasets([Dataset.from_file(file) for file in files])
+    return concatenate_datasets([dataset.flatten_indices(), answers], axis=1)
+
+
+def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
+    """Runs the teacher over this process's share of the rows, and writes one Arrow file."""
+    accelerator, collator, batch_size = trainer.accelerator, trainer.data_collator, trainer.args.train_batch_size
+    dtype = getattr(torch, trainer.args.teacher_cache_dtype)
+    dataset = without_unused_columns(trainer, dataset)
+    share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
+    starts = range(0, len(share), batch_size)
+    file = folder / f"rows-{accelerator.process_index:05d}.arrow"
+    with ArrowWriter(path=os.fspath(file), features=_FEATURES) as writer:
+        for start in tqdm(starts, "Running the teacher", disable=None if accelerator.is_main_process else True):
+            rows = [share[row] for row in range(start, min(start + batch_size, len(share)))]
+            states = _targets(trainer, collator(rows)).hidden_states.to("cpu", dtype)
+            # Rows may be joined in the batch: which labels are whose is known of each by itself
+            labels = [_shift_labels(collator([row])) for row in rows]
+            states = states.split([len(part) for part in labels])
+            as_bytes = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in states]
+            writer.write_batch({_STATES: as_bytes, _LABELS: [part.tolist() for part in labels]})
+        writer.finalize()
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        # A forward may gather the shards of all processes: each makes as many
+        for _ in range(max(gather_object([len(starts)])) - len(starts)):
+            _targets(trainer, collator([dataset[0]]))
+
+
+def _targets(trainer, batch: dict[str, torch.Tensor]) -> ModelSide:
+    """What the trainer's teacher answers to a batch of its collator."""
+    inputs = {**send_to_device(batch, trainer.accelerator.device), "use_cache": False}
+    with trainer.accelerator.autocast():
+        return trainer.teacher.targets(trainer.model, inputs)
+
+
+def _shift_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The label tokens of a batch, row after row."""
+    labels = batch["labels"][:, 1:]
+    return labels[labels != IGNORE_INDEX]

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The teacher: a frozen model that the student is pulled to, and which model that is.
+
+It is one of four, all behind [`Teacher`]: a model beside the student ([`ModelTeacher`]), the same base model with
+another adapter or none ([`~trl_selfdistill.trainers.adapter_teacher.AdapterTeacher`]), the student itself before its
+first step ([`UntrainedStudent`]), or answers on disk ([`~trl_selfdistill.trainers.teacher_cache.CachedTeacher`]).
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..losses import LMHead, ModelSide
+from ..parameters.structure import base_causal_lm
+from ..slick.generation import evaluation_mode
+from .model_identity import gathered, hash_model
+from .self_distill_sft_config import SelfDistillSFTConfig
+from .sft_internals import (
+    add_label_head_forward,
+    create_model_from_path,
+    frozen_copy,
+    get_config_model_id,
+    label_hidden_states,
+    lm_head_of,
+    prepare_teacher,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+class Teacher:
+    """
+    A frozen model that the student is pulled to.
+
+    Attributes:
+        sha256 (`str`): Hash of its weights and settings. A run resumes only with a teacher of the same hash.
+        model ([`~transformers.PreTrainedModel`] or `None`): The model, where it is one of its own.
+    """
+
+    sha256: str
+    model: PreTrainedModel | None = None
+
+    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
+        """
+        The teacher's last hidden states at the label positions of a batch, `(num_label_tokens, teacher_hidden_size)`,
+        and its LM head, both without gradients.
+
+        Args:
+            student (`torch.nn.Module`): The model in training as accelerate has prepared it.
+            inputs (`dict[str, torch.Tensor]`): Arguments of the student's forward, `labels` among them.
+        """
+        raise NotImplementedError
+
+    def keep(self, folder: Path) -> None:
+        """Saves to `folder` what a resumed run could not load from anywhere else."""
+
+    def restore(self, student: torch.nn.Module, folder: Path) -> None:
+        """Takes the place of the teacher that an earlier part of the run has kept in `folder`, if it has."""
+
+    def release(self, student: torch.nn.Module) -> None:
+        """Removes from the student what the teacher has added to it."""
+
+
+class ModelTeacher(Teacher):
+    """
+    A model beside the student, sharded like it under FSDP and ZeRO-3.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The teacher; frozen in place.
+        accelerator ([`~accelerate.Accelerator`]): It places or shards the teacher, in the student's mixed precision.
+
+    Raises:
+        ValueError: Under FSDP, if only the main process holds the weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
+        model.requires_grad_(False).eval()
+        self.sha256 = hash_model(model)  # before it is prepared: a shard would have another hash
+        add_label_head_forward(base_causal_lm(model))
+        self._accelerator = accelerator
+        # The head is read outside of the forward, where shards are not gathered: then each process keeps it whole
+        self._lm_head: LMHead | None = None
+        if accelerator.distributed_type == DistributedType.FSDP:
+            if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+                raise ValueError(
+                    "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it "
+                    "is sharded, and the teacher is copied before that. Set it to false, as "
+                    "scripts/accelerate_configs/fsdp2.yaml does, or set `kl_weight=0`."
+                )
+            head = lm_head_of(base_causal_lm(model))
+            self._lm_head = head.map_tensors(lambda tensor: tensor.detach().to(accelerator.device, copy=True))
+        elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            self._lm_head = frozen_head(model)
+        self.model = prepare_teacher(model, accelerator)
+
+    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
+        with torch.no_grad():
+            hidden_states = label_hidden_states(self.model, inputs)
+        lm_head = self._lm_head or frozen_head(self._accelerator.unwrap_model(self.model))
+        return ModelSide(hidden_states, lm_head)
+
+
+class UntrainedStudent(Teacher):
+    """The student before its first step, which answers as a copy of it would. To answer in advance only."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.sha256 = hash_model(model)
+
+    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
+        with evaluation_mode(student):
+            hidden_states = label_hidden_states(student, inputs)
+        return ModelSide(hidden_states, frozen_head(student))
+
+
+def frozen_head(model: PreTrainedModel) -> LMHead:
+    """A model's LM head without gradients. Under ZeRO-3, where this is a collective, a copy that is whole."""
+    head = lm_head_of(base_causal_lm(model))
+    if not hasattr(head.weight, "ds_id"):
+        return head.map_tensors(torch.Tensor.detach)
+    with gathered(head.weight, head.bias):
+        return head.map_tensors(lambda tensor: tensor.detach().clone())
+
+
+def load_teacher(
+    teacher: str | PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelfDistillSFTConfig,
+) -> PreTrainedModel:
+    """
+    Loads the teacher that the user has named, or takes the one that was passed in, and checks that it fits.
+
+    Args:
+        teacher (`str` or [`~transformers.PreTrainedModel`]): Path, Hub id or instance.
+        student ([`~transformers.PreTrainedModel`]): The model in training.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        args ([`SelfDistillSFTConfig`]): With the options that the teacher is loaded with.
+
+    Raises:
+        ValueError: If it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
+    """
+    if isinstance(teacher, str):
+        init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
+        if args.teacher_model_revision is not None:
+            init_kwargs.setdefault("revision", args.teacher_model_revision)
+        # As `SFTTrainer` does for the model: each process holds the whole of it
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            init_kwargs["device_map"] = None
+        teacher = create_model_from_path(teacher, **init_kwargs)
+    if not _storages(teacher).isdisjoint(_storages(student)):
+        raise ValueError(
+            "`teacher_model` is the model in training itself, or shares parameters with it, which would make it a "
+            "moving teacher. Leave `teacher_model` unset to take a frozen copy of the model."
+        )
+    refuse_adapter_on_head(teacher, "teacher_model")
+    _check_vocabulary(teacher, student, tokenizer, args)
+    return frozen_copy(teacher) if "forward" in base_causal_lm(teacher).__dict__ else teacher
+
+
+def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
+    """
+    Refuses an adapter that adds to the LM head: the loss is computed from the head's weights as they are stored.
+
+    Args:
+        model (`torch.nn.Module`): The student or the teacher.
+        name (`str`): The trainer's argument that it is.
+
+    Raises:
+        ValueError: If there is one, or single tokens of embeddings that the head is tied to are trained.
+    """
+    head = base_causal_lm(model).get_output_embeddings()
+    if hasattr(head, "token_adapter") or hasattr(head, "base_layer"):
+        raise ValueError(
+            f"In `{name}`, an adapter ({type(head).__name__}) adds to the LM head, or to the embeddings that it is "
+            "tied to, and the CE and KL are computed from its weights as they are stored. Merge it "
+            "(`merge_and_unload`), train the whole with `modules_to_save`, or set `kl_weight=0`."
+        )
+
+
+def _storages(model: torch.nn.Module) -> set[int]:
+    """Addresses of a model's parameters: `load_state_dict(assign=True)` shares the memory, not the `Parameter`."""
+    return {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()} - {0}
+
+
+def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -> None:
+    heads = [base_causal_lm(model).get_output_embeddings().weight for model in (student, teacher)]
+    sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # under ZeRO-3 the tensor itself is empty
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. The KL "
+            "compares whole next-token distributions: take a teacher of the same vocabulary, or resize its "
+            "embeddings (`teacher_model.resize_token_embeddings`) where the difference is padding."
+        )
+    name = get_config_model_id(teacher.config)
+    if not name:
+        return  # built in memory: there is no tokenizer to compare with
+    try:
+        teacher_tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
+        return
+    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The tokenizer of the teacher {name!r} is not the student's: the same ids would mean other tokens. "
+            "Use a teacher that was trained with the student's tokenizer."
+        )
+
+
+def check_teacher(teacher: Teacher | None, saved: dict | None, checkpoint: Path) -> None:
+    """
+    Checks that the teacher of a run is that of the checkpoint that it resumes from.
+
+    Args:
+        teacher ([`Teacher`], *optional*): The teacher; `None` before its snapshot.
+        saved (`dict`, *optional*): `sha256` and `name_or_path` of the teacher that the checkpoint was written with.
+        checkpoint (`Path`): The checkpoint, for the message.
+
+    Raises:
+        ValueError: If it is not the same one.
+    """
+    if (teacher is None) != (saved is None):
+        raise ValueError(
+            f"{checkpoint} was written with{'out' if saved is None else ''} a teacher, and this run would go on with"
+            f"{'out' if teacher is None else ''} one. Set `kl_weight`, `teacher_snapshot_steps` and "
+            "`teacher_snapshot_epochs` as they were, or start a new run from the model in the checkpoint."
+        )
+    if teacher is not None and teacher.sha256 != saved["sha256"]:
+        raise ValueError(
+            f"The teacher is not the one that {checkpoint} was trained with: its SHA-256 is {teacher.sha256}, and the "
+            f"checkpoint has {saved['sha256']} (`teacher_model_name_or_path={saved['name_or_path']!r}`). Pass the "
+            "`teacher_model` or, without one, the model that the run was started with: `resume_from_checkpoint` loads "
+            "the student's weights itself."
+        )
