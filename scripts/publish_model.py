@@ -5,8 +5,7 @@ as a dataset and the metric as a Space. Repositories are private unless --public
 
 Input: checkpoints of this package's trainers. Output: a repository each, by a commit that is whole or not at all;
 after an interruption the same command goes on, and sends nothing twice. Log in with `hf auth login` first: no flag
-takes a token. With --dry-run nothing is sent: it prints every file with its size, and writes the card beside the
-checkpoint, or below --card_dir.
+takes a token. With --dry-run nothing is sent: it prints every file with its size, and writes the cards to --card_dir.
 
     python scripts/publish_model.py --checkpoints outputs/quickstart/selfdistill --repo_id your-name/my-model --dry-run
 
@@ -16,38 +15,94 @@ checkpoint, or below --card_dir.
 """
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl_selfdistill.hub.publishing import PublishError, plan_metric, plan_model, publish
-from trl_selfdistill.studies.arguments import PublishArguments
+from trl_selfdistill.files import written_whole
+from trl_selfdistill.hub.model_card import CARD_FILE, read_record
+from trl_selfdistill.hub.publishing import Publication, PublishError, plan_model, publish, select_files
 from trl_selfdistill.studies.command_line import run_script
-from trl_selfdistill.studies.publishing import base_model_of_checkpoint, plan_dataset, repo_ids, write_card
+from trl_selfdistill.studies.publishing import plan_dataset, repo_ids
+
+
+@dataclass
+class PublishArguments:
+    """What to publish, and where. Tokens come from `hf auth login` only."""
+
+    _argument_group_name = "publishing"
+
+    checkpoints: list[str] = field(metadata={"help": "Folders of trained models or adapters."})
+    repo_id: str = field(
+        metadata={
+            "help": "Repository, as your-name/my-model; with several checkpoints, `-<folder>` is added for each."
+        }
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the models, where that of the base is not known."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the base model, where a local folder was the start."}
+    )
+    dataset_repo_id: str | None = field(
+        default=None, metadata={"help": "Publish the facts too, as your-name/my-facts (with annotated, mix or both)."}
+    )
+    annotated: str | None = field(default=None, metadata={"help": "Folder of annotate_facts.py."})
+    mix: str | None = field(default=None, metadata={"help": "Folder of build_training_mix.py."})
+    dataset_license: str | None = field(
+        default=None, metadata={"help": "Licence of the facts (cc-by-4.0 where they are from GeoNames)."}
+    )
+    metric_repo_id: str | None = field(
+        default=None, metadata={"help": "Publish the metric too, as the Space your-name/hallucination."}
+    )
+    metric_folder: str = field(default="evaluate_metrics/hallucination", metadata={"help": "Folder of the metric."})
+    public: bool = field(default=False, metadata={"help": "Make new repositories public rather than private."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request rather than commit."})
+    dry_run: bool = field(default=False, metadata={"help": "Send nothing, and show every file with its size."})
+    card_dir: str | None = field(default=None, metadata={"help": "Where a dry run writes the cards, to look at."})
 
 
 def main(args: PublishArguments) -> None:
-    """Plans everything before anything is sent, then writes the cards or pushes."""
-    about = {"license": args.license, "base_model": args.base_model}
-    about |= {"dataset_id": args.dataset_repo_id, "metric_id": args.metric_repo_id}
+    """Plans everything before anything is sent."""
     try:
-        folders = repo_ids([Path(folder) for folder in args.checkpoints], args.repo_id)
-        plans = [plan_model(folder, repo_id, about) for repo_id, folder in folders.items()]
-        if args.dataset_repo_id is not None:
-            base_model = args.base_model or base_model_of_checkpoint(Path(args.checkpoints[0]))
-            facts = (args.annotated, args.mix, args.dataset_license, base_model)
-            plans.insert(0, plan_dataset(args.dataset_repo_id, *facts))
-        if args.metric_repo_id is not None:
-            plans.append(plan_metric(Path(args.metric_folder), args.metric_repo_id))
+        plans = make_plans(args)
         for plan in plans:
             print(plan)
             if not args.dry_run:
                 print(f"Published: {publish(plan, private=not args.public, create_pr=args.create_pr)}\n")
-            elif plan.repo_type == "model":
-                folder = folders[plan.repo_id]
-                print(f"Card: {write_card(plan, Path(args.card_dir, folder.name) if args.card_dir else folder)}\n")
+            elif args.card_dir is not None and plan.repo_type != "space":
+                with written_whole(Path(args.card_dir, plan.repo_id, CARD_FILE)) as card:
+                    card.write_bytes(plan.contents[CARD_FILE])
     except PublishError as error:
         sys.exit(str(error))
     if args.dry_run:
         print("Nothing was sent. Run it without --dry-run to publish.")
+
+
+def make_plans(args: PublishArguments) -> list[Publication]:
+    """What goes to which repository."""
+    plans = []
+    base_model = args.base_model
+    if args.dataset_repo_id is not None:
+        asked = base_model or read_record(Path(args.checkpoints[0])).get("training", {}).get("base_model")
+        annotated, mix = (folder and Path(folder) for folder in (args.annotated, args.mix))
+        plans.append(plan_dataset(args.dataset_repo_id, args.dataset_license, annotated, mix, asked))
+    for repo_id, folder in repo_ids([Path(folder) for folder in args.checkpoints], args.repo_id).items():
+        plans.append(plan_model(folder, repo_id, args.license, base_model, args.dataset_repo_id))
+    if args.metric_repo_id is not None:
+        plans.append(plan_metric(Path(args.metric_folder), args.metric_repo_id))
+    return plans
+
+
+def plan_metric(folder: Path, repo_id: str) -> Publication:
+    """The files of a metric for a Space, which has to be called as its script: `evaluate` looks for that."""
+    contents = select_files(folder, ["*.py", "README.md", "requirements.txt"])
+    script = f"{repo_id.split('/')[-1]}.py"
+    if script not in contents:
+        raise PublishError(
+            f"`evaluate` loads the Space {repo_id} from its file {script}, which {folder} does not hold. Call the "
+            "Space as the metric, or pass another `--metric_folder`."
+        )
+    return Publication(repo_id, "space", contents)
 
 
 if __name__ == "__main__":

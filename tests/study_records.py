@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluations of made-up runs, and the folders that they leave."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from conftest import build_model
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfdistill.files import write_json
 from trl_selfdistill.studies.card import write_model_card
 from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, write_records
-from trl_selfdistill.studies.report import load_arms
+from trl_selfdistill.studies.results import read_result
 
 
 def make_records(heldout: np.ndarray, new: np.ndarray | None = None) -> list[AccuracyRecord]:
@@ -36,12 +36,13 @@ def fading_outcomes(num_facts: int, accuracies: list[float], seed: int = 0) -> n
     return np.array([ranks < round(accuracy * num_facts) for accuracy in accuracies])
 
 
-def write_arm(folder: Path, records: list[AccuracyRecord], **training) -> Path:
+def write_result(folder: Path, records: list[AccuracyRecord], **training) -> Path:
     """A folder as a training stage leaves it, without the weights."""
     folder.mkdir(parents=True)
     write_records(folder / "accuracy.jsonl", records)
     content = {
         "origin": "org/model",
+        "base_model": "org/model",
         "mix": {"mix": {"new_facts": "invented"}, "seed": 0},
         "splits": ["known", "new"],
         "seconds_per_step": 1.25,
@@ -53,19 +54,18 @@ def write_arm(folder: Path, records: list[AccuracyRecord], **training) -> Path:
         "log_history": [],
         **training,
     }
-    (folder / "training.json").write_text(json.dumps(content))
+    write_json(folder / "training.json", content)
     run = {"command": "scripts/run_study.py --output_dir outputs/study", "date": "2026-01-02T03:04:05+00:00"}
-    run |= {"machine": "x86_64, 2 cores, Linux", "versions": {"torch": "2.13.0"}}
-    (folder / "run.json").write_text(json.dumps(run))
+    write_json(folder / "run.json", {**run, "machine": "x86_64, Linux", "versions": {"torch": "2.13.0"}})
     return folder
 
 
 def write_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A finished arm with a tiny model, its tokenizer, a figure and its card."""
-    write_arm(folder, make_records(fading_outcomes(20, [1.0, 0.5])))
+    """A finished variant with a tiny model, its tokenizer, a figure and its card."""
+    write_result(folder, make_records(fading_outcomes(20, [1.0, 0.5])))
     build_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "curves.png").write_bytes(b"a figure")
-    (arm,) = load_arms([folder])
-    write_model_card(arm, [arm], folder)
+    result = read_result(folder)
+    write_model_card(result, [result], folder)
     return folder

@@ -25,7 +25,7 @@ def escape_markdown(value: object) -> str:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """
-    A table that also reads well in a terminal: the cells of a column are padded to its width.
+    A table of cells that are Markdown already. It also reads well in a terminal: columns are padded to their width.
 
     ```python
     >>> print(markdown_table(["method", "kept"], [["SFT", "0.380"]]))
@@ -33,10 +33,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     | ------ | ----- |
     | SFT    | 0.380 |
     ```
-
-    Args:
-        header (`Sequence[str]`): Titles of the columns.
-        rows (`Iterable[Sequence[str]]`): Cells, Markdown already.
     """
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

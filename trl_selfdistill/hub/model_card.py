@@ -1,158 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a checkpoint, rendered from a record beside it.
 
-Everything that a card says is in `model_card.json`, in three parts: `training` (written by the trainers whenever they
-save), `results` (by the report) and `publication` (on the way to the Hub). Each writer replaces its own part and the
-card is rendered anew, so that none undoes what another wrote. Results count for the weights they were measured on.
+All that a card says is in `model_card.json`: `training`, which the trainers write whenever they save, and `results`,
+which a study adds, of the weights that they were measured on.
 """
 
 import hashlib
-import json
-from importlib.resources import files
+import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from ..hallucination.intervals import Interval
-from .environment import portable_command
-from .markdown import escape_markdown, format_interval
-from .metadata import card_data, eval_result_entries, hub_id, method_of, title_of
+from ..files import read_json, write_json, written_whole
+from ..hallucination.categories import SlickCategory
+from .markdown import escape_markdown, markdown_table
 
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 RECORD_FILE = "model_card.json"
-EVAL_RESULTS_FILE = ".eval_results/facts.yaml"
-FIGURE_FILE = "curves.png"
-TEMPLATES = files("trl_selfdistill.hub") / "templates"
-CATEGORIES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
-_SYMBOLS = {
-    "kl_weight": "kl_weight (λ)",
-    "temperature": "temperature (τ)",
-    "rehearsal_rows": "rehearsal_rows (the model's own answers among the training rows)",
-}
+TAGS = ["trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574", "arxiv:2405.05904"]
+_SYMBOLS = {"kl_weight": "kl_weight (λ)", "temperature": "temperature (τ)"}
 
 
-def update_model_card(folder: Path, **parts: dict[str, Any] | None) -> Path:
-    """
-    Replaces parts of the record in `folder` and writes its card, and its results for the Hub, anew.
-
-    Args:
-        folder (`Path`):
-            The checkpoint. A `curves.png` in it is shown in the card.
-        parts (`dict[str, Any]`):
-            `training`, `results`, `publication`, each with JSON values.
-
-    Returns:
-        `Path`: The card, `folder/README.md`.
-    """
+def update_model_card(folder: Path, **parts: dict[str, Any]) -> Path:
+    """Replaces `training` or `results` (JSON values) in the record in `folder`, and renders the card anew."""
     record = {**read_record(folder), **parts}
-    if record.get("results") and record["results"].get("weights_sha256") != weights_sha256(folder):
-        del record["results"]  # trained on since: they are of other weights
-    contents = card_files(record, has_figure=(folder / FIGURE_FILE).is_file())
-    if EVAL_RESULTS_FILE not in contents:
-        (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)
-    for name, content in contents.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    if "results" in record and record["results"]["weights_sha256"] != weights_sha256(folder):
+        del record["results"]  # measured on other weights
+    write_json(folder / RECORD_FILE, record)
+    with written_whole(folder / CARD_FILE) as partial:
+        render_model_card(record).save(partial)
     return folder / CARD_FILE
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record beside a card, empty if there is none."""
     path = folder / RECORD_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
-def weights_sha256(folder: Path) -> str | None:
-    """SHA-256 of the weights in `folder`, `None` without any."""
-    digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-    for path in paths:
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the weights (`*.safetensors`) in `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if paths else None
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
-def card_files(record: dict[str, Any], has_figure: bool) -> dict[str, bytes]:
-    """The files of a record, by name: the card, the record itself and, with results, those for the Hub."""
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    contents = {CARD_FILE: str(render_model_card(record, has_figure)), RECORD_FILE: text}
-    if record.get("results"):
-        entries = eval_result_entries_to_yaml(eval_result_entries(record))
-        contents[EVAL_RESULTS_FILE] = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
-    return {name: content.encode() for name, content in contents.items()}
-
-
-def render_model_card(record: dict[str, Any], has_figure: bool = False) -> ModelCard:
-    """Renders the template. Every value of the run is escaped; the tables of the report are Markdown already."""
-    training, results = record.get("training") or {}, record.get("results")
-    environment = training.get("environment") or {}
-    versions = ", ".join(f"{name} {value}" for name, value in environment.get("versions", {}).items())
-    settings = {_SYMBOLS.get(name, name): value for name, value in training.get("settings", {}).items()}
-    teacher = training.get("teacher")
+def render_model_card(record: dict[str, Any]) -> ModelCard:
+    """The card of a record. Texts in `training` are escaped; the tables and findings in `results` are Markdown."""
+    training, results = record.get("training", {}), record.get("results")
+    method, base_model = method_of(training), training.get("base_model")
+    name = base_model.split("/")[-1] if base_model else "Local model"
+    title = f"{name}: {results['variant'] if results else method}"
+    is_adapter = training.get("is_adapter", False)
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter" if is_adapter else "finetune",
+        datasets=[training["dataset_name"]] if training.get("dataset_name") else None,
+        license=training.get("license"),
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["trl", "sft", method, *TAGS, *training.get("tags", [])],
+        model_name=title,
+        eval_results=[EvalResult(**metric) for metric in results["metrics"]] if results else None,
+    )
     return ModelCard.from_template(
-        card_data(record),
-        template_path=str(TEMPLATES / "model_card_template.md"),
-        title=escape_markdown(title_of(record)),
-        base_model=hub_id((record.get("publication") or {}).get("base_model") or training.get("base_model")),
-        method=method_of(training),
-        settings={escape_markdown(name): escape_markdown(value) for name, value in settings.items()},
-        teacher=teacher and {name: escape_markdown(value) for name, value in teacher.items()},
-        groups=_group_rows(training.get("groups")),
-        composition=_composition_rows(training.get("composition") or {}),
-        dataset_name=hub_id(training.get("dataset_name")),
-        splits=training.get("splits", []),
-        num_facts=(results or {}).get("num_facts", {}),
-        new_facts=escape_markdown(training.get("mix", {}).get("mix", {}).get("new_facts", "")),
+        data,
+        template_path=str(Path(__file__).parent / "templates" / "model_card_template.md"),
+        title=escape_markdown(title),
+        variant=escape_markdown(results["variant"]) if results else None,
+        method=method,
+        training=_escaped(training),
+        environment=training.get("environment"),
         results=results,
-        metric_rows=_metric_rows(results["metrics"]) if results else [],
-        has_figure=has_figure and results is not None,
-        command=portable_command(environment["command"]) if environment else None,
-        environment=escape_markdown(f"{environment['date'][:10]}, {environment['machine']}. {versions}.")
-        if environment
-        else None,
-        seed=escape_markdown(settings.get("seed", "not recorded")),
+        **_tables(training),
     )
 
 
-def _metric_rows(metrics: list[dict[str, Any]]) -> list[list[str]]:
-    """The header and a row for each metric; a comparison that no metric has is left out."""
-    columns = {
-        "model": "this model",
-        "base": "base model",
-        "sft": "plain SFT",
-        "minus_base": "difference from the base",
-        "minus_sft": "difference from plain SFT",
-    }
-    columns = {name: title for name, title in columns.items() if any(metric.get(name) for metric in metrics)}
-    rows = [["fraction in [0, 1], 95 % interval", *columns.values()]]
-    for metric in metrics:
-        cells = (format_interval(Interval(**metric[name]), signed=name.startswith("minus")) for name in columns)
-        rows.append([f"{escape_markdown(metric['name'])} {'↑' if metric['better'] == 'higher' else '↓'}", *cells])
-    return rows
-
-
-def _group_rows(groups: dict[str, Any] | None) -> list[list[str]]:
-    """A row for each group of parameters: its size, how much of it was trained, the hash of the frozen part."""
-    rows = (groups or {}).get("groups", {})
-    return [
-        [
-            escape_markdown(name),
-            f"{row['parameters']:,}",
-            f"{row['trainable_parameters']:,}",
-            row["frozen_sha256"] or "-",
+def _tables(training: dict[str, Any]) -> dict[str, str]:
+    """The settings, the groups of parameters and the SLiCK categories of the data, as far as they are recorded."""
+    tables = {}
+    if settings := training.get("settings"):
+        rows = [[_SYMBOLS.get(name, name), value] for name, value in settings.items()]
+        tables["settings_table"] = _table(["setting", "value"], rows)
+    if groups := training.get("groups"):
+        header = ["group", "parameters", "of them trained", "SHA-256 of the frozen ones"]
+        rows = [
+            [name, f"{row['parameters']:,}", f"{row['trainable_parameters']:,}", row["frozen_sha256"] or "-"]
+            for name, row in groups["groups"].items()
         ]
-        for name, row in rows.items()
-    ]
+        tables["groups_table"] = _table(header, rows)
+    if composition := training.get("composition"):
+        rows = [[split, *(counts.get(name, 0) for name in SlickCategory)] for split, counts in composition.items()]
+        tables["composition_table"] = _table(["split", *SlickCategory], rows)
+    return tables
 
 
-def _composition_rows(composition: dict[str, dict[str, int]]) -> list[list[str]]:
-    """A row for each split, with its facts in each SLiCK category and those that have none."""
-    rows = []
-    for split, counts in composition.items():
-        known = [counts.get(category, 0) for category in CATEGORIES]
-        rows.append([escape_markdown(split), *map(str, [*known, sum(counts.values()) - sum(known)])])
-    return rows
+def _escaped(value: Any) -> Any:
+    """A JSON value whose texts and numbers are text that is safe in Markdown."""
+    if isinstance(value, dict):
+        return {escape_markdown(name): _escaped(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, bool) else escape_markdown(value)
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    return markdown_table(header, [[escape_markdown(cell) for cell in row] for row in rows])
+
+
+def method_of(training: dict[str, Any]) -> str:
+    """How a model was trained, as a tag of its card. `SelfDistillSFTTrainer` without a KL is plain SFT."""
+    if training.get("settings", {}).get("kl_weight"):
+        return "self-distill-sft"
+    return "frozen-groups-sft" if training.get("groups") else "sft"
+
+
+def hub_id(name: Any) -> str | None:
+    """`name` if it can be a repository of the Hub, and is not a file or folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if not name or Path(name).exists() else name
+
+
+def base_model_of(name_or_path: str | None) -> dict[str, str | None]:
+    """
+    The model on the Hub that a Hub id or a folder, by its card, goes back to, as `base_model`, and its `license`;
+    `None` for what is not known.
+    """
+    base_model, license = hub_id(name_or_path), None
+    card = Path(name_or_path or "", CARD_FILE)
+    if name_or_path and card.is_file():
+        try:
+            data = ModelCard.load(card, ignore_metadata_errors=True).data
+        except Exception as error:  # whatever somebody wrote into it: no training may depend on a card
+            logger.warning(f"{card} could not be read, so the new card does not name the base model: {error}")
+        else:
+            named, license = data.get("base_model"), data.get("license")
+            base_model = hub_id(named[0] if isinstance(named, list) and named else named)
+    return {"base_model": base_model, "license": license}
