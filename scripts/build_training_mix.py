@@ -13,14 +13,25 @@ the same relations, never trained on), each with the columns prompt and completi
         --output_dir outputs/study/mix_real --new_facts real --relations P17 P36
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
 
-from trl_selfdistill.studies.arguments import MixArguments
 from trl_selfdistill.studies.command_line import run_script
 from trl_selfdistill.studies.stages import mix_stage
 from trl_selfdistill.studies.training_mix import MixSettings, load_mix
+
+
+@dataclass
+class MixArguments:
+    """What the mix is built from, and where it goes."""
+
+    _argument_group_name = "run"
+
+    annotated: str = field(metadata={"help": "Annotated facts: the `annotated/facts.jsonl` of annotate_facts.py."})
+    output_dir: str = field(default="outputs/study/mix", metadata={"help": "Folder of the splits."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice, the order and the invented facts."})
 
 
 def main(args: MixArguments, settings: MixSettings) -> None:

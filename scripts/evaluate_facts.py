@@ -10,29 +10,85 @@ for annotated facts, by SLiCK category).
         --facts outputs/study/mix/heldout.jsonl --output_dir outputs/evaluation
 
     accelerate launch --quiet scripts/evaluate_facts.py --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 \\
-        --facts my_facts.csv --method score --output_dir outputs/evaluation
+        --facts my_facts.csv --batch_size 256 --output_dir outputs/evaluation
 """
 
-import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from datasets import Dataset
 
-from trl_selfdistill.studies.arguments import EvaluationArguments
+from trl_selfdistill.files import read_json, write_json, write_jsonl
+from trl_selfdistill.hallucination.exact_match import exact_match
+from trl_selfdistill.slick.prompts import question_prompt
 from trl_selfdistill.studies.command_line import run_script
-from trl_selfdistill.studies.stages import ACCURACY_FILE, evaluate_stage
+from trl_selfdistill.studies.facts.table import load_facts
+from trl_selfdistill.studies.models import ModelArguments, load_model_and_tokenizer, model_identity
+from trl_selfdistill.studies.stage import run_stage
+from trl_selfdistill.trainers.hallucination_callback import predict_answers_in_parallel
 
 
-def main(args: EvaluationArguments) -> None:
+@dataclass
+class EvaluationArguments:
+    """Which facts a checkpoint is asked, and how."""
+
+    _argument_group_name = "evaluation"
+
+    facts: str = field(
+        metadata={"help": "Facts: a JSONL or CSV file, such as a split of a mix, a folder, or a dataset on the Hub."}
+    )
+    facts_split: str = field(default="train", metadata={"help": "Split of a dataset to read the facts from."})
+    batch_size: int = field(default=64, metadata={"help": "Sequences in one forward pass."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer, in tokens."})
+    bf16: bool = field(default=False, metadata={"help": "Whether to ask in bf16 autocast rather than float32."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code of the checkpoint."})
+    output_dir: str = field(
+        default="outputs/evaluation", metadata={"help": "Folder of `predictions.jsonl` and `accuracy.json`."}
+    )
+
+
+def main(args: EvaluationArguments, model_args: ModelArguments) -> None:
     """Writes the predictions and prints the accuracy."""
-    folder = evaluate_stage(args)
+
+    def evaluate(folder: Path) -> None:
+        facts = load_facts(args.facts, args.facts_split)
+        model, tokenizer = load_model_and_tokenizer(model_args.model_name_or_path, model_args, args.trust_remote_code)
+        model.to(PartialState().device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            prompts = [question_prompt(question) for question in facts["question"]]
+            sizes = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+            answers = predict_answers_in_parallel(model, tokenizer, prompts, **sizes)
+        predictions = []
+        for fact, answer in zip(facts, answers, strict=True):
+            correct = exact_match(answer, [fact["answer"], *fact["aliases"]])
+            predictions.append({"fact_id": fact["fact_id"], "prediction": answer, "correct": correct})
+        if PartialState().is_main_process:
+            write_jsonl(folder / "predictions.jsonl", predictions)
+            write_json(folder / "accuracy.json", accuracy_by_group(facts, predictions))
+
+    identity, inputs = model_identity(model_args.model_name_or_path, model_args)
+    settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    inputs += [args.facts] if Path(args.facts).exists() else []
+    folder = run_stage(Path(args.output_dir), settings | identity, inputs, evaluate, every_process=True)
     if PartialState().is_main_process:
-        accuracy = json.loads((folder / ACCURACY_FILE).read_text(encoding="utf-8"))
-        rows = {"overall": accuracy.pop("overall")}
-        rows |= {f"{column} {name}": row for column, groups in accuracy.items() for name, row in groups.items()}
-        for name, row in rows.items():
-            print(f"{name}: {row['accuracy']:.3f} of {row['num_facts']} facts")
+        for column, groups in read_json(folder / "accuracy.json").items():
+            for name, row in groups.items():
+                print(f"{column} {name}: {row['accuracy']:.3f} of {row['num_facts']} facts")
         print(f"Evaluation: {folder}")
 
 
+def accuracy_by_group(facts: Dataset, predictions: list[dict]) -> dict[str, dict]:
+    """
+    The share of right predictions `overall`, by `relation` and, where the facts are annotated, by `slick_category`:
+    for each group `{"accuracy": fraction in [0, 1], "num_facts": count}`.
+    """
+    table = facts.to_pandas().assign(overall="overall", correct=[prediction["correct"] for prediction in predictions])
+    columns = [column for column in ("overall", "relation", "slick_category") if column in table]
+    groups = {column: table.groupby(column)["correct"] for column in columns}
+    return {column: group.agg(accuracy="mean", num_facts="size").to_dict("index") for column, group in groups.items()}
+
+
 if __name__ == "__main__":
-    run_script(main, (EvaluationArguments,), __doc__)
+    run_script(main, (EvaluationArguments, ModelArguments), __doc__)

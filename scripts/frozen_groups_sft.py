@@ -18,29 +18,21 @@ goes on with the same command; with --dataset_name add --resume_from_checkpoint 
         --dataset_name my_chats.jsonl --frozen_groups mlp embeddings --output_dir outputs/my_model
 """
 
-from pathlib import Path
-
 from accelerate import PartialState
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer
-from trl_selfdistill.studies.arguments import AdapterArguments, TrainingDataArguments
+from trl_selfdistill.studies.arguments import TrainingDataArguments
 from trl_selfdistill.studies.command_line import run_script
-from trl_selfdistill.studies.dataset_training import train_on_dataset
-from trl_selfdistill.studies.stages import train_stage
+from trl_selfdistill.studies.dataset_training import train_as_asked
+from trl_selfdistill.studies.models import ModelArguments
 
 
-def main(data: TrainingDataArguments, adapter: AdapterArguments, config: FrozenGroupsSFTConfig) -> None:
+def main(data: TrainingDataArguments, model_args: ModelArguments, config: FrozenGroupsSFTConfig) -> None:
     """Trains the model and prints where it is."""
-    if data.mix is None:
-        folder = train_on_dataset(FrozenGroupsSFTTrainer, config, data, adapter)
-    else:
-        mix, folder = Path(data.mix), Path(config.output_dir)
-        folder = train_stage(
-            FrozenGroupsSFTTrainer, config, data.model_name_or_path, mix, tuple(data.splits), folder, adapter=adapter
-        )
+    folder = train_as_asked(FrozenGroupsSFTTrainer, config, data, model_args)
     if PartialState().is_main_process:
         print(f"Model: {folder}")
 
 
 if __name__ == "__main__":
-    run_script(main, (TrainingDataArguments, AdapterArguments, FrozenGroupsSFTConfig), __doc__)
+    run_script(main, (TrainingDataArguments, ModelArguments, FrozenGroupsSFTConfig), __doc__)

@@ -3,8 +3,8 @@
 The whole study: what does fine-tuning on new facts do to those that a model knows, and what do the two fixes change?
 
 Stages, each kept in a folder of its own under --output_dir and not done again while its arguments and inputs stay the
-same: model, facts, annotated (SLiCK), mix, stage1, one folder for each arm (sft, selfdistill, frozen). Output, in
---output_dir: report.md, curves.png and results.json; in the folder of each arm the checkpoint with its model card.
+same: facts, model, annotated (SLiCK), mix, stage1, one folder for each variant (sft, selfdistill, frozen). Output, in
+--output_dir: report.md, curves.png and results.json; in the folder of each variant the checkpoint with its model card.
 Interrupted, it goes on with the same command.
 
     accelerate launch --quiet scripts/run_study.py --config scripts/configs/quickstart.yaml
@@ -13,80 +13,55 @@ Interrupted, it goes on with the same command.
         --model_name_or_path Qwen/Qwen2.5-0.5B --facts my_facts.jsonl --output_dir outputs/my_study
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from trl_selfdistill import (
-    FrozenGroupsSFTConfig,
-    FrozenGroupsSFTTrainer,
-    SelfDistillSFTConfig,
-    SelfDistillSFTTrainer,
-)
-from trl_selfdistill.studies.arguments import (
-    AdapterArguments,
-    ModelAndFactsArguments,
-    SlickArguments,
-    Stage1Arguments,
-    StudyArguments,
-)
+from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from trl_selfdistill.studies.command_line import run_script
 from trl_selfdistill.studies.publishing import publish_command
-from trl_selfdistill.studies.stages import (
-    annotate_stage,
-    facts_stage,
-    mix_stage,
-    model_stage,
-    report_stage,
-    stage1_stage,
-    train_stage,
-)
-from trl_selfdistill.studies.training_mix import MixSettings
-from trl_selfdistill.studies.training_stage import copy_config
+from trl_selfdistill.studies.results import VARIANT_LABELS
+from trl_selfdistill.studies.runs import Variant, train_variant
+from trl_selfdistill.studies.stages import STUDY_ARGUMENTS, facts_of_mix, prepare_study, report_stage
 
 
-def main(
-    study: StudyArguments,
-    facts_args: ModelAndFactsArguments,
-    slick_args: SlickArguments,
-    mix_settings: MixSettings,
-    stage1_args: Stage1Arguments,
-    adapter: AdapterArguments,
-    config: SelfDistillSFTConfig,
-) -> None:
-    """Runs the stages in their order and writes the report."""
-    output = Path(config.output_dir)
+TRAINERS = {"sft": SFTTrainer, "selfdistill": SelfDistillSFTTrainer, "frozen": FrozenGroupsSFTTrainer}
 
-    # 1. What does the model know?
-    model = model_stage(facts_args.model_name_or_path, output / "model")
-    facts = facts_stage(facts_args, output / "facts")
-    annotated = annotate_stage(
-        model, facts, slick_args, output / "annotated", config.bf16, config.seed, load_in_4bit=adapter.load_in_4bit
+
+@dataclass
+class QuickstartArguments:
+    """What the study compares. Its training is set by the training configuration."""
+
+    _argument_group_name = "study"
+
+    variants: list[str] = field(
+        default_factory=lambda: [*TRAINERS],
+        metadata={"help": "Variants of stage 2, among sft, selfdistill and frozen, the report's baseline first."},
     )
 
-    # 2. Known, new and held-out facts
-    mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
+    def __post_init__(self):
+        if not self.variants or set(self.variants) - {*TRAINERS}:
+            raise ValueError(f"`variants` may hold sft, selfdistill and frozen, got {self.variants}.")
 
-    # 3. Stage 1, format learning: the start of every arm, and the teacher
-    stage1 = stage1_stage(stage1_args, config, model, mix, output / "stage1", adapter)
 
-    # 4. Stage 2: the arms, on the same data with the same seed and steps. Groups are frozen in the arm `frozen` alone
-    selfdistill_config = copy_config(SelfDistillSFTConfig, config, frozen_groups=None, trainable_groups=None)
-    groups = {} if config.frozen_groups or config.trainable_groups else {"trainable_groups": ["attention"]}
-    setups = {
-        "sft": (SFTTrainer, copy_config(SFTConfig, config)),
-        "selfdistill": (SelfDistillSFTTrainer, selfdistill_config),
-        "frozen": (FrozenGroupsSFTTrainer, copy_config(FrozenGroupsSFTConfig, config, **groups)),
-    }
-    folders = []
-    for arm in study.arms:
-        trainer_class, arm_config = setups[arm]
-        folder = output / arm
-        train_stage(trainer_class, arm_config, str(stage1), mix, ("known", "new"), folder, stage1, adapter)
-        folders.append(folder)
+def main(study: QuickstartArguments, *shared) -> None:
+    """Runs the stages in their order and writes the report."""
+    # 1. What does the model know? Known, new and held-out facts, and the format: the start of every variant
+    setup = prepare_study(*shared)
+    output = Path(setup.config.output_dir)
 
-    # 5. The report
+    # 2. The variants, on the same data with the same seed and steps. Only `frozen` freezes groups
+    groups = {name: getattr(setup.config, name) for name in ("frozen_groups", "trainable_groups")}
+    changes = {"selfdistill": dict.fromkeys(groups)}
+    changes["frozen"] = groups if any(groups.values()) else {"trainable_groups": ["attention"]}
+    folders = [output / name for name in study.variants]
+    for name, folder in zip(study.variants, folders, strict=True):
+        variant = Variant(name, VARIANT_LABELS[name], TRAINERS[name], changes.get(name, {}))
+        train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix), earlier=Path(setup.start))
+
+    # 3. The report
     if PartialState().is_main_process:
         text = report_stage(folders, output)
         print(f"\n{text}\nReport: {output / 'report.md'}   figure: {output / 'curves.png'}")
@@ -95,5 +70,4 @@ def main(
 
 
 if __name__ == "__main__":
-    types = (StudyArguments, ModelAndFactsArguments, SlickArguments, MixSettings, Stage1Arguments, AdapterArguments)
-    run_script(main, (*types, SelfDistillSFTConfig), __doc__)
+    run_script(main, (QuickstartArguments, *STUDY_ARGUMENTS), __doc__)

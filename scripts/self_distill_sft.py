@@ -21,29 +21,21 @@ with --dataset_name add --resume_from_checkpoint FOLDER.
         --dataset_name my_chats.jsonl --output_dir outputs/my_model
 """
 
-from pathlib import Path
-
 from accelerate import PartialState
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
-from trl_selfdistill.studies.arguments import AdapterArguments, TrainingDataArguments
+from trl_selfdistill.studies.arguments import TrainingDataArguments
 from trl_selfdistill.studies.command_line import run_script
-from trl_selfdistill.studies.dataset_training import train_on_dataset
-from trl_selfdistill.studies.stages import train_stage
+from trl_selfdistill.studies.dataset_training import train_as_asked
+from trl_selfdistill.studies.models import ModelArguments
 
 
-def main(data: TrainingDataArguments, adapter: AdapterArguments, config: SelfDistillSFTConfig) -> None:
+def main(data: TrainingDataArguments, model_args: ModelArguments, config: SelfDistillSFTConfig) -> None:
     """Trains the model and prints where it is."""
-    if data.mix is None:
-        folder = train_on_dataset(SelfDistillSFTTrainer, config, data, adapter)
-    else:
-        mix, folder = Path(data.mix), Path(config.output_dir)
-        folder = train_stage(
-            SelfDistillSFTTrainer, config, data.model_name_or_path, mix, tuple(data.splits), folder, adapter=adapter
-        )
+    folder = train_as_asked(SelfDistillSFTTrainer, config, data, model_args)
     if PartialState().is_main_process:
         print(f"Model: {folder}")
 
 
 if __name__ == "__main__":
-    run_script(main, (TrainingDataArguments, AdapterArguments, SelfDistillSFTConfig), __doc__)
+    run_script(main, (TrainingDataArguments, ModelArguments, SelfDistillSFTConfig), __doc__)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study in miniature: toy facts of two relations, and a tiny Llama that was taught most of them."""
 
+import io
 import random
 import runpy
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,7 @@ from trl_selfdistill.slick.prompts import answer_completion, question_prompt
 from trl_selfdistill.studies.facts.table import facts_from_rows, save_facts
 
 
-ARMS = ("sft", "selfdistill", "frozen")
-STAGES = ("facts", "annotated", "mix", "stage1", *ARMS)
+VARIANTS = ("sft", "selfdistill", "frozen")
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEMPLATES = {
     "country": "Which country is {subject} located in?",
@@ -109,12 +109,9 @@ def run_toy_study(root: Path) -> ToyStudy:
     study = ToyStudy(root / "toy-model", root / "facts.jsonl", root / "study", "")
     save_toy_model(study.model)
     save_facts(toy_facts(), study.facts)
-    launch = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "1"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*map(str, launch), str(SCRIPTS / "run_study.py"), *study.flags(study.output)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr
-    return study._replace(stdout=run.stdout)
+    with redirect_stdout(io.StringIO()) as stdout:
+        run_script("run_study.py", *study.flags(study.output))
+    return study._replace(stdout=stdout.getvalue())
 
 
 def run_script(name: str, *flags) -> None:
@@ -126,14 +123,16 @@ def run_script(name: str, *flags) -> None:
         sys.argv = argv
 
 
-def runs(study: ToyStudy) -> dict[str, bytes]:
-    """The `run.json` of each stage, which every run of the stage writes anew."""
-    return {name: (study.output / name / "run.json").read_bytes() for name in STAGES}
+def runs_of(folder: Path) -> dict[str, bytes]:
+    """The `run.json` of each stage in a folder, which every run of the stage writes anew."""
+    return {
+        path.parent.name: path.read_bytes() for path in folder.glob("*/run.json") if path.parent.suffix != ".partial"
+    }
 
 
 def rerun(study: ToyStudy, *flags) -> set[str]:
     """Runs the study again in this process; returns the stages that were run."""
-    before = runs(study)
+    before = runs_of(study.output)
     run_script("run_study.py", *study.flags(study.output), *flags)
-    after = runs(study)
-    return {name for name in STAGES if before[name] != after[name]}
+    after = runs_of(study.output)
+    return {name for name in after if before.get(name) != after[name]}

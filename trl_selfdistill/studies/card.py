@@ -1,84 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of an arm of the study: how it was trained, and what it kept, learnt and made up, with intervals."""
+"""The model card of a variant of the study: how it was trained, and what it kept, learnt and made up."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..hallucination.bootstrap import Interval, mean_interval
+from ..files import read_json
+from ..hallucination.intervals import mean_interval
 from ..hub.environment import describe_environment
-from ..hub.metadata import license_of, method_of
-from ..hub.model_card import update_model_card, weights_sha256
+from ..hub.markdown import format_interval, markdown_table
+from ..hub.model_card import method_of, update_model_card, weights_sha256
 from .fact_accuracy import AccuracyRecord
-from .report import ArmResult, render_findings, render_table
+from .results import VariantResult, render_findings, render_table
 from .stage import RUN_FILE
 
 
+# Name and type of each metric, its split, and whether right answers count or wrong ones
 _METRICS = (
-    ("factual_stability", "Stability", "higher", "heldout", "Held-out HighlyKnown facts"),
-    ("factual_plasticity", "Plasticity", "higher", "new", "New facts"),
-    ("hallucination_rate", "Hallucination rate", "lower", "heldout", "Held-out HighlyKnown facts"),
+    ("Stability ↑", "factual_stability", "heldout", True),
+    ("Plasticity ↑", "factual_plasticity", "new", True),
+    ("Hallucination rate ↓", "hallucination_rate", "heldout", False),
 )
 
 
-def write_model_card(arm: ArmResult, arms: list[ArmResult], folder: Path) -> Path:
+def write_model_card(variant: VariantResult, variants: list[VariantResult], folder: Path) -> Path:
     """
-    Writes the card into an arm's `folder` and returns its path.
+    Writes the card into a variant's `folder` and returns its path.
 
     Args:
-        arm ([`~trl_selfdistill.studies.report.ArmResult`]):
-            The arm whose checkpoint `folder` holds.
-        arms (`list[ArmResult]`):
-            All arms of the table, the baseline first; `[arm]` before there are others.
-        folder (`Path`):
-            The checkpoint, with its `run.json`, and `curves.png` if there is one.
+        variant ([`VariantResult`]): The variant whose checkpoint `folder` holds.
+        variants (`list[VariantResult]`): All variants of the table, the baseline first.
+        folder (`Path`): The checkpoint, with its `run.json`, and `curves.png` if there is one.
     """
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    environment = {name: run[name] for name in describe_environment().keys() & run.keys()}
-    base_model = arm.training["origin"]
-    training = {name: value for name, value in arm.training.items() if name not in ("log_history", "origin")}
-    training |= {"base_model": base_model, "environment": environment}
-    training["license"] = license_of(base_model) or training.get("license")
+    run = read_json(folder / RUN_FILE)
+    training = {name: value for name, value in variant.training.items() if name != "log_history"}
+    training["environment"] = {name: run[name] for name in describe_environment()}
     results = {
-        "arm": arm.label,
+        "variant": variant.title,
         "weights_sha256": weights_sha256(folder),
-        "metrics": measure(arm, arms),
-        "table": render_table(arms),
-        "findings": render_findings(arms),
-        "num_facts": arm.summary()["num_facts"],
+        "metrics": _eval_results(variant.records[-1]),
+        "metrics_table": render_metrics(variant, variants),
+        "table": render_table(variants),
+        "findings": render_findings(variants),
+        "num_facts": variant.summary()["num_facts"],
+        "has_figure": (folder / "curves.png").is_file(),
     }
     return update_model_card(folder, training=training, results=results)
 
 
-def measure(arm: ArmResult, arms: list[ArmResult]) -> list[dict[str, Any]]:
-    """
-    Stability, plasticity and hallucination rate at the end of an arm, of the base model and of plain SFT, and the
-    differences: each a fraction with its 95 % bootstrap interval over facts, paired where two models are compared.
-    """
-    end = arm.records[-1]
-    sft = next((other for other in arms if method_of(other.training) == "sft" and other is not arm), None)
-    others = {"base": arm.base} | ({"sft": sft.records[-1]} if sft is not None else {})
-    metrics = []
-    for metric, name, better, split, facts in _METRICS:
-        ours = _values(metric, end, split)
-        row = {"type": metric, "name": name, "better": better, "split": split, "facts": facts, "num_facts": len(ours)}
-        row["model"] = _rate(ours)
-        for other, record in others.items():
-            row[other] = _rate(_values(metric, record, split))
-            row[f"minus_{other}"] = mean_interval(ours - _values(metric, record, split))._asdict()
-        metrics.append(row)
-    return metrics
+def render_metrics(variant: VariantResult, variants: list[VariantResult]) -> str:
+    """The metrics at the end of a variant, of the base model and of plain SFT, and the differences, fact by fact."""
+    others = {"the base": variant.base}
+    if sft := [other for other in variants if method_of(other.training) == "sft" and other is not variant]:
+        others["plain SFT"] = sft[0].records[-1]
+    header = ["fraction in [0, 1], 95 % interval", "this model", *others]
+    header += [f"difference from {name}" for name in others]
+    rows = []
+    for name, _, split, count_right in _METRICS:
+        ours = _outcomes(variant.records[-1], split, count_right)
+        theirs = [_outcomes(record, split, count_right) for record in others.values()]
+        rates = [format_interval(mean_interval(values.astype(bool))) for values in (ours, *theirs)]
+        rows.append([name, *rates, *(format_interval(mean_interval(ours - values), signed=True) for values in theirs)])
+    return markdown_table(header, rows)
 
 
-def _values(metric: str, record: AccuracyRecord, split: str) -> np.ndarray:
-    """1 for each fact that counts in the rate, else 0, in the order of the facts' ids."""
-    correct = record.correct[split]
-    right = np.array([correct[fact_id] for fact_id in sorted(correct)], dtype=np.float64)
-    return 1.0 - right if metric == "hallucination_rate" else right
+def _eval_results(end: AccuracyRecord) -> list[dict]:
+    """The arguments of a [`~huggingface_hub.EvalResult`] for each metric, for the card's metadata."""
+    return [
+        {
+            "task_type": "text-generation",
+            "dataset_type": "trl-selfdistill/unpublished-facts",
+            "dataset_name": "Held-out HighlyKnown facts" if split == "heldout" else "New facts",
+            "dataset_split": split,
+            "metric_type": metric,
+            "metric_name": name[:-2],
+            "metric_value": round(float(_outcomes(end, split, count_right).mean()), 4),
+        }
+        for name, metric, split, count_right in _METRICS
+    ]
 
 
-def _rate(values: np.ndarray) -> dict[str, float]:
-    interval: Interval = mean_interval(values)
-    return interval._asdict()
+def _outcomes(record: AccuracyRecord, split: str, count_right: bool) -> np.ndarray:
+    """1 for each fact that counts, else 0, in the order of the facts' ids."""
+    return record.outcomes(split) if count_right else 1 - record.outcomes(split)

@@ -1,59 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on a user's own dataset with the steps of `trl sft`: load, train, save, push if asked."""
+"""What the training scripts do: train on a mix of facts, or on a user's own dataset as `trl sft` does."""
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict
-from transformers import Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import Trainer
+from trl import ModelConfig, SFTConfig, get_peft_config
 
-from ..trainers.dataset_files import load_splits
-from .arguments import AdapterArguments, TrainingDataArguments
-from .models import load_model_and_tokenizer
+from ..parameters.structure import keep_trainable
+from .arguments import TrainingDataArguments
+from .models import load_model_and_tokenizer, loading_options
+from .runs import StudySetup, Variant, train_variant
+from .stages import facts_of_mix
+from .tables import load_table
 
 
-def train_on_dataset(
-    trainer_class: type[Trainer],
-    config: TrainingArguments,
-    data: TrainingDataArguments,
-    adapter: AdapterArguments | None = None,
+def train_as_asked(
+    trainer_class: type[Trainer], config: SFTConfig, data: TrainingDataArguments, model_args: ModelConfig
 ) -> Path:
     """
-    Trains on `data.dataset_name` and leaves the model with its card in `config.output_dir`, which is returned. It
-    resumes where `config.resume_from_checkpoint` says.
+    Trains on `data.mix` or `data.dataset_name` and leaves the model with its card in `config.output_dir`, which is
+    returned.
 
     Args:
         trainer_class (`type[Trainer]`): `SFTTrainer` or a subclass of it.
-        config ([`~transformers.TrainingArguments`]): Its configuration.
-        data ([`~trl_selfdistill.studies.arguments.TrainingDataArguments`]): The model and the dataset.
-        adapter ([`~trl_selfdistill.studies.arguments.AdapterArguments`], *optional*): Whether to train an adapter.
-
-    Raises:
-        ValueError: If the dataset has not the splits asked for.
+        config ([`~trl.SFTConfig`]): Its configuration. With a dataset, `resume_from_checkpoint` is the start.
+        data ([`TrainingDataArguments`]): The mix with the splits to train on, or the dataset.
+        model_args ([`~trl.ModelConfig`]): The model, and whether to train an adapter.
     """
-    dataset = load_splits(data.dataset_name, data.dataset_config)
-    model, options = data.model_name_or_path, {}
-    if adapter is not None and adapter.use_peft:
-        model, options["processing_class"] = load_model_and_tokenizer(model, load_in_4bit=adapter.load_in_4bit)
-        if not hasattr(model, "peft_config"):
-            options["peft_config"] = adapter.peft_config()
+    folder = Path(config.output_dir)
+    if data.mix is not None:
+        setup = StudySetup(model_args.model_name_or_path, Path(data.mix), config, model_args)
+        variant = Variant(folder.name, folder.name, trainer_class)
+        train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix, tuple(data.splits)))
+        return folder
+
+    def load(split: str) -> Dataset:
+        return load_table(data.dataset_name, split, data.dataset_config)
+
+    model, options = model_args.model_name_or_path, {"peft_config": get_peft_config(model_args)}
+    if (Path(model) / "adapter_config.json").is_file():  # an adapter that is trained further
+        model, tokenizer = load_model_and_tokenizer(model, model_args, config.trust_remote_code)
+        options = {"processing_class": tokenizer}
+    else:  # SFTTrainer loads it: it knows the class, be it a vision-language model, and its processor
+        config.model_init_kwargs = loading_options(model_args) | (config.model_init_kwargs or {})
     trainer = trainer_class(
         model,
         config,
-        train_dataset=_split(dataset, "dataset_train_split", data),
-        eval_dataset=_split(dataset, "dataset_test_split", data) if config.eval_strategy != "no" else None,
+        train_dataset=load(data.dataset_train_split),
+        eval_dataset=load(data.dataset_test_split) if config.eval_strategy != "no" else None,
         **options,
     )
+    keep_trainable(trainer.model)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)  # writes the card, too
     else:
-        trainer.create_model_card(Path(config.output_dir).name)
-    return Path(config.output_dir)
-
-
-def _split(dataset: DatasetDict, argument: str, data: TrainingDataArguments) -> Dataset:
-    name = getattr(data, argument)
-    if name not in dataset:
-        raise ValueError(f"`{argument}` is {name!r}, and {data.dataset_name} has the splits {', '.join(dataset)}.")
-    return dataset[name]
+        trainer.create_model_card(folder.name)
+    return folder

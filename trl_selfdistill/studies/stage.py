@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stage of a study: work that reads files and leaves a folder, done once for the same arguments and inputs.
 
-A stage writes into `<folder>.partial`, which takes the folder's place only when it is complete: a kill, a full disk
-or an error leaves what was there before, and the next run goes on in the partial folder (or starts it anew when its
-arguments changed).
+A stage writes into `<folder>.partial`, which takes the folder's place when it is complete. After an error or a kill
+the folder is what it was before, and the next run goes on in the partial folder if its arguments are the same.
 """
 
 import hashlib
@@ -12,16 +11,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from safetensors import SafetensorError
 
+from ..files import read_json, write_json
 from ..hub.environment import describe_environment
-from ..trainers.checkpoints import is_disk_error
 
 
 logger = logging.getLogger(__name__)
@@ -40,92 +37,65 @@ def run_stage(
     Runs `work(partial_folder)` unless `folder` already holds its result, and returns `folder`.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            Where the result goes. `run.json` in it tells the arguments, inputs, versions and duration.
-        arguments (`dict[str, Any]`):
-            Everything that the result depends on, as JSON values. A changed one runs the stage again.
-        inputs (`Iterable[str | os.PathLike]`):
-            Files and folders that the stage reads. A changed one runs the stage again.
-        work (`Callable[[Path], None]`):
-            Writes the result into the folder it is given. What it finds there is its own unfinished work, by the same
-            arguments and inputs.
-        every_process (`bool`, *optional*, defaults to `False`):
-            Whether all the processes of a distributed launch take part (asking a model, training); otherwise the main
-            one works alone.
+        folder (`str` or `os.PathLike`): Where the result goes, with `run.json`, which tells how it was made.
+        arguments (`dict[str, Any]`): Everything that the result depends on. A changed one runs the stage again.
+        inputs (`Iterable[str | os.PathLike]`): Files and folders that it reads. A changed one runs the stage again.
+        work (`Callable[[Path], None]`): Writes the result into the folder that it is given. What it finds there is its
+            own unfinished work, with the same arguments and inputs.
+        every_process (`bool`, *optional*, defaults to `False`): Whether all processes of a distributed launch take
+            part, as in training. Otherwise the main one works alone.
 
     Raises:
         FileNotFoundError: If an input is missing.
-        ValueError: If `folder` holds what no stage wrote, or an input: the result would take its place.
-        OSError: If the result cannot be written; the message says where and that finished stages are kept.
+        ValueError: If `folder` holds an input, or files that no stage wrote: the result would take their place.
     """
     folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
     state = PartialState()
+    arguments = json.loads(json.dumps(arguments, default=str))
     inputs = {os.fspath(path): fingerprint(path) for path in inputs}
-    key = _digest(json.dumps(_canonical([arguments, list(inputs.values())]), sort_keys=True).encode())
+    # All numbers as floats: a flag gives 20.0 where YAML gives 20
+    identity = json.loads(json.dumps([arguments, *inputs.values()]), parse_int=float)
+    key = _digest(json.dumps(identity, sort_keys=True).encode())
     done = _run_of(folder).get("key") == key
     if not done:
         _refuse_to_replace(folder, inputs)
-    state.wait_for_everyone()  # nobody changes the folder before all have looked
+    unfinished = _run_of(partial)
+    complete = unfinished.get("key") == key and "seconds" in unfinished  # killed before it took the folder's place
+    state.wait_for_everyone()  # nobody changes a folder before all have looked
     if done:
         logger.info(f"{folder.name}: nothing has changed, kept.")
         return folder
-    partial = folder.with_name(folder.name + ".partial")
     run = {"key": key, "arguments": arguments, "inputs": inputs, **describe_environment()}
-    earlier = _run_of(partial)
-    complete = earlier.get("key") == key and "seconds" in earlier  # killed right before it took the folder's place
+    if state.is_main_process and unfinished.get("key") != key:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / RUN_FILE, run)
     state.wait_for_everyone()
-    with explain_full_disk(folder.name, partial):
-        if state.is_main_process and earlier.get("key") != key:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _write_json(partial / RUN_FILE, run)
-        state.wait_for_everyone()
-        started = time.monotonic()
-        if not complete and (every_process or state.is_main_process):
-            work(partial)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            if not complete:
-                _write_json(partial / RUN_FILE, {**run, "seconds": round(time.monotonic() - started, 1)})
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+    started = time.monotonic()
+    if not complete and (every_process or state.is_main_process):
+        work(partial)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if not complete:
+            write_json(partial / RUN_FILE, {**run, "seconds": round(time.monotonic() - started, 1)})
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     state.wait_for_everyone()
     return folder
-
-
-@contextmanager
-def explain_full_disk(stage: str, folder: Path) -> Iterator[None]:
-    """Turns the errors of a full disk into one that says where it happened and that the same command goes on."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if not is_disk_error(error):
-            raise
-        raise OSError(
-            f"The stage {stage!r} could not write into {folder}: {error}. Free some space there and run the same "
-            "command again: finished stages are kept, and this one goes on from its last checkpoint."
-        ) from error
 
 
 def _refuse_to_replace(folder: Path, inputs: Iterable[str]) -> None:
     for path in inputs:
         if Path(path).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"The result would take the place of {folder}, which holds its input {path}. Choose another folder, "
-                "such as one beside it."
-            )
-    if not (folder / RUN_FILE).is_file() and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(
-            f"The result would take the place of {folder}, which no stage wrote (it has no {RUN_FILE}). Choose "
-            "another folder, or move what is there."
-        )
+            raise ValueError(f"The result would take the place of {folder}, which holds its input {path}.")
+    if folder.exists() and not (folder / RUN_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"The result would take the place of {folder}, which no stage wrote: no {RUN_FILE} in it.")
 
 
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    What identifies the content of an input: the SHA-256 of a file; of a stage's folder, that of its key and of the
-    JSONL files in it, which may be edited by hand; of any other folder (a model), that of its files' names, sizes and
-    times.
+    Identifies the content of an input: a file by its SHA-256; the folder of a stage by its key and by its JSONL files,
+    which may be edited by hand; any other folder (a model) by the names, sizes and times of its files.
     """
     path = Path(path)
     if path.is_file():
@@ -140,39 +110,17 @@ def fingerprint(path: str | os.PathLike) -> str:
     return _digest(json.dumps(stats).encode())
 
 
-def model_identity(model: str) -> tuple[dict[str, str], list[str]]:
-    """
-    The arguments and the inputs by which a stage depends on a model: a Hub id is an argument, a folder an input, as it
-    counts by its content, so that a study may be moved.
-    """
-    return ({}, [model]) if Path(model).is_dir() else ({"model": model}, [])
-
-
 def run_arguments(folder: str | os.PathLike) -> dict[str, Any]:
     """The arguments of the stage that wrote `folder`, empty if none did."""
     return _run_of(Path(folder)).get("arguments", {})
 
 
 def _run_of(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `run.json`, empty without one."""
-    path = folder / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _canonical(value):
-    """The same JSON value with whole numbers as integers: a flag gives 20.0 where YAML gives 20."""
-    if isinstance(value, dict):
-        return {name: _canonical(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    if run.get("versions", {}).get("trl-selfdistill") == "0.1.0":
+        raise ValueError(f"{folder} was written by trl-selfdistill 0.1.0 and is not read. Move or delete it.")
+    return run
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -1,167 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of the study, each from a file or folder to another (see `stage`).
+"""The stages of a study, each from a file or folder to another (see `stage`).
 
-model -> facts -> annotated -> mix -> stage1 -> one folder for each arm -> report
-
-Every folder tells in `run.json` how it was made; a training stage adds `accuracy.jsonl` and `training.json`.
+facts -> model -> annotated -> mix -> stage1 -> one folder for each run (see `runs`) -> report
 """
 
-import json
 import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
+from ..files import write_json
 from ..hub.markdown import escape_markdown
 from ..slick.slick import annotate_facts
-from .arguments import (
-    AdapterArguments,
-    EvaluationArguments,
-    ModelAndFactsArguments,
-    SlickArguments,
-    Stage1Arguments,
-)
+from ..trainers import SelfDistillSFTConfig
+from .arguments import FactsArguments, SlickArguments, Stage1Arguments
 from .card import write_model_card
-from .fact_accuracy import accuracy_by_group, predict_facts
-from .facts.files import write_rows
 from .facts.geonames import geonames_facts, known_place_names
-from .facts.table import load_facts, save_facts
-from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, load_model_and_tokenizer, save_embedded_model
-from .report import load_arms, plot_curves, render_findings, render_table
-from .small_llama import ModelKindArguments, SmallLlamaSettings, pretrain_in_one_process
-from .stage import explain_full_disk, model_identity, run_stage
-from .training_mix import MixSettings, build_training_mix
-from .training_stage import copy_config, train_stage
+from .facts.table import load_facts, read_facts, save_facts
+from .models import (
+    EMBEDDED_MODEL,
+    EMBEDDED_MODEL_ID,
+    SMALL_LLAMA,
+    ModelArguments,
+    load_model_and_tokenizer,
+    model_identity,
+    save_embedded_model,
+)
+from .results import plot_curves, read_result, render_findings, render_table
+from .runs import RunFacts, StudySetup, Variant, copy_config, train_variant
+from .small_llama import SmallLlamaSettings, pretrain_small_llama
+from .stage import run_stage
+from .training_mix import MixSettings, build_training_mix, load_mix
 
-
-__all__ = [
-    "annotate_stage",
-    "evaluate_stage",
-    "facts_stage",
-    "mix_stage",
-    "model_stage",
-    "report_stage",
-    "stage1_stage",
-    "start_model_stage",
-    "train_stage",
-]
 
 FACTS_FILE = "facts.jsonl"
-PREDICTIONS_FILE = "predictions.jsonl"
-ACCURACY_FILE = "accuracy.json"
-GEONAMES = "geonames"
+# What the scripts of whole studies parse beside arguments of their own, in the order of `prepare_study`
+STUDY_ARGUMENTS = (ModelArguments, FactsArguments, SlickArguments, MixSettings, SmallLlamaSettings, Stage1Arguments)
+STUDY_ARGUMENTS += (SelfDistillSFTConfig,)
 
 
-def model_stage(name_or_path: str, folder: Path) -> str:
-    """The model to load by: `name_or_path`, or the folder that the embedded model was written to."""
-    if name_or_path != EMBEDDED_MODEL:
-        return name_or_path
-    return os.fspath(run_stage(folder, {"model": EMBEDDED_MODEL}, [], save_embedded_model))
+def prepare_study(
+    model_args: ModelArguments,
+    facts_args: FactsArguments,
+    slick_args: SlickArguments,
+    mix_settings: MixSettings,
+    small_llama: SmallLlamaSettings,
+    stage1_args: Stage1Arguments,
+    config: SelfDistillSFTConfig,
+) -> StudySetup:
+    """
+    The stages before the runs of a study, in folders below `config.output_dir`: what the model knows, what it is
+    trained on, and the format that it learns first. The arguments are [`STUDY_ARGUMENTS`].
+
+    Raises:
+        ValueError: If the model is quantised and no adapter is trained.
+    """
+    if get_quantization_config(model_args) is not None and not model_args.use_peft:
+        raise ValueError(
+            "`load_in_4bit` and `load_in_8bit` need `use_peft`: quantised weights cannot be trained, an adapter can."
+        )
+    output = Path(config.output_dir)
+    facts = facts_stage(facts_args, output / "facts")
+    model, label = model_stage(model_args.model_name_or_path, output / "model", facts, small_llama)
+    annotated = annotate_stage(model, model_args, facts, slick_args, output / "annotated", config)
+    mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
+    setup = StudySetup(model, mix, config, model_args, annotated, label)
+    start = stage1_stage(stage1_args, setup, output / "stage1")
+    return setup._replace(start=os.fspath(start))
 
 
-def start_model_stage(
-    arguments: ModelAndFactsArguments,
-    kind: ModelKindArguments,
-    settings: SmallLlamaSettings,
-    facts: Path,
-    folder: Path,
+def model_stage(
+    name_or_path: str, folder: Path, facts: Path, small_llama: SmallLlamaSettings | None = None
 ) -> tuple[str, str]:
     """
-    The model to load by, and its name for readers: one that there is, or a small Llama that is trained from scratch on
-    the facts, in `folder`.
+    The model to load by, and its name for readers.
+
+    Args:
+        name_or_path (`str`): Hub id, folder, `embedded`, or `small_llama` for one that is trained on the facts first.
+        folder (`Path`): Where the last two are written.
+        facts (`Path`): The facts.
+        small_llama ([`SmallLlamaSettings`], *optional*): Size and training of the small Llama.
     """
-    if kind.model_kind == "pretrained":
-        name = arguments.model_name_or_path
-        label = EMBEDDED_MODEL_ID if name == EMBEDDED_MODEL else name
-        return model_stage(name, folder), label.rstrip("/").split("/")[-1]
-    if arguments.model_name_or_path != EMBEDDED_MODEL:
-        raise ValueError(
-            f"`model_name_or_path={arguments.model_name_or_path!r}` with `model_kind='small_llama'`, which trains a "
-            "model of its own. Add `--model_kind pretrained`, or leave the name out."
-        )
 
-    def work(partial: Path) -> None:
-        table = load_facts(facts)
-        places = known_place_names() if {"P17", "P131"} & set(table["relation"]) else ()
-        pretrain_in_one_process(table, partial, settings, places)
+    def pretrain(partial: Path) -> None:
+        table = read_facts(facts)
+        pretrain_small_llama(table, partial, settings, _place_names(table))
 
-    run_stage(folder, {"small_llama": asdict(settings)}, [facts], work)
-    return os.fspath(folder), f"small Llama (width {settings.hidden_size}, {settings.num_layers} layers)"
+    if name_or_path == EMBEDDED_MODEL:
+        run_stage(folder, {"model": EMBEDDED_MODEL}, [], save_embedded_model)
+        return os.fspath(folder), EMBEDDED_MODEL_ID.split("/")[-1]
+    if name_or_path == SMALL_LLAMA:
+        settings = small_llama or SmallLlamaSettings()
+        run_stage(folder, {"small_llama": asdict(settings)}, [facts], pretrain)
+        return os.fspath(folder), f"small Llama (width {settings.hidden_size}, {settings.num_layers} layers)"
+    return name_or_path, name_or_path.rstrip("/").split("/")[-1]
 
 
-def facts_stage(arguments: ModelAndFactsArguments, folder: Path) -> Path:
+def _place_names(facts: Dataset) -> frozenset[str]:
+    """All names of places that are known, if facts are about places."""
+    return known_place_names() if {"P17", "P131"} & set(facts["relation"]) else frozenset()
+
+
+def facts_stage(arguments: FactsArguments, folder: Path) -> Path:
     """Writes the facts to ask about to `folder/facts.jsonl`, and returns that file."""
 
     def work(partial: Path) -> None:
-        relations = arguments.fact_relations
-        if arguments.facts == GEONAMES:
-            facts = geonames_facts(relations, arguments.max_facts_per_relation, arguments.max_facts_per_answer)
+        if arguments.facts == "geonames":
+            facts = geonames_facts(arguments.fact_relations)
         else:
-            facts = _limited(load_facts(arguments.facts, arguments.facts_split), arguments)
-        save_facts(facts, partial / FACTS_FILE)
+            facts = load_facts(arguments.facts, arguments.facts_split)
+        save_facts(_limited(facts, arguments), partial / FACTS_FILE)
 
-    settings = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name != "model_name_or_path"}
     inputs = [arguments.facts] if Path(arguments.facts).exists() else []
-    return run_stage(folder, settings, inputs, work) / FACTS_FILE
+    return run_stage(folder, asdict(arguments), inputs, work) / FACTS_FILE
 
 
-def _limited(facts: Dataset, arguments: ModelAndFactsArguments) -> Dataset:
+def _limited(facts: Dataset, arguments: FactsArguments) -> Dataset:
     """The facts of the wanted relations, in their order, up to the limits of each relation and answer."""
-    relations = arguments.fact_relations or list(dict.fromkeys(facts["relation"]))
-    if missing := set(relations) - set(facts["relation"]):
+    table = facts.select_columns(["relation", "answer"]).to_pandas()
+    relations = arguments.fact_relations or table["relation"]
+    if missing := set(relations) - set(table["relation"]):
         raise ValueError(
             f"`fact_relations` asks for {', '.join(sorted(missing))}, which {arguments.facts} does not have. It has: "
-            f"{', '.join(sorted(set(facts['relation'])))}."
+            f"{', '.join(sorted(set(table['relation'])))}."
         )
-    per_relation, per_answer, kept = {}, {}, []
-    for row, (relation, answer) in enumerate(zip(facts["relation"], facts["answer"], strict=True)):
-        if relation not in relations:
-            continue
-        counts = per_relation.get(relation, 0), per_answer.get((relation, answer), 0)
-        limits = arguments.max_facts_per_relation, arguments.max_facts_per_answer
-        if any(limit is not None and count >= limit for count, limit in zip(counts, limits, strict=True)):
-            continue
-        per_relation[relation], per_answer[relation, answer] = counts[0] + 1, counts[1] + 1
-        kept.append(row)
-    return facts.select(kept)
+    limits = arguments.max_facts_per_relation, arguments.max_facts_per_answer
+    if any(limit is not None and limit < 1 for limit in limits):
+        raise ValueError(f"`max_facts_per_relation` and `max_facts_per_answer` must be at least 1, got {limits}.")
+    table = table[table["relation"].isin(relations)]
+    table = table.groupby(["relation", "answer"]).head(arguments.max_facts_per_answer or len(table))
+    table = table.groupby("relation").head(arguments.max_facts_per_relation or len(table))
+    return facts.select(table.index)
 
 
 def annotate_stage(
-    model: str,
-    facts: Path,
-    slick: SlickArguments,
-    folder: Path,
-    bf16: bool = False,
-    seed: int = 0,
-    load_in_4bit: bool = False,
+    model: str, model_args: ModelConfig, facts: Path, slick: SlickArguments, folder: Path, run: SFTConfig
 ) -> Path:
-    """Asks `model` the facts and writes them with their SLiCK category to `folder/facts.jsonl`; returns that file."""
-    settings = slick.settings(seed)
+    """
+    Asks a model the facts and writes them with their SLiCK category to `folder/facts.jsonl`, which is returned.
+
+    Args:
+        model (`str`): Hub id or folder.
+        model_args ([`~trl.ModelConfig`]): How it is loaded.
+        facts (`Path`): File of the facts.
+        slick ([`SlickArguments`]): How it is asked.
+        folder (`Path`): Where the result goes.
+        run ([`~trl.SFTConfig`]): Its `bf16`, `seed` and `trust_remote_code` are used.
+    """
+    settings = slick.settings(run.seed)
 
     def work(partial: Path) -> None:
-        language_model, tokenizer = load_model_and_tokenizer(model, load_in_4bit=load_in_4bit)
-        language_model.to(PartialState().device)
-        with torch.autocast(language_model.device.type, torch.bfloat16, enabled=bf16):
-            annotated = annotate_facts(
-                load_facts(facts),
-                language_model,
-                tokenizer,
-                settings,
-                batch_size=slick.slick_batch_size,
-                progress_file=partial / "progress.jsonl",
-            )
+        loaded, tokenizer = load_model_and_tokenizer(model, model_args, run.trust_remote_code)
+        loaded.to(PartialState().device)
+        how = {"batch_size": slick.slick_batch_size, "progress_file": partial / "progress.jsonl"}
+        with torch.autocast(loaded.device.type, torch.bfloat16, enabled=bool(run.bf16)):
+            annotated = annotate_facts(read_facts(facts), loaded, tokenizer, settings, **how)
         if PartialState().is_main_process:
             save_facts(annotated, partial / FACTS_FILE)
 
-    name, inputs = model_identity(model)
-    arguments = {"slick": asdict(settings), "bf16": bf16, "batch_size": slick.slick_batch_size, **name}
-    if load_in_4bit:
-        arguments["load_in_4bit"] = True
+    identity, inputs = model_identity(model, model_args)
+    arguments = {"slick": asdict(settings), "bf16": run.bf16, "batch_size": slick.slick_batch_size, **identity}
     return run_stage(folder, arguments, [facts, *inputs], work, every_process=True) / FACTS_FILE
 
 
@@ -169,88 +172,54 @@ def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 
     """Writes the splits `known`, `new` and `heldout` as JSONL files to `folder`, and returns it."""
 
     def work(partial: Path) -> None:
-        facts = load_facts(annotated)
-        has_places = settings.new_facts == "invented" and {"P17", "P131"} & set(facts["relation"])
-        places = known_place_names() if has_places else ()
+        facts = read_facts(annotated)
+        places = _place_names(facts) if settings.new_facts == "invented" else ()
         for name, split in build_training_mix(facts, settings, seed, exclude=places).items():
             save_facts(split, partial / f"{name}.jsonl")
 
     return run_stage(folder, {"mix": asdict(settings), "seed": seed}, [annotated], work)
 
 
-def stage1_stage(
-    arguments: Stage1Arguments,
-    config: SFTConfig,
-    model: str,
-    mix: Path,
-    folder: Path,
-    adapter: AdapterArguments | None = None,
-) -> Path:
-    """Teaches `model` the format on the Known facts of `mix`: the start of every run, and the teacher."""
-    changes = {
-        "num_train_epochs": arguments.stage1_num_train_epochs,
-        "learning_rate": arguments.stage1_learning_rate,
-        "per_device_train_batch_size": arguments.stage1_batch_size,
-    }
-    stage1 = copy_config(SFTConfig, config, **changes)
-    return train_stage(SFTTrainer, stage1, model, mix, ("known",), folder, adapter=adapter)
+def facts_of_mix(mix: Path, splits: tuple[str, ...] = ("known", "new")) -> RunFacts:
+    """All facts of a mix as those that are asked, and those of `splits` to train on."""
+    facts = load_mix(mix)
+    known, new = (facts[name] if name in splits else facts[name].select([]) for name in ("known", "new"))
+    return RunFacts(known, new, facts)
 
 
-def evaluate_stage(arguments: EvaluationArguments) -> Path:
-    """
-    Asks a model facts and writes `predictions.jsonl` (a line for each fact) and `accuracy.json` (overall, by relation
-    and, for annotated facts, by SLiCK category) to `arguments.output_dir`, which it returns.
-    """
-    model = arguments.model_name_or_path
-
-    def work(partial: Path) -> None:
-        facts = load_facts(arguments.facts, arguments.facts_split)
-        language_model, tokenizer = load_model_and_tokenizer(model, load_in_4bit=arguments.load_in_4bit)
-        language_model.to(PartialState().device)
-        with torch.autocast(language_model.device.type, torch.bfloat16, enabled=arguments.bf16):
-            predictions = predict_facts(
-                language_model,
-                tokenizer,
-                facts,
-                method=arguments.method,
-                batch_size=arguments.batch_size,
-                max_new_tokens=arguments.max_new_tokens,
-            )
-        if not PartialState().is_main_process:
-            return
-        write_rows(predictions, partial / PREDICTIONS_FILE)
-        accuracy = json.dumps(accuracy_by_group(facts, predictions), indent=2, ensure_ascii=False)
-        (partial / ACCURACY_FILE).write_text(accuracy + "\n", encoding="utf-8")
-
-    name, inputs = model_identity(model)
-    settings = {k: v for k, v in asdict(arguments).items() if k not in ("model_name_or_path", "output_dir")}
-    if not arguments.load_in_4bit:  # evaluations from before there was the choice stay done
-        del settings["load_in_4bit"]
-    if Path(arguments.facts).exists():
-        inputs = [arguments.facts, *inputs]
-    return run_stage(Path(arguments.output_dir), {**settings, **name}, inputs, work, every_process=True)
+def stage1_stage(arguments: Stage1Arguments, setup: StudySetup, folder: Path) -> Path:
+    """Teaches the model the format on the Known facts of the mix: the start of every run, and the teacher."""
+    changes = {"num_train_epochs": 1, "learning_rate": arguments.stage1_learning_rate}
+    config = copy_config(SFTConfig, setup.config, per_device_train_batch_size=8, **changes)
+    variant = Variant("stage1", "Stage 1")
+    train_variant(variant, setup._replace(config=config), folder, lambda partial: facts_of_mix(setup.mix, ("known",)))
+    return folder
 
 
 def report_stage(folders: list[Path], output: Path) -> str:
     """
-    Compares finished arms, the first being the baseline, and returns the table and its findings as text.
+    Compares finished variants, the first being the baseline, and returns the table and its findings as text.
 
     Writes `report.md`, `curves.png` and `results.json` to `output`, and a model card with the figure into each folder.
+    The folders must have different names, and their variants the same facts.
     """
-    arms = load_arms(folders)
+    results = [read_result(folder) for folder in folders]
+    baseline, names = results[0], [result.name for result in results]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Variants are told apart by the names of their folders, got {names}. Rename some of them.")
+    text = f"{render_table(results)}\n\n{render_findings(results)}\n"
+    numbers = {result.name: result.summary() | {"forgetting_difference": None} for result in results}
+    for result in results[1:]:
+        numbers[result.name]["forgetting_difference"] = result.forgetting_difference(baseline)._asdict()
     output.mkdir(parents=True, exist_ok=True)
-    origin = escape_markdown(arms[0].training["origin"] or "a local model")
-    new_facts = arms[0].training["mix"]["mix"]["new_facts"]
-    text = f"{render_table(arms)}\n\n{render_findings(arms)}\n"
-    results = json.dumps({arm.name: arm.summary() for arm in arms}, indent=2, ensure_ascii=False)
+    write_json(output / "results.json", numbers)
+    origin = escape_markdown(baseline.training["origin"] or "a local model")
+    new_facts = baseline.training["mix"]["mix"]["new_facts"]
+    title = f"{origin.split('/')[-1]}: training on known and {new_facts} new facts"
+    plot_curves(results, output / "curves.png", title)
     heading = f"# {origin}: what fine-tuning made it forget"
-    with explain_full_disk("report", output):
-        plot_curves(
-            arms, output / "curves.png", f"{origin.split('/')[-1]}: training on known and {new_facts} new facts"
-        )
-        (output / "results.json").write_text(results + "\n", encoding="utf-8")
-        (output / "report.md").write_text(f"{heading}\n\n{text}\n![Curves](curves.png)\n", encoding="utf-8")
-        for arm, folder in zip(arms, folders, strict=True):
-            shutil.copyfile(output / "curves.png", folder / "curves.png")
-            write_model_card(arm, arms, folder)
+    (output / "report.md").write_text(f"{heading}\n\n{text}\n![Curves](curves.png)\n", encoding="utf-8")
+    for result, folder in zip(results, folders, strict=True):
+        shutil.copyfile(output / "curves.png", folder / "curves.png")
+        write_model_card(result, results, folder)
     return text

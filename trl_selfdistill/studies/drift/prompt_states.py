@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes on inside of a model while it reads a question: hidden states at the entity that is asked about and at
-the end of the prompt, the distribution of the next token, and how much attention the entity gets.
-"""
+"""What a model computes while it reads a question, and how far that is from what it computed at the start of its
+training (arXiv 2604.15574, section 5)."""
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from transformers import PreTrainedModel
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, gather
 
+from ...parameters.structure import base_causal_lm
 from ...slick.generation import evaluation_mode
 from .subject_tokens import SubjectPrompt
 
@@ -21,7 +19,7 @@ POSITIONS = ("last_subject_token", "last_prompt_token")
 
 class PromptStates(NamedTuple):
     """
-    What a model makes of prompts, at two positions of each.
+    The states of a model on prompts.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(num_prompts, num_layers, 2, hidden_size)`):
@@ -34,125 +32,94 @@ class PromptStates(NamedTuple):
     log_probs: torch.Tensor
 
 
-def causal_lm_of(model: torch.nn.Module) -> PreTrainedModel:
-    """The model of transformers inside of what DDP, FSDP, DeepSpeed, `torch.compile` and PEFT put around it."""
-    model = extract_model_from_parallel(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def check_layers(model: torch.nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:
     """
-    The layers to look at, from 1 to the number of decoder blocks; by default the middle one and the last (14 and 28 of
-    28).
+    The layers to measure, from 1: `layers`, or the middle and the last one by default (14 and 28 of 28).
 
     Raises:
-        `ValueError`: If there is none, one is named twice, or the model has no such layer.
+        `ValueError`: If there is none, a layer is named twice, or the model does not have it.
     """
-    num_layers = _num_layers(causal_lm_of(model))
+    num_layers = base_causal_lm(model).config.get_text_config().num_hidden_layers
     if layers is None:
         return tuple(sorted({max(1, num_layers // 2), num_layers}))
-    wrong = [layer for layer in layers if type(layer) is not int or not 1 <= layer <= num_layers]
-    if wrong:
-        raise ValueError(f"`layers` has {wrong}; the model's layers are the whole numbers from 1 to {num_layers}.")
-    if not layers or len({*layers}) < len(layers):
-        raise ValueError(f"`layers` is {list(layers)}; name at least one layer, and each once.")
+    if not layers or len({*layers}) < len(layers) or not {*layers} <= {*range(1, num_layers + 1)}:
+        raise ValueError(f"`layers` is {list(layers)}; pass different whole numbers from 1 to {num_layers}.")
     return tuple(layers)
 
 
-def prompt_states(model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int]) -> PromptStates:
+def prompt_states(
+    model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int], batch_size: int = 32
+) -> PromptStates:
     """
-    What `model` makes of one batch of prompts, in one forward pass without gradients.
-
-    Layer `L` is `hidden_states[L]` of transformers: the output of the `L`-th decoder block and, for the last one, that
-    output after the final norm, as the LM head reads it.
+    The states of `model` on prompts. A collective: each process measures a share of the prompts and gets all states,
+    on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes: 0.63 GB for 1,000
+    prompts and two layers of Qwen2.5-1.5B. The log-probabilities are of the whole vocabulary, because the top tokens
+    miss what moves into the tail, and fp32, because fp16 puts a floor of about 1e-5 nats under a KL.
 
     Args:
-        model (`torch.nn.Module`): Causal language model, in any wrapper, in training mode or not (it is put back).
-        prompts (`Sequence[SubjectPrompt]`): The prompts of the batch.
-        layers (`Sequence[int]`): Layers, from 1.
+        model (`torch.nn.Module`): Causal language model; if its weights are sharded, in the wrapper that gathers them.
+        prompts (`Sequence[SubjectPrompt]`): From [`~trl_selfdistill.studies.drift.subject_tokens.subject_prompts`].
+        layers (`Sequence[int]`): Decoder blocks to read the output of, from 1; the last one after the final norm.
+        batch_size (`int`, *optional*, defaults to `32`): Prompts per forward pass and process.
     """
-    last, rows = _last_positions(prompts), torch.arange(len(prompts))
-    subject = last - torch.tensor([len(prompt.token_ids) - 1 - prompt.subject_positions[-1] for prompt in prompts])
+    # Prompts of similar length share a batch, for little padding
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))
+    results: list[torch.Tensor] = []
+    # Padded with repeated rows: with sharded weights, each forward pass is a collective
+    with PartialState().split_between_processes(order, apply_padding=True) as share:
+        for begin in range(0, len(share), batch_size):
+            rows = share[begin : begin + batch_size]
+            states = _states_of_batch(model, [prompts[row] for row in rows], layers)
+            rows = torch.tensor(rows, device=states.log_probs.device)
+            rows, *parts = gather([rows, *(part.contiguous() for part in states)])
+            results = results or [torch.empty(len(prompts), *part.shape[1:]) for part in parts]
+            for result, part in zip(results, parts, strict=True):
+                result[rows.cpu()] = part.cpu()
+    return PromptStates(*results)
+
+
+def _states_of_batch(model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int]) -> PromptStates:
+    device = base_causal_lm(extract_model_from_parallel(model)).device
+    width = max(len(prompt.token_ids) for prompt in prompts)
+    # Padding comes after the prompt, where a causal model cannot see it: it needs neither a mask nor a pad token
+    padded = [[*prompt.token_ids, *prompt.token_ids[-1:] * (width - len(prompt.token_ids))] for prompt in prompts]
+    # Positions are counted from the end, because adapters may put virtual tokens before the prompts
+    last = torch.tensor([len(prompt.token_ids) - 1 - width for prompt in prompts])
+    subject = torch.tensor([prompt.last_subject_token - width for prompt in prompts])
     with evaluation_mode(model):
-        outputs = _forward(model, prompts, output_hidden_states=list(layers))
-    # A model that knows `logits_to_keep` gives logits at the last positions only
-    kept, place = last.unique(return_inverse=True)
-    logits = outputs.logits[rows, place if outputs.logits.shape[1] == len(kept) else last]
-    positions = torch.stack([subject, last])
-    hidden_states = [outputs.hidden_states[layer][rows, positions].float().to(logits.device) for layer in layers]
-    return PromptStates(torch.stack(hidden_states).permute(2, 0, 1, 3), logits.float().log_softmax(-1))
+        outputs = model(
+            input_ids=torch.tensor(padded, device=device), output_hidden_states=list(layers), use_cache=False
+        )
+    rows, positions = torch.arange(len(prompts)), torch.stack([subject, last])
+    logits = outputs.logits[rows, last].float()
+    states = [outputs.hidden_states[layer][rows, positions].float().to(logits.device) for layer in layers]
+    return PromptStates(torch.stack(states).permute(2, 0, 1, 3), logits.log_softmax(-1))
 
 
-def subject_attention(model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int]) -> torch.Tensor:
+def drift(start: PromptStates, now: PromptStates, layers: Sequence[int]) -> dict[str, list[float]]:
     """
-    The share in [0, 1] of the last prompt token's attention that goes to the subject's tokens, mean over the heads.
-
-    The attention runs as `"eager"` meanwhile, the only implementation that gives its weights, and gives them for all
-    layers: `num_layers * batch_size * num_heads * width**2` numbers.
+    How far a model has moved.
 
     Args:
-        model (`torch.nn.Module`): Causal language model, in any wrapper, in training mode or not (it is put back).
-        prompts (`Sequence[SubjectPrompt]`): The prompts of the batch.
-        layers (`Sequence[int]`): Layers, from 1.
+        start ([`PromptStates`]): The states of the start model.
+        now ([`PromptStates`]): The states of the model on the same prompts.
+        layers (`Sequence[int]`): The layers of both.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_layers)`, fp32.
-
-    Raises:
-        `ValueError`: If the model does not give the attention weights of every layer.
+        `dict[str, list[float]]`: By name, one value per prompt:
+        - `cosine/layer_<L>/<position>`: cosine distance of the hidden states, `1 - cos`, in [0, 2];
+        - `kl`: KL(start ‖ now) of the token after the prompt, in nats.
     """
-    causal_lm = causal_lm_of(model)
-    with evaluation_mode(model), _eager_attention(causal_lm):
-        attentions = _forward(model, prompts, output_attentions=True).attentions
-    given = [weights for weights in attentions or () if weights is not None]
-    num_layers = _num_layers(causal_lm)
-    if len(given) != num_layers:
-        raise ValueError(
-            f"`attention=True` needs the attention weights of all {num_layers} layers, and {type(causal_lm).__name__} "
-            f"gives those of {len(given)} (linear attention and state spaces have none). Leave `attention` off."
-        )
-    last, rows = _last_positions(prompts), torch.arange(len(prompts))
-    weights = torch.stack([given[layer - 1][rows, :, last].float().mean(1).cpu() for layer in layers], 1)
-    width = max(len(prompt.token_ids) for prompt in prompts)
-    inside = torch.zeros(len(prompts), 1, width)
-    for row, prompt in enumerate(prompts):
-        inside[row, :, list(prompt.subject_positions)] = 1
-    # Virtual tokens have columns of their own, before those of the prompt
-    return (weights[..., -width:] * inside).sum(-1)
-
-
-def _num_layers(causal_lm: PreTrainedModel) -> int:
-    return causal_lm.config.get_text_config().num_hidden_layers
-
-
-def _last_positions(prompts: Sequence[SubjectPrompt]) -> torch.Tensor:
-    """Where each prompt of a batch ends, counted from the end: adapters may put virtual tokens before the prompts."""
-    width = max(len(prompt.token_ids) for prompt in prompts)
-    return torch.tensor([len(prompt.token_ids) - 1 - width for prompt in prompts])
-
-
-def _forward(model: torch.nn.Module, prompts: Sequence[SubjectPrompt], **options):
-    causal_lm = causal_lm_of(model)
-    width = max(len(prompt.token_ids) for prompt in prompts)
-    # Pads come after the prompt, where a causal model cannot see them, so they need neither a mask nor a pad token.
-    padded = [[*prompt.token_ids, *prompt.token_ids[-1:] * (width - len(prompt.token_ids))] for prompt in prompts]
-    # The class's `forward`: on the instance it may be wrapped (accelerate, TRL) beyond recognition.
-    if "logits_to_keep" in inspect.signature(type(causal_lm).forward).parameters:
-        options["logits_to_keep"] = _last_positions(prompts).unique().to(causal_lm.device)
-    return model(input_ids=torch.tensor(padded, device=causal_lm.device), use_cache=False, **options)
-
-
-@contextmanager
-def _eager_attention(causal_lm: PreTrainedModel) -> Iterator[None]:
-    """The implementation of attention that gives its weights; on leaving, the one of before is back."""
-    config = causal_lm.config
-    before = {"": config._attn_implementation}
-    for name in config.sub_configs:
-        if getattr(config, name, None) is not None:
-            before[name] = getattr(config, name)._attn_implementation
-    causal_lm.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        # It ran before, be it a kernel of the Hub's that nobody has verified
-        causal_lm.set_attn_implementation(before, allow_all_kernels=True)
+    # In double precision, so that a model that did not move is at distance 0
+    similarities = torch.cosine_similarity(start.hidden_states.double(), now.hidden_states.double(), dim=-1)
+    values = {}
+    for i, layer in enumerate(layers):
+        for j, position in enumerate(POSITIONS):
+            values[f"cosine/layer_{layer}/{position}"] = (1 - similarities[:, i, j]).tolist()
+    values["kl"] = []
+    for start_log_probs, log_probs in zip(start.log_probs, now.log_probs, strict=True):
+        start_probs = start_log_probs.exp()
+        # A token that the start model rules out adds 0, not NaN
+        terms = torch.where(start_probs > 0, start_probs * (start_log_probs - log_probs), 0)
+        values["kl"].append(terms.sum().item())
+    return values

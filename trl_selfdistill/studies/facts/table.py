@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of facts: one row per question, with its answer and the other forms of the answer that count as right.
+"""A table of facts: one row a question, with its answer and the other forms of the answer that count as right.
 
-`load_facts` reads and checks it, `save_facts` writes it; the stages in between only add columns (SLiCK's, for
-example), which survive both.
+`load_facts` and `facts_from_rows` check a user's rows. What the package makes goes through `facts_table` and
+`read_facts`, without checks. Stages add columns, which are kept.
 """
 
 import json
 import logging
 import os
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
+from ...files import read_jsonl, write_jsonl
 from ...hallucination.exact_match import exact_match, normalize_answer
-from .entity_questions import facts_of_entity_questions
-from .files import read_rows, write_rows
+from ..tables import dataset_of_rows, read_rows, read_tsv
 
 
 logger = logging.getLogger(__name__)
 
 FACT_COLUMNS = ("fact_id", "relation", "subject", "question", "answer", "aliases")
+# Of EntityQuestions: https://github.com/princeton-nlp/EntityQuestions, relation_query_templates.json
+ENTITY_QUESTIONS = {row["relation"]: row["template"] for row in read_tsv(__package__, "entity_questions.tsv")}
+_QUESTION_PATTERNS = {
+    relation: re.compile(re.escape(template).replace(re.escape("{subject}"), "(.+)"), re.DOTALL)
+    for relation, template in ENTITY_QUESTIONS.items()
+}
 # Letters that Unicode does not decompose into a base letter and an accent.
 _UNDECOMPOSED = str.maketrans(
     {"ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D", "ı": "i", "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe"}
@@ -29,27 +36,13 @@ _UNDECOMPOSED = str.maketrans(
 
 
 def strip_accents(text: str) -> str:
-    """
-    The text without accents, as it is typed on an English keyboard.
-
-    ```python
-    >>> strip_accents("Łódź, São Paulo")
-    'Lodz, Sao Paulo'
-    ```
-    """
+    """The text as it is typed on an English keyboard: "Łódź" is "Lodz"."""
     decomposed = unicodedata.normalize("NFKD", text.translate(_UNDECOMPOSED))
     return "".join(character for character in decomposed if not unicodedata.combining(character))
 
 
 def fold_name(name: str) -> str:
-    """
-    The form under which names are compared: NFKC, without case, single spaces.
-
-    ```python
-    >>> fold_name("  SÃO  Paulo ")
-    'são paulo'
-    ```
-    """
+    """The form under which names are compared: NFKC, without case, single spaces. Accents stay."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
@@ -62,194 +55,178 @@ def other_forms(answer: str, forms: Iterable[str]) -> list[str]:
     ['Holland']
     ```
     """
-    seen = {"", normalize_answer(answer)}  # a form that normalises to nothing never matches
-    kept = []
+    kept: list[str] = []
     for form in forms:
-        normalized = normalize_answer(form)
-        if normalized not in seen:
-            seen.add(normalized)
+        if normalize_answer(form) and not exact_match(form, [answer, *kept]):
             kept.append(form)
     return kept
 
 
-def facts_from_rows(rows: Iterable[dict], source: str = "facts") -> Dataset:
+def load_facts(path: str | os.PathLike, split: str = "train") -> Dataset:
     """
-    Checks rows and turns them into a table of facts, through [`drop_ambiguous`].
+    Reads a user's facts, checks them, and makes one row of each question.
+
+    Rows have `relation`, `subject`, `answer`, and `question` or `template` (a question with `{subject}`). Optional are
+    `aliases` (list of strings, JSON list, or forms separated by `|`) and `fact_id` (`"{relation}/{subject}"` if there
+    is none). Other columns are kept. Or rows are those of EntityQuestions, see [`facts_of_entity_questions`].
+
+    Rows that repeat a question with the same answer are merged into the first of them, with the aliases of all. Rows
+    that contradict each other are dropped, and their number is logged. Questions are compared without case, after
+    NFKC. Two answers are the same if they share an accepted form.
 
     Args:
-        rows (`Iterable[dict]`):
-            Rows with `relation`, `subject`, `answer`, and `question` or `template` (a question with `{subject}`).
-            Optional: `aliases` (list of strings, JSON list, or forms separated by `|`) and `fact_id` (default
-            `"{relation}/{subject}"`). Other columns are kept after [`FACT_COLUMNS`]. Or rows of EntityQuestions:
-            `question` and `answers` ([`~trl_selfdistill.studies.facts.entity_questions.facts_of_entity_questions`]).
-        source (`str`, *optional*, defaults to `"facts"`):
-            What errors call the source.
+        path (`str` or `os.PathLike`):
+            A file, a folder or a dataset on the Hub, as [`~trl_selfdistill.studies.tables.read_rows`] takes it.
+        split (`str`, *optional*, defaults to `"train"`): The split to read.
 
     Returns:
         `Dataset` with [`FACT_COLUMNS`], then the other columns.
 
     Raises:
-        `ValueError`: a row breaks a rule; the message names the source, the row (from 1) and what to change.
+        ValueError: If a row breaks a rule, or there is none. The message names the row and what to change.
     """
-    located_rows = ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
-    return _facts_from_located_rows(located_rows, source)
+    return _checked_table(read_rows(path, split), os.fspath(path))
 
 
-def load_facts(path: str | os.PathLike, split: str = "train") -> Dataset:
-    """
-    Reads a table of facts and checks every row, with the rules of [`facts_from_rows`].
+def facts_from_rows(rows: Iterable[dict]) -> Dataset:
+    """The table of facts of `rows`, checked as in [`load_facts`]."""
+    return _checked_table(((f"facts, row {number}", row) for number, row in enumerate(rows, start=1)), "facts")
 
-    Args:
-        path (`str` or `os.PathLike`):
-            A `.jsonl`, `.json` (a list of objects) or `.csv` file, a folder written by `Dataset.save_to_disk`, or what
-            `datasets.load_dataset` accepts (the id of a dataset on the Hub, a folder of data files).
-        split (`str`, *optional*, defaults to `"train"`):
-            The split to read where the source has several. Files have none.
 
-    Returns:
-        `Dataset` with [`FACT_COLUMNS`], then the source's other columns. One row per question: see
-        [`drop_ambiguous`].
+def facts_table(rows: Iterable[dict]) -> Dataset:
+    """A table of facts that this package made: [`FACT_COLUMNS`], of which `fact_id` may be missing, and any others."""
+    return _table(("", {"fact_id": f"{row['relation']}/{row['subject']}", **row}) for row in rows)
 
-    Raises:
-        `FileNotFoundError`: `path` looks like a file and does not exist.
-        `ValueError`: a row breaks a rule, or there is none; the message names the file, the line and what to change.
-    """
-    return _facts_from_located_rows(read_rows(path, split), os.fspath(path))
+
+def read_facts(path: str | os.PathLike) -> Dataset:
+    """Reads a table that [`save_facts`] wrote, without checking its rows again."""
+    return facts_table(read_jsonl(path))
 
 
 def save_facts(facts: Dataset, path: str | os.PathLike) -> None:
+    """Writes facts, with all their columns, as JSON lines in UTF-8, whole or not at all."""
+    write_jsonl(path, facts)
+
+
+def facts_of_entity_questions(located_rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """
-    Writes facts as JSON lines in UTF-8, whole or not at all: a full disk or an interrupt leaves the old file.
+    Turns rows of EntityQuestions (Sciavolino et al. 2021, arXiv 2109.08535), the paper's facts, into facts that name
+    their subject, and hands other rows on as they are; each with its place for errors.
 
-    Args:
-        facts (`Dataset`):
-            Any dataset; all its columns are written.
-        path (`str` or `os.PathLike`):
-            The file. Its folder is created if missing.
+    A row of EntityQuestions has `question` and the list `answers`, and no `answer`; some copies add `relation`.
+    Without it, the relation is that of the first template that the question fits: P131 for "Where is ... located?",
+    which P276 shares. Questions with several answers are left out, as in arXiv 2405.05904, and their number is logged.
+
+    Raises:
+        ValueError: If a question fits no template, or not that of its relation.
     """
-    write_rows(facts, path)
+    num_several = 0
+    for place, row in located_rows:
+        if not isinstance(row, dict) or "answers" not in row or "answer" in row:
+            yield place, row
+            continue
+        row = dict(row)
+        answers = row.pop("answers")
+        if not isinstance(answers, list) or not answers:
+            raise ValueError(f"{place}: answers must be a list with an answer in it, got {answers!r}")
+        if any(answer != answers[0] for answer in answers):
+            num_several += 1
+            continue
+        if row.get("subject") is None or row.get("relation") is None:
+            row |= _relation_and_subject(place, row.get("question"), row.get("relation"))
+        yield place, {**row, "answer": answers[0]}
+    if num_several:
+        logger.warning("left out %d questions that have several answers", num_several)
 
 
-def drop_ambiguous(facts: Dataset) -> Dataset:
-    """
-    Leaves one row per question: rows that repeat a question with the same answer are merged into the first of them
-    (their aliases united), rows that contradict each other are all dropped. How many is logged.
-
-    Questions compare without case after NFKC. Two answers are the same when they share an accepted form.
-
-    Args:
-        facts (`Dataset`):
-            A table with at least [`FACT_COLUMNS`].
-
-    Returns:
-        `Dataset` with the same columns, in the same order of rows.
-    """
-    rows = _merge_questions(facts.to_list())
-    if not rows:
-        return facts.select([])
-    return Dataset.from_list(rows, features=facts.features) if len(rows) < len(facts) else facts
+def _relation_and_subject(place: str, question: Any, relation: Any) -> dict[str, str]:
+    for name, pattern in _QUESTION_PATTERNS.items():
+        if relation in (None, name) and (match := pattern.fullmatch(str(question).strip())):
+            return {"relation": name, "subject": match[1]}
+    expected = "any template of EntityQuestions" if relation is None else f"relation {relation!r} of EntityQuestions"
+    raise ValueError(
+        f"{place}: question {question!r} does not fit {expected}, so that its subject cannot be told; add the columns "
+        "`subject` and `relation`"
+    )
 
 
-def _merge_questions(rows: list[dict]) -> list[dict]:
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(fold_name(row["question"]), []).append(row)
-    merged, num_ambiguous = [], 0
-    for group in groups.values():
-        first, *repeats = group
-        accepted = [first["answer"], *first["aliases"]]
-        for row in repeats:
-            forms = [row["answer"], *row["aliases"]]
-            if not any(exact_match(form, accepted) for form in forms):
-                num_ambiguous += 1
-                break
-            accepted += forms
-        else:
-            merged.append({**first, "aliases": other_forms(first["answer"], accepted)} if repeats else first)
-    if num_ambiguous:
-        logger.warning("dropped %d questions that have several answers", num_ambiguous)
-    num_repeats = len(rows) - len(groups)
-    if num_repeats:
-        logger.info("%d rows repeat a question of another row", num_repeats)
-    return merged
+def _table(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
+    facts = dataset_of_rows(located_rows)
+    facts = facts.select_columns([*FACT_COLUMNS, *(name for name in facts.column_names if name not in FACT_COLUMNS)])
+    if facts.features["aliases"] == List(Value("string")):
+        return facts
+    return facts.cast_column("aliases", List(Value("string")))  # lists of nothing: there is no alias in the table
 
 
-def _facts_from_located_rows(located_rows: Iterable[tuple[str, dict]], source: str) -> Dataset:
+def _checked_table(located_rows: Iterable[tuple[str, Any]], source: str) -> Dataset:
     """Facts from pairs of where a row stands, for errors, and the row."""
-    rows, places = [], {}
-    for place, raw in facts_of_entity_questions(located_rows):
-        row = _checked_row(place, raw)
-        rows.append(row)
-        key = fold_name(row["question"])
-        other_place, other_key = places.setdefault(row["fact_id"], (place, key))
-        if other_key != key:
+    questions: dict[str, list[tuple[str, dict]]] = {}
+    owners: dict[str, tuple[str, str]] = {}  # of each fact_id, its first place and question
+    for place, row in facts_of_entity_questions(located_rows):
+        fact = _checked_fact(place, row)
+        question = fold_name(fact["question"])
+        other_place, other_question = owners.setdefault(fact["fact_id"], (place, question))
+        if other_question != question:
             raise ValueError(
-                f"{place}: fact_id {row['fact_id']!r} already stands for another question ({other_place}); "
+                f"{place}: fact_id {fact['fact_id']!r} already stands for another question ({other_place}); "
                 "give each of the two a `fact_id` of its own, or different relations"
             )
-    if not rows:
-        raise ValueError(f"{source}: there is no fact in it; add at least one row")
-    rows = _merge_questions(rows)
-    if not rows:
-        raise ValueError(f"{source}: every question has several answers; keep one row per question")
-    names = dict.fromkeys([*FACT_COLUMNS, *(name for row in rows for name in row)])
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    # Without any alias in the table, the type of `aliases` could not be inferred.
-    columns["aliases"] = pa.array(columns["aliases"], pa.list_(pa.string()))
-    try:
-        return Dataset.from_dict(columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"{source}: a column mixes types ({error}); give its values one type") from error
+        questions.setdefault(question, []).append((place, fact))
+    merged = [(rows[0][0], fact) for rows in questions.values() if (fact := _merged([row for _, row in rows]))]
+    if not merged:
+        raise ValueError(f"{source}: there is no question with one answer in it; add at least one")
+    if len(merged) < len(questions):
+        logger.warning("dropped %d questions that have several answers", len(questions) - len(merged))
+    return _table(merged)
 
 
-def _checked_row(place: str, raw: dict) -> dict:
-    """A row with FACT_COLUMNS first and the other columns after them."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{place}: a fact is an object with named columns, got {type(raw).__name__}")
-    question_column = "template" if not raw.get("question") and "template" in raw else "question"
+def _merged(repeats: list[dict]) -> dict | None:
+    """One fact of those that ask the same question, `None` if they contradict each other."""
+    accepted: list[str] = []
+    for fact in repeats:
+        forms = [fact["answer"], *fact["aliases"]]
+        if accepted and not any(exact_match(form, accepted) for form in forms):
+            return None
+        accepted += forms
+    return {**repeats[0], "aliases": other_forms(repeats[0]["answer"], accepted)}
+
+
+def _checked_fact(place: str, row: Any) -> dict:
+    """The row with all of FACT_COLUMNS, and the other columns after them."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a fact is an object with named columns, got {type(row).__name__}")
+    question_column = "template" if not row.get("question") and "template" in row else "question"
     required = ("relation", "subject", question_column, "answer")
-    missing = [name for name in required if name not in raw]
+    missing = [name for name in required if name not in row]
     if missing:
-        hint = " (`template` with {subject} may stand for `question`)" if "question" in missing else ""
-        raise ValueError(f"{place}: missing columns {missing}{hint}; found {[*raw]}; add or rename the columns")
-    values = {name: _checked_text(place, name, raw[name]) for name in required}
+        raise ValueError(f"{place}: missing columns {missing}; found {[*row]}; add or rename the columns")
+    fact = {name: _checked_text(place, name, row[name]) for name in required}
     if question_column == "template":
-        template = values.pop("template")
+        template = fact.pop("template")
         if "{subject}" not in template:
             raise ValueError(f"{place}: template {template!r} lacks {{subject}}; write it where the name belongs")
-        values["question"] = template.replace("{subject}", values["subject"])
-    if not normalize_answer(values["answer"]):
-        raise ValueError(
-            f"{place}: answer {values['answer']!r} is only articles and punctuation, which exact match ignores, so no "
-            "prediction would be right; change or remove the row"
-        )
-    fact_id = f"{values['relation']}/{values['subject']}"
-    if raw.get("fact_id") not in (None, ""):
-        fact_id = _checked_text(place, "fact_id", raw["fact_id"])
-    aliases = other_forms(values["answer"], _checked_aliases(place, raw.get("aliases")))
-    extra = {name: value for name, value in raw.items() if name not in (*FACT_COLUMNS, "template")}
-    known = {"fact_id": fact_id, **values, "aliases": aliases}
-    return {**{name: known[name] for name in FACT_COLUMNS}, **extra}
+        fact["question"] = template.replace("{subject}", fact["subject"])
+    if not normalize_answer(fact["answer"]):
+        raise ValueError(f"{place}: answer {fact['answer']!r} is nothing to exact match; change or remove the row")
+    fact["fact_id"] = _checked_text(place, "fact_id", row.get("fact_id") or f"{fact['relation']}/{fact['subject']}")
+    fact["aliases"] = _checked_aliases(place, row.get("aliases"))
+    extra = {name: value for name, value in row.items() if name not in (*FACT_COLUMNS, "template")}
+    return {**fact, **extra}
 
 
-def _checked_text(place: str, column: str, value) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: {column} must be a string, got {value!r}; write it as text")
-    if not value.strip():
-        raise ValueError(f"{place}: {column} is empty; fill it in or remove the row")
+def _checked_text(place: str, column: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: {column} must be a text that is not empty, got {value!r}; mend or remove the row")
     return value.strip()
 
 
-def _checked_aliases(place: str, value) -> list[str]:
-    if value is None or value == "":
-        return []
-    if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return [form.strip() for form in value.split("|")]
+def _checked_aliases(place: str, value: Any) -> list[str]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"{place}: aliases {value!r} is not a JSON list ({error}); or separate with |") from error
-    if not isinstance(value, list) or not all(isinstance(form, str) for form in value):
+    forms = value.split("|") if isinstance(value, str) else [] if value is None else value
+    if not isinstance(forms, list) or not all(isinstance(form, str) for form in forms):
         raise ValueError(f"{place}: aliases must be a list of strings, got {value!r}")
-    return [form.strip() for form in value]
+    return [form.strip() for form in forms]

@@ -1,127 +1,175 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the mechanism study found, as text: each run, each hypothesis with its rule and numbers, drift and cost."""
+"""What the mechanism study found: each run, each hypothesis with its rule and numbers, drift and cost, as text and as
+the figures of the paper (arXiv 2604.15574, section 5)."""
 
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 
-from ...hub.markdown import format_interval
-from ..experiment import ExperimentResult
-from .conditions import PREDICTIONS, Condition
+import numpy as np
+from matplotlib.figure import Figure
+
+from ...hub.markdown import format_interval, markdown_table
+from ..results import VariantResult
 from .study import MechanismResults, new_learnt
+from .variants import PREDICTIONS, MechanismArguments, MechanismVariant, variant_of_overlap
+
+
+# Colours that colour-blind readers can tell apart (Okabe-Ito), and a marker each for print
+_STYLES = {
+    "recombined": {"color": "#D55E00", "marker": "o"},
+    "uuid": {"color": "#0072B2", "marker": "s"},
+    "overlap": {"color": "#CC79A7", "marker": "D"},
+    "known only": {"color": "#000000", "marker": "v"},
+    "self-distillation": {"color": "#E69F00", "marker": "P"},
+}
 
 
 def render_mechanism_report(results: MechanismResults, model: str) -> str:
     """
-    The report as Markdown that also reads well in a terminal.
+    The report, as Markdown that also reads well in a terminal.
 
     Args:
         results ([`MechanismResults`]): What was measured.
         model (`str`): Name of the model for readers.
     """
-    table = results.table
+    num_seeds, num_facts = next(iter(results.losses.values())).shape
     # Beside a verdict that few seeds support
-    few = {1: " (one seed)", 2: " (two seeds)"}.get(table.num_seeds, "")
-    lines = [
+    few = {1: " (one seed)", 2: " (two seeds)"}.get(num_seeds, "")
+    covered = f"The intervals cover other facts and other seeds (a random-effects model of {num_seeds} seeds)."
+    if num_seeds == 1:
+        covered = "There is one seed: nothing is known about other seeds, and the verdicts hold for this one."
+    parts = [
         f"# Why fine-tuning makes {model} forget",
-        "",
-        f"Lost: accuracy before minus after on {table.num_facts} held-out facts that it knew, with a 95 % interval. "
-        f"{_what_intervals_cover(table.num_seeds)}",
-        "",
-        *_table(*_runs_table(results)),
-        "",
-        "Memory: the peak of a run; on a CPU that of the whole process, which keeps what earlier runs left.",
-        "",
+        f"Lost: accuracy before minus after on {num_facts} held-out facts that it knew, with a 95 % "
+        f"interval. {covered}",
+        _runs_table(results),
+        "Memory: the peak of a run; on a CPU that of the process, which keeps what earlier runs left.",
     ]
     for finding in results.findings:
-        lines += [
+        numbers = [f"- {what}: {format_interval(value, signed=True)}" for what, value in finding.numbers.items()]
+        parts += [
             f"## {finding.hypothesis.capitalize()}: {finding.verdict.value}{few}",
-            "",
             f"Prediction: {PREDICTIONS[finding.hypothesis]}",
-            "",
             f"Rule: {finding.rule}",
-            "",
-            *(f"- {what}: {format_interval(x, signed=True)}" for what, x in finding.numbers.items()),
-            *(f"- new facts learnt, {what}: {share:.3f}" for what, share in finding.learnt.items()),
-            "",
+            "\n".join(numbers),
         ]
-    probed = {condition: runs for condition, runs in results.runs.items() if runs[0].drift}
-    if probed:
-        lines += ["## Drift of held-out facts at the end", "", *_table(*_drift_table(probed)), ""]
-    return "\n".join(lines)
+    return "\n\n".join([*parts, "## Drift of held-out facts at the end", _drift_table(results)]) + "\n"
 
 
 def summarise(results: MechanismResults) -> dict:
     """All numbers of the report as JSON values; rates are fractions."""
+    runs = {}
+    for variant, runs_of_seeds in results.runs.items():
+        runs[variant.name] = {"variant": variant._asdict(), "lost": results.lost(variant)._asdict()}
+        runs[variant.name] |= _mean_numbers(runs_of_seeds) | {"drift": [run.drift for run in runs_of_seeds]}
+    findings = [
+        finding._asdict() | {"numbers": {what: value._asdict() for what, value in finding.numbers.items()}}
+        for finding in results.findings
+    ]
+    return {"runs": runs, "findings": findings}
+
+
+def _mean_numbers(runs: list[VariantResult]) -> dict[str, float | None]:
+    """What was learnt and what it cost, over the seeds of a variant."""
+    # A run that was killed after its last step has no seconds
+    seconds = [run.training["seconds_per_step"] for run in runs if run.training["seconds_per_step"] is not None]
     return {
-        "runs": {
-            condition.name: {
-                "condition": condition._asdict(),
-                "lost": results.table.loss(condition.name)._asdict(),
-                "new_learnt": new_learnt(runs),
-                "steps": runs[0].training["steps"],
-                "seconds_per_step": _seconds_per_step(runs),
-                "peak_memory_bytes": max(run.training["peak_memory_bytes"] for run in runs),
-                "drift": [run.drift for run in runs],  # of each seed
-            }
-            for condition, runs in results.runs.items()
-        },
-        "findings": [
-            {**finding._asdict(), "numbers": {name: number._asdict() for name, number in finding.numbers.items()}}
-            for finding in results.findings
-        ],
+        "new_learnt": new_learnt(runs),
+        "steps": runs[0].training["num_steps"],
+        "seconds_per_step": fmean(seconds) if seconds else None,
+        "peak_memory_bytes": max(run.training["peak_memory_bytes"] for run in runs),
     }
 
 
-def _what_intervals_cover(num_seeds: int) -> str:
-    if num_seeds == 1:
-        return (
-            "There is one seed: the intervals cover other facts only, and nothing is known about other seeds. What "
-            "stands below holds for this seed."
-        )
-    return (
-        f"The intervals cover other facts and other seeds, by a two-way random-effects model of {num_seeds} seeds and "
-        "these facts."
-    )
-
-
-def _runs_table(results: MechanismResults) -> tuple[list[str], list[list[str]]]:
+def _runs_table(results: MechanismResults) -> str:
     header = ["trained on", "synthetic facts", "lost [95 % CI]", "new learnt", "steps", "s / 1,000 facts", "memory"]
     rows = []
-    for condition, runs in results.runs.items():
-        learnt = new_learnt(runs)
-        seconds = _seconds_per_step(runs)
-        memory = max(run.training["peak_memory_bytes"] for run in runs) / 2**30
-        rows.append(
-            [
-                condition.label,
-                f"{condition.num_facts:,}",
-                format_interval(results.table.loss(condition.name)),
-                "-" if learnt is None else f"{learnt:.3f}",
-                f"{runs[0].training['steps']:,}",
-                "-" if seconds is None else f"{seconds * 1000 / runs[0].training['rows_per_step']:.1f}",
-                f"{memory:.2f} GiB",
-            ]
-        )
-    return header, rows
+    for variant, runs in results.runs.items():
+        learnt, steps, seconds, memory = _mean_numbers(runs).values()
+        lost = format_interval(results.lost(variant))
+        learnt = "-" if learnt is None else f"{learnt:.3f}"
+        seconds = "-" if seconds is None else f"{seconds * 1000 / runs[0].training['rows_per_step']:.1f}"
+        memory = f"{memory / 2**30:.2f} GiB"
+        rows.append([variant.label, f"{variant.num_facts:,}", lost, learnt, f"{steps:,}", seconds, memory])
+    return markdown_table(header, rows)
 
 
-def _seconds_per_step(runs: list[ExperimentResult]) -> float | None:
-    """Mean over seeds; `None` where each was killed after its last step, and no step was timed."""
-    seconds = [run.training["seconds_per_step"] for run in runs]
-    timed = [value for value in seconds if value is not None]
-    return fmean(timed) if timed else None
+def _drift_table(results: MechanismResults) -> str:
+    """The last measurement of each probed variant, means over seeds."""
+    last = {variant.label: [run.drift[-1] for run in runs] for variant, runs in results.runs.items() if runs[0].drift}
+    names = [name for name in next(iter(last.values()))[0] if name.startswith("drift_")]
+    rows = []
+    for label, lines in last.items():
+        rows.append([label, *(f"{fmean(line[name] for line in lines):.4f}" for name in names)])
+    return markdown_table(["trained on", *(name.removeprefix("drift_").replace("_", " ") for name in names)], rows)
 
 
-def _drift_table(probed: dict[Condition, list]) -> tuple[list[str], list[list[str]]]:
-    names = [name for name in next(iter(probed.values()))[0].drift[-1] if name not in ("step", "epoch")]
-    header = ["trained on", *(name.removeprefix("drift_").replace("_", " ") for name in names)]
-    rows = [
-        [condition.label, *(f"{fmean(run.drift[-1][name] for run in runs):.4f}" for name in names)]
-        for condition, runs in probed.items()
-    ]
-    return header, rows
+def plot_mechanism(results: MechanismResults, study: MechanismArguments, model: str, folder: Path) -> list[Path]:
+    """
+    Draws forgetting against the number of facts and against overlap, and the drift of the probed layers.
+
+    Args:
+        results ([`MechanismResults`]): What was measured.
+        study ([`MechanismArguments`]): What was compared.
+        model (`str`): Name of the model, for the titles.
+        folder (`Path`): Where the PNG files go.
+
+    Returns:
+        `list[Path]`: The files.
+    """
+    [last, *_] = [runs[0].drift[-1] for runs in results.runs.values() if runs[0].drift]
+    drift_names = [name for name in last if name.endswith("last_subject_token")]
+    figures = {"capacity": [_draw_capacity], "overlap": [_draw_overlap]}
+    figures["drift"] = [partial(_draw_drift, name=name) for name in drift_names]
+    for name, panels in figures.items():
+        figure = Figure(figsize=(5.5 * len(panels) + 1, 4.2), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, draw in zip(axes, panels, strict=True):
+            draw(axis, results, study)
+            axis.grid(alpha=0.3)
+            axis.legend(frameon=False, fontsize="small")
+        figure.suptitle(model)
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    return [folder / f"{name}.png" for name in figures]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
+def _style(variant: MechanismVariant) -> dict[str, str]:
+    if variant.self_distillation:
+        return _STYLES["self-distillation"]
+    return _STYLES[variant.keys if variant.num_facts else "known only"]
+
+
+def _draw_loss(axis, results: MechanismResults, x: list[float], variants: list[MechanismVariant], label: str) -> None:
+    losses = np.array([results.lost(variant) for variant in variants])  # columns value, low, high
+    spread = np.abs(losses[:, 1:] - losses[:, :1]).T
+    axis.errorbar(x, losses[:, 0], yerr=spread, label=label, capsize=3, linewidth=2, **_style(variants[-1]))
+    axis.set_ylabel("held-out accuracy lost")
+
+
+def _draw_capacity(axis, results: MechanismResults, study: MechanismArguments) -> None:
+    sizes, known_only = sorted(study.num_synthetic_facts), MechanismVariant(0)
+    for keys in ("recombined", "uuid"):
+        variants = [MechanismVariant(size, keys) for size in sizes]
+        _draw_loss(axis, results, sizes, variants, variants[0].label)
+    axis.axhline(results.lost(known_only).value, color="black", linestyle=":", label=known_only.label)
+    axis.set(xscale="log", xlabel="synthetic facts", title="Capacity")
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+
+
+def _draw_overlap(axis, results: MechanismResults, study: MechanismArguments) -> None:
+    overlaps, middle = sorted(study.overlaps), study.num_facts_of_overlap
+    variants = [variant_of_overlap(middle, overlap) for overlap in overlaps]
+    _draw_loss(axis, results, overlaps, variants, f"{middle:,} synthetic facts")
+    axis.set(xlabel="share of key tokens from real names", title="Interference")
+
+
+def _draw_drift(axis, results: MechanismResults, study: MechanismArguments, name: str) -> None:
+    for variant, runs in results.runs.items():
+        if runs[0].drift:
+            steps = [line["step"] for line in runs[0].drift]
+            means = np.mean([[line[name] for line in run.drift] for run in runs], axis=0)
+            axis.plot(steps, means, label=variant.label, linewidth=2, markersize=4, **_style(variant))
+    layer = name.split("/")[1].replace("_", " ")
+    axis.set(xlabel="optimizer steps", ylabel="cosine distance from the start", title=f"{layer}, last subject token")

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the hypotheses on forgetting the measured numbers support, by a rule that is written down here.
+"""Which of the hypotheses on forgetting the measured numbers support, by rules that are written down here.
 
-What is lost is counted fact by fact: right before the run and wrong after it is 1, the other way round -1. The runs of
-a study ask the same held-out facts under the same seeds, and each number that a rule looks at is linear in these
-losses. It is taken for each seed and fact, and its interval is that of a mean over both: see `random_effects`. Runs
-are paired this way, and other seeds are covered, as far as several were run.
+A fact that is right before a run and wrong after it is a loss of 1, the other way round of -1. All numbers that a rule
+looks at are linear in the losses: they are computed for each seed and fact and averaged, so that runs are paired.
 """
 
 from enum import Enum
@@ -12,15 +10,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...hallucination.bootstrap import Interval
-from ..random_effects import random_effects_interval
+from ...hallucination.intervals import Interval, mean_interval
+from .variants import MechanismArguments, MechanismVariant, variant_of_overlap
 
 
-# A cause that explains less than this share of what it has to explain is not the one
+# By the name of a variant, right before minus right after, `(num_seeds, num_facts)`, the same facts in the same order
+Losses = dict[str, np.ndarray]
+# A cause must explain at least this share of what it has to explain
 MIN_SHARE = 0.5
-# What was not learnt has taken no room: below this share of new facts learnt, nothing follows for capacity
+# Facts that were not learnt took no room: below this share of new facts learnt, capacity is undecided
 MIN_LEARNT = 0.5
-WHOLE = "Each comparison holds only if its whole interval does."
+_WHOLE = "Each comparison holds only if its whole interval does."
+_RULES = {
+    "capacity": "Supported if the loss grows with log10 of the number of facts for both kinds of keys, and for UUID "
+    f"keys more than {MIN_SHARE:.0%} as steeply as for name-like ones. Contradicted if it grows for name-like keys, "
+    f"and for UUID keys less than {MIN_SHARE:.0%} as steeply. Undecided in any case if less than {MIN_LEARNT:.0%} of "
+    f"the new facts of either kind were learnt at the largest number, as what is not learnt takes no room. {_WHOLE}",
+    "behaviour cloning": "Supported if name-like keys and each kind without overlap (pseudo-word keys, UUID keys) "
+    f"cost more than Known facts alone, the latter by more than {MIN_SHARE:.0%} of what name-like ones cost "
+    "beyond these. Contradicted if name-like ones cost more than Known facts alone, and those of each kind without "
+    f"overlap less than {MIN_SHARE:.0%} of it. Learnt or not, they are trained on, which is what the hypothesis "
+    f"blames. {_WHOLE}",
+    "interference": "Looked at is the least-squares line of the loss beyond that of Known facts alone over the "
+    "overlap, and its value at overlap 1. Supported if both are above 0, and its slope more than "
+    f"{MIN_SHARE:.0%} of that value. Contradicted if that value is above 0, and the slope less than "
+    f"{MIN_SHARE:.0%} of it. Learnt or not: steps towards a fact that is not stored overwrite as well. {_WHOLE}",
+}
 
 
 class Verdict(str, Enum):
@@ -32,185 +47,81 @@ class Verdict(str, Enum):
 
 
 class Finding(NamedTuple):
-    """
-    A hypothesis against the numbers.
-
-    Args:
-        hypothesis (`str`): Its name.
-        verdict ([`Verdict`]): By the rule.
-        rule (`str`): The rule in words.
-        numbers (`dict[str, Interval]`): What it looked at, by a description.
-        learnt (`dict[str, float]`): Share of the new facts that were learnt, by a description of the run.
-    """
+    """A hypothesis by its name, the verdict on it, the rule in words, and the numbers that the rule looked at."""
 
     hypothesis: str
     verdict: Verdict
     rule: str
     numbers: dict[str, Interval]
-    learnt: dict[str, float]
 
 
-def least_squares_slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def judge_capacity(losses: Losses, study: MechanismArguments, learnt: dict[str, float | None]) -> Finding:
     """
-    The slope of the least-squares line through points.
-
-    ```python
-    >>> float(least_squares_slope(np.array([0.0, 0.5, 1.0]), np.array([0.0, 0.1, 0.2])))
-    0.2
-    ```
+    Capacity: does the loss grow with the number of facts, as steeply for keys that look like nothing known?
 
     Args:
-        x (`np.ndarray` of shape `(num_points,)`): At least two different numbers.
-        y (`np.ndarray` of shape `(..., num_points)`): The other coordinate.
+        losses ([`Losses`]): What was lost.
+        study ([`MechanismArguments`]): What was compared.
+        learnt (`dict[str, float | None]`): By variant, the share of its new facts that were learnt.
     """
-    centred = x - x.mean()
-    return (y @ centred) / (centred @ centred)
-
-
-class LossTable:
-    """
-    What each run lost, of each held-out fact under each seed.
-
-    Args:
-        losses (`dict[str, np.ndarray]`): Of each run, shape `(num_seeds, num_facts)`, the same seeds and facts in the
-            same order: right before minus right after, in [-1, 1].
-
-    Raises:
-        `ValueError`: If the runs are not of as many seeds and facts.
-    """
-
-    def __init__(self, losses: dict[str, np.ndarray]):
-        shapes = {name: values.shape for name, values in losses.items()}
-        if len(set(shapes.values())) != 1:
-            raise ValueError(f"`losses` must be of the same seeds and facts in each run, got shapes {shapes}.")
-        self.losses = losses
-        [(self.num_seeds, self.num_facts)] = set(shapes.values())
-
-    def loss(self, run: str) -> Interval:
-        """Held-out accuracy before minus after."""
-        return random_effects_interval(self.losses[run])
-
-    def beyond(self, run: str, baseline: str) -> np.ndarray:
-        """What `run` lost more than `baseline`, shape `(num_seeds, num_facts)`."""
-        return self.losses[run] - self.losses[baseline]
-
-    def slope(self, runs: list[str], x: np.ndarray) -> np.ndarray:
-        """The slope of the least-squares line through the runs' losses over `x`, `(num_seeds, num_facts)`."""
-        return least_squares_slope(x, np.stack([self.losses[run] for run in runs], axis=-1))
-
-
-class _Share(NamedTuple):
-    """Whether what a hypothesis names is [`MIN_SHARE`] of what it has to explain."""
-
-    part: Interval
-    whole: Interval
-    surplus: Interval  # part - MIN_SHARE * whole
-
-    @classmethod
-    def of(cls, part: np.ndarray, whole: np.ndarray) -> "_Share":
-        """Of numbers for each seed and fact."""
-        return cls(*map(random_effects_interval, (part, whole, part - MIN_SHARE * whole)))
-
-    def verdict(self) -> Verdict:
-        """Where there is something to explain: supported if part and surplus are above 0, contradicted if below."""
-        if self.whole.low <= 0:
-            return Verdict.UNDECIDED
-        if self.part.low > 0 and self.surplus.low > 0:
-            return Verdict.SUPPORTED
-        return Verdict.CONTRADICTED if self.surplus.high < 0 else Verdict.UNDECIDED
-
-
-def judge_capacity(
-    table: LossTable, sizes: list[int], name_like: list[str], foreign: list[str], learnt: dict[str, float]
-) -> Finding:
-    """
-    Capacity: does the loss grow with the number of facts, as much for keys that look like nothing known?
-
-    Args:
-        table ([`LossTable`]): The losses.
-        sizes (`list[int]`): Numbers of facts, ascending.
-        name_like (`list[str]`), foreign (`list[str]`): The runs with name-like and with UUID keys of those sizes.
-        learnt (`dict[str, float]`): Of each run, the share of its new facts that were learnt.
-    """
-    x = np.log10(sizes)
-    share = _Share.of(table.slope(foreign, x), table.slope(name_like, x))
-    stored = {f"{keys} keys": learnt[runs[-1]] for keys, runs in (("name-like", name_like), ("UUID", foreign))}
-    missing = [f"{value:.1%} of those with {keys}" for keys, value in stored.items() if value < MIN_LEARNT]
-    rule = (
-        "Supported if the loss grows with log10 of the number of facts for both kinds of keys, and for UUID keys more "
-        f"than {MIN_SHARE:.0%} as steeply as for name-like ones. Contradicted if it grows for name-like keys, and for "
-        f"UUID keys less than {MIN_SHARE:.0%} as steeply. Undecided in any case if less than {MIN_LEARNT:.0%} of the "
-        f"new facts of either kind were learnt at the largest number, as what is not learnt takes no room. {WHOLE}"
+    sizes = sorted(study.num_synthetic_facts)
+    name_like, foreign = ([MechanismVariant(size, keys).name for size in sizes] for keys in ("recombined", "uuid"))
+    finding = _judge(
+        "capacity",
+        ("loss per tenfold number of facts, name-like keys", _slope(losses, name_like, np.log10(sizes))),
+        {"loss per tenfold number of facts, UUID keys": _slope(losses, foreign, np.log10(sizes))},
     )
-    if missing:
-        rule += f" Learnt of {sizes[-1]:,} facts were only {' and '.join(missing)}."
-    numbers = {
-        "loss per tenfold number of facts, name-like keys": share.whole,
-        "loss per tenfold number of facts, UUID keys": share.part,
-        f"the latter minus {MIN_SHARE:.0%} of the former": share.surplus,
-    }
-    return Finding("capacity", Verdict.UNDECIDED if missing else share.verdict(), rule, numbers, stored)
+    for keys, name in (("name-like", name_like[-1]), ("UUID", foreign[-1])):
+        if learnt[name] < MIN_LEARNT:
+            rule = f"{finding.rule} Of {sizes[-1]:,} facts with {keys} keys, only {learnt[name]:.1%} were learnt."
+            finding = finding._replace(verdict=Verdict.UNDECIDED, rule=rule)
+    return finding
 
 
-def judge_behaviour_cloning(
-    table: LossTable, known_only: str, name_like: str, without_overlap: dict[str, str], learnt: dict[str, float]
-) -> Finding:
-    """
-    Behaviour cloning: is as much lost on unknown facts whose keys share nothing with known names?
+def judge_behaviour_cloning(losses: Losses, study: MechanismArguments) -> Finding:
+    """Behaviour cloning: is as much lost on unknown facts whose keys share nothing with known names?"""
+    known_only = losses[MechanismVariant(0).name]
+    costs = {}
+    for keys in ("recombined", "pseudo", "uuid"):
+        variant = MechanismVariant(study.num_facts_of_overlap, keys)
+        costs[f"loss beyond that of Known facts alone, {variant.label}"] = losses[variant.name] - known_only
+    name_like, *_ = costs.items()
+    return _judge("behaviour cloning", name_like, dict([*costs.items()][1:]))
 
-    Args:
-        table ([`LossTable`]): The losses.
-        known_only (`str`): The run on Known facts alone.
-        name_like (`str`): The run with name-like keys.
-        without_overlap (`dict[str, str]`): By kind of keys without tokens of names, the run with as many facts.
-        learnt (`dict[str, float]`): Of each run with new facts, the share of them that were learnt.
-    """
-    whole = table.beyond(name_like, known_only)
-    shares = {keys: _Share.of(table.beyond(run, known_only), whole) for keys, run in without_overlap.items()}
-    verdicts = {share.verdict() for share in shares.values()}
-    rule = (
-        f"Supported if name-like keys and each kind without overlap ({', '.join(shares)}) cost more than Known facts "
-        f"alone, the latter by more than {MIN_SHARE:.0%} of what name-like ones cost beyond these. Contradicted if "
-        "name-like ones cost more than Known facts alone, and those of each kind without overlap less than "
-        f"{MIN_SHARE:.0%} of it. Learnt or not, they are trained on, which is what the hypothesis blames. {WHOLE}"
+
+def judge_interference(losses: Losses, study: MechanismArguments) -> Finding:
+    """Interference: does the loss grow with the share of tokens that new keys have in common with known names?"""
+    overlaps = np.array(sorted(study.overlaps))
+    names = [variant_of_overlap(study.num_facts_of_overlap, overlap).name for overlap in overlaps]
+    slope = _slope(losses, names, overlaps)
+    mean = np.mean([losses[name] for name in names], axis=0) - losses[MechanismVariant(0).name]
+    # At full overlap the line has to be mostly slope, or most of the loss has another cause
+    at_full_overlap = mean + (1 - overlaps.mean()) * slope
+    return _judge(
+        "interference",
+        ("value of the line at overlap 1", at_full_overlap),
+        {"slope of the loss from overlap 0 to 1": slope},
     )
-    numbers = {"loss beyond that of Known facts alone, name-like keys": random_effects_interval(whole)}
-    for keys, share in shares.items():
-        numbers[f"the same, {keys}"] = share.part
-        numbers[f"the same, {keys}, minus {MIN_SHARE:.0%} of that of name-like keys"] = share.surplus
-    stored = {keys: learnt[run] for keys, run in {"name-like keys": name_like, **without_overlap}.items()}
+
+
+def _judge(hypothesis: str, whole: tuple[str, np.ndarray], parts: dict[str, np.ndarray]) -> Finding:
+    """The one shape of the rules: is each part, by its name, at least [`MIN_SHARE`] of the whole?"""
+    whole_name, whole = whole
+    numbers, verdicts = {whole_name: mean_interval(whole)}, set()
+    for name, part in parts.items():
+        surplus_name = f"{name}, minus {MIN_SHARE:.0%} of the {whole_name}"
+        numbers |= {name: mean_interval(part), surplus_name: mean_interval(part - MIN_SHARE * whole)}
+        verdict = Verdict.UNDECIDED
+        if numbers[whole_name].low > 0 and numbers[name].low > 0 and numbers[surplus_name].low > 0:
+            verdict = Verdict.SUPPORTED
+        elif numbers[whole_name].low > 0 and numbers[surplus_name].high < 0:
+            verdict = Verdict.CONTRADICTED
+        verdicts.add(verdict)
     verdict = verdicts.pop() if len(verdicts) == 1 else Verdict.UNDECIDED
-    return Finding("behaviour cloning", verdict, rule, numbers, stored)
+    return Finding(hypothesis, verdict, _RULES[hypothesis], numbers)
 
 
-def judge_interference(
-    table: LossTable, known_only: str, overlaps: list[float], runs: list[str], learnt: dict[str, float]
-) -> Finding:
-    """
-    Interference: does the loss grow with the share of tokens that new keys have in common with known names?
-
-    Args:
-        table ([`LossTable`]): The losses.
-        known_only (`str`): The run on Known facts alone.
-        overlaps (`list[float]`): The shares, ascending.
-        runs (`list[str]`): The runs with those shares, of the same number of facts and the same lengths of keys.
-        learnt (`dict[str, float]`): Of each run with new facts, the share of them that were learnt.
-    """
-    x = np.array(overlaps)
-    slope = table.slope(runs, x)
-    mean = np.mean([table.beyond(run, known_only) for run in runs], axis=0)
-    # What the line says of full overlap has to be mostly slope, or most of the loss has another cause
-    share = _Share.of(slope, mean + (1 - x.mean()) * slope)
-    rule = (
-        "Looked at is the least-squares line of the loss beyond that of Known facts alone over the overlap, and its "
-        "value at overlap 1. Supported if both are above 0, and its slope more than "
-        f"{MIN_SHARE:.0%} of that value. Contradicted if that value is above 0, and the slope less than "
-        f"{MIN_SHARE:.0%} of it. Learnt or not: steps towards a fact that is not stored overwrite as well. {WHOLE}"
-    )
-    numbers = {
-        "slope of the loss from overlap 0 to 1": share.part,
-        "value of the line at overlap 1": share.whole,
-        f"the former minus {MIN_SHARE:.0%} of the latter": share.surplus,
-    }
-    stored = {f"overlap {overlap:g}": learnt[run] for overlap, run in zip(overlaps, runs, strict=True)}
-    return Finding("interference", share.verdict(), rule, numbers, stored)
+def _slope(losses: Losses, names: list[str], x: np.ndarray) -> np.ndarray:
+    """The slope of the least-squares line through the losses of `names` over `x`, `(num_seeds, num_facts)`."""
+    centred = x - x.mean()
+    return np.tensordot(centred, [losses[name] for name in names], axes=1) / (centred @ centred)

@@ -1,279 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names for entities that do not exist, as like to the names of real ones as is asked for.
+"""Names for entities that do not exist, put together from tokens, as like to the names of real ones as is asked for.
 
-The paper (arXiv 2604.15574, section 5) compares keys recombined from the tokens of real names with UUIDs, which differ
-in two ways: UUIDs share few tokens with names, and have many more tokens. Here the share of tokens from real names is
-chosen, at the lengths of the real names.
+The paper (arXiv 2604.15574, section 5) compares keys of tokens of real names with UUIDs, which share few tokens with
+names and have many more. Here the share of tokens from real names is chosen, at the lengths of the real names.
 """
 
+import math
+import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Set
-from typing import NamedTuple
-
-import numpy as np
-
-from .name_tokens import PromptSlot, tokens_of_names
-from .token_pairs import TokenPairs, bpe_merges
+from itertools import accumulate, islice
 
 
-# Keys are drawn so many at a time, whatever is asked for, so that a longer stream begins like a shorter one.
-BATCH_SIZE = 8192
-# After so many draws without a token that suits the one before it, or without a new key, there is hardly any choice.
-_MAX_TOKEN_DRAWS, _MAX_KEY_DRAWS = 16, 200
-# At most this share of what can be built is asked for, so that new keys are found quickly.
-_MAX_FILL = 0.5
-_PROBE_SIZE = 512
-
-
-class KeyBatch(NamedTuple):
-    """
-    Some keys.
-
-    Args:
-        texts (`list[str]`):
-            The keys.
-        token_ids (`np.ndarray`):
-            What the tokenizer makes of them in the prompt, shape `(len(texts), longest)`, -1 after the end.
-    """
-
-    texts: list[str]
-    token_ids: np.ndarray
-
-
-def random_numbers(seed: int, *stream: int) -> np.random.Generator:
-    """
-    Random numbers of one of a seed's streams, independent of those of the others.
-
-    Only `random` and `bytes` are drawn from it: numpy promises nothing for the rest from version to version.
-    """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
-
-
-def uuid_batches(seed: int, stream: int, taken: Set[str] = frozenset()) -> Iterator[list[str]]:
-    """
-    UUIDs (version 4) without end, a list at a time. Two of 10⁶ are the same with a probability of 10⁻²⁵.
-
-    Args:
-        seed (`int`), stream (`int`):
-            See [`random_numbers`].
-        taken (`Set[str]`, *optional*):
-            UUIDs that are left out.
-    """
-    random = random_numbers(seed, stream)
-    while True:
-        raw = np.frombuffer(random.bytes(16 * BATCH_SIZE), np.uint8).reshape(-1, 16).copy()
-        raw[:, 6] = raw[:, 6] & 0x0F | 0x40
-        raw[:, 8] = raw[:, 8] & 0x3F | 0x80
-        digits = raw.tobytes().hex()
-        chunks = (digits[i : i + 32] for i in range(0, len(digits), 32))
-        texts = (f"{d[:8]}-{d[8:12]}-{d[12:16]}-{d[16:20]}-{d[20:]}" for d in chunks)
-        yield [text for text in texts if text not in taken]
+# Latin letters without accents, after one of the two marks of a space in vocabularies: what can be joined into words
+# that differ in more than case and accents. In byte-level vocabularies, other letters are parts of characters.
+_BEGINS_WORD = re.compile("[Ġ▁][A-Z][a-z]*")
+_GOES_ON = re.compile("[a-z]+")
+_BATCH_SIZE = 1024  # keys that are tokenised at a time
+# After so many draws for one key there is hardly any choice left.
+_MAX_DRAWS = 1000
+# At most this share of all sequences of tokens is asked for: not all come back, and new keys are to be found quickly.
+_MAX_FILL = 0.25
 
 
 class TokenKeys:
     """
-    Keys of one or more words put together from tokens, each in the shape of a real name: as many tokens, of which the
-    same begin a word.
+    Keys of one or more words, each in the shape of a real name: as many tokens, of which the same begin a word.
 
     A token is drawn evenly among those of the real names, or among as many that no name uses (the most frequent ones
-    of the vocabulary). The tokenizer makes just these tokens of a key: neighbours that it would merge otherwise are
-    not drawn ([`TokenPairs`]); with a tokenizer other than BPE each key is tried instead, which is far slower.
-
-    Under one seed, the keys of two instances with the same names have the same shapes, one by one, whatever the
-    overlaps.
+    of the vocabulary). A key is kept if the tokenizer makes just these tokens of it in the prompt. Under one seed, the
+    keys of the same names have the same shapes, one by one, whatever the overlap.
 
     Args:
         names (`Iterable[str]`):
             Real names. Those of one token, and those of other characters than Latin letters without accents, lend
             their tokens but not their shapes.
-        tokenizer (`PreTrainedTokenizerFast`):
-            Any fast tokenizer of transformers that marks where a word begins.
-        prompt (`str`):
-            The text in which the keys will stand, with `{subject}` in their place.
+        tokenizer (`PreTrainedTokenizerFast`): Any fast tokenizer that marks where a word begins.
+        prompt (`str`): The text in which the keys will stand, with `{subject}` in their place.
         overlap (`float`):
             The share of tokens from real names: 1 for recombined names, 0 for pseudo-words. Of n tokens,
             `overlap * n` are from names, rounded up or down at random so that the mean is right.
-        apart_from (`Iterable[str]`, *optional*):
-            Further names, of which the tokens that are not from `names` share none.
-
-    Attributes:
-        name_tokens (`frozenset[int]`):
-            The ids of all tokens of the names, for [`~trl_selfdistill.studies.synthetic.name_tokens.token_overlap`].
+        apart_from (`Iterable[str]`, *optional*): Further names, of whose tokens only those of `names` are used.
 
     Raises:
-        `ValueError`: `overlap` is not in [0, 1], a slow tokenizer, a prompt in which a key is not a word of its own,
-            or no name of letters.
+        ValueError: If a key is not a word of its own in the prompt, or no name is of letters.
     """
 
     def __init__(self, names: Iterable[str], tokenizer, prompt: str, overlap: float, apart_from: Iterable[str] = ()):
-        if not 0 <= overlap <= 1:
-            raise ValueError(f"overlap must be in [0, 1], the share of tokens from real names, got {overlap}")
-        slot = PromptSlot(tokenizer, prompt)
-        merges = bpe_merges(tokenizer)
-        tokens = tokens_of_names(names, tokenizer, slot, merges, apart_from)
-        self.name_tokens = tokens.used
-        self._overlap = overlap
-        counts = np.array([*tokens.shapes.values()], float)
-        self._weights = counts / counts.sum()
-        # One row a shape: 0 where a token begins a word, 1 where it goes on, -1 after the end.
-        self._shapes = np.full((len(counts), max(map(len, tokens.shapes))), -1)
-        for row, shape in zip(self._shapes, tokens.shapes, strict=True):
-            row[: len(shape)] = 1 - np.array(shape, int)
-        # The pools one after the other: words' beginnings from names, others, then the same for what goes on.
-        pools = [tokens.real[0], tokens.other[0], tokens.real[1], tokens.other[1]]
-        self._sizes = np.array([len(pool) for pool in pools])
-        self._offsets = np.cumsum(self._sizes) - self._sizes
-        spelt = [text for pool in pools for text in pool.values()]
-        self._pairs = TokenPairs(spelt, spelt[self._offsets[2] :], merges)
-        # The last one stands for no token.
-        self._ids = np.array([index for pool in pools for index in pool] + [-1])
-        self._texts = np.array([text.replace("Ġ", " ").replace("▁", " ") for text in spelt] + [""], object)
-        # Asked about each key where neighbours do not decide, or turn out not to.
-        self._slot = None
-        if merges is None or not all(self._stay(self._probe(), slot)):
-            self._slot = slot
+        self._tokenizer, self._overlap = tokenizer, overlap
+        self._before, _, self._after = prompt.partition("{subject}")
+        if not self._before.endswith(" ") or self._after[:1].isalnum():
+            raise ValueError(
+                f"the question must hold its subject as words of its own, after a space, got the prompt {prompt!r}; "
+                "rewrite the question"
+            )
+        names = sorted(set(names))
+        ids_of_all = self._ids_in_prompt([*names, *apart_from])
+        encoded = ids_of_all[: len(names)]
+        begin, go_on = _letter_tokens(tokenizer)
+        shapes = Counter(
+            tuple(token in begin for token in ids)
+            for ids in encoded
+            if len(ids) > 1 and ids[0] in begin and all(token in begin or token in go_on for token in ids)
+        )
+        if not shapes:
+            raise ValueError(
+                f"facts: none of the {len(encoded)} names is of two tokens or more that are Latin letters without "
+                "accents and mark where a word begins; give more names, or take UUID keys"
+            )
+        self._shapes = dict(sorted(shapes.items()))
+        self._cumulative_counts = [*accumulate(self._shapes.values())]
+        used = {token for ids in encoded for token in ids}
+        apart = used.union(*ids_of_all)
+        # Ids and texts, by whether they begin a word and whether they are of real names
+        self._pools: dict[tuple[bool, bool], list[tuple[int, str]]] = {}
+        for begins, tokens in ((True, begin), (False, go_on)):
+            real = [token for token in tokens.items() if token[0] in used]
+            other = (token for token in tokens.items() if token[0] not in apart)
+            self._pools[begins, True] = real
+            self._pools[begins, False] = [*islice(other, len(real))]
+
+    def _ids_in_prompt(self, names: list[str]) -> list[list[int]]:
+        """The ids of each name's tokens, of all those of the prompt with that name."""
+        before = self._before[:-1]
+        texts = [before, before + self._after, *(f"{before} {name}{self._after}" for name in names)]
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        num_before, num_around = len(encoded[0]), len(encoded[1])
+        return [ids[num_before : len(ids) - (num_around - num_before)] for ids in encoded[2:]]
 
     def check_number(self, num_keys: int) -> None:
-        """
-        Checks that there are enough tokens.
+        """Raises a `ValueError` if `num_keys` are more than a quarter of what one of the shapes allows."""
+        kinds = {0: (False,), 1: (True,)}.get(self._overlap, (False, True))
+        sizes = {begins: min(len(self._pools[begins, real]) for real in kinds) for begins in (True, False)}
+        for shape, count in self._shapes.items():
+            num_of_shape = num_keys * count / self._cumulative_counts[-1]
+            num_sequences = math.prod(sizes[begins] for begins in shape)
+            if not num_sequences or num_of_shape > max(_MAX_FILL * num_sequences, 1):
+                raise self._too_few(num_keys)
 
-        Raises:
-            `ValueError`: `num_keys` are more than half of what can be built in one of the shapes.
+    def draw(self, num_keys: int, seed: int, taken: Set[str] = frozenset()) -> Iterator[str]:
         """
-        sizes = {0: self._sizes[[1, 3]], 1: self._sizes[[0, 2]]}.get(self._overlap, self._sizes.reshape(2, 2).min(1))
-        with np.errstate(divide="ignore"):
-            log_sizes, log_share = np.log(sizes), np.log(self._pairs.share())
-        num_begin, num_go_on = (self._shapes == 0).sum(1), (self._shapes == 1).sum(1)
-        capacity = np.exp(num_begin * log_sizes[0] + np.where(num_go_on, num_go_on * (log_sizes[1] + log_share), 0))
-        scarce = int(np.argmax(self._weights * num_keys / np.maximum(capacity, 1e-9)))
-        if self._weights[scarce] * num_keys > max(_MAX_FILL * capacity[scarce], 1):
-            raise ValueError(self._too_few(num_keys, scarce))
-
-    def batches(self, num_keys: int, seed: int, stream: int = 0, taken: Set[str] = frozenset()) -> Iterator[KeyBatch]:
-        """
-        Keys, no two the same even without case. To tell, 8 bytes a key are kept.
-
-        [`BATCH_SIZE`] are drawn at a time, whatever is asked for; where there are not so many, one at a time.
+        Draws keys, no two the same even without case. To tell, they are kept, some 100 bytes each.
 
         Args:
-            num_keys (`int`):
-                How many. Fewer are the first ones of more.
-            seed (`int`), stream (`int`, *optional*, defaults to `0`):
-                See [`random_numbers`].
-            taken (`Set[str]`, *optional*):
-                Names in lower case that no key may have.
-
-        Raises:
-            `ValueError`: there are not so many keys.
+            num_keys (`int`): How many. Fewer are the first ones of more.
+            seed (`int`): The same seed gives the same keys.
+            taken (`Set[str]`, *optional*): Names in lower case that no key may have.
         """
-        shape_random, mix_random, token_random = (random_numbers(seed, stream, part) for part in range(3))
-        seen = np.empty(0, np.uint64)
-        for begin in range(0, num_keys, BATCH_SIZE):
-            slots = self._draw_slots(shape_random, mix_random, BATCH_SIZE)
-            num_left = num_keys - begin
-            keys, now_seen = self._draw_keys(slots, token_random, seen, taken)
-            if keys is not None:
-                seen = now_seen
-                yield KeyBatch(keys.texts[:num_left], keys.token_ids[:num_left])
-                continue
-            for row in slots[:num_left]:
-                key, seen = self._draw_keys(row[None], token_random, seen, taken)
-                if key is None:
-                    shape = (self._shapes == np.where(row < 0, -1, row // 2)).all(1)
-                    raise ValueError(self._too_few(num_keys, int(np.flatnonzero(shape)[0])))
+        taken = {*taken}
+        for start in range(0, num_keys, _BATCH_SIZE):
+            numbers = range(start, min(start + _BATCH_SIZE, num_keys))
+            # Random numbers of its own make a key independent of the batch that it is drawn in
+            streams = [self._candidates(random.Random(f"key {number} of seed {seed}")) for number in numbers]
+            for stream, key in zip(streams, self._draw(streams, taken, num_keys), strict=True):
+                if key.lower() in taken:  # as a key before it in the batch
+                    [key] = self._draw([stream], taken, num_keys)
+                taken.add(key.lower())
                 yield key
 
-    def _draw_keys(
-        self, slots: np.ndarray, random, seen: np.ndarray, taken: Set[str]
-    ) -> tuple[KeyBatch | None, np.ndarray]:
-        """A new key for each row of `slots`, `None` if hardly any is left, and the hashes of all seen until then."""
-        tokens = np.empty_like(slots)
-        texts = np.empty(len(slots), object)
-        rows = np.arange(len(slots))
-        for _ in range(_MAX_KEY_DRAWS):
-            drawn, good = self._draw_tokens(slots[rows], random)
-            drawn_texts = self._join(drawn)
-            hashes = _hashes(drawn)
-            first = np.zeros(len(rows), bool)
-            first[np.unique(hashes, return_index=True)[1]] = True
-            good &= first & ~_contains(seen, hashes)
-            good &= np.array([text.lower() not in taken for text in drawn_texts])
-            if self._slot is not None:
-                good[good] = self._stay(drawn[good], self._slot)
-            new = np.sort(hashes[good])
-            seen = np.insert(seen, np.searchsorted(seen, new), new)
-            tokens[rows[good]] = drawn[good]
-            texts[rows[good]] = np.array(drawn_texts, object)[good]
-            rows = rows[~good]
-            if not len(rows):
-                return KeyBatch(texts.tolist(), self._ids[tokens]), seen
-        return None, seen
+    def _candidates(self, generator: random.Random) -> Iterator[tuple[list[int], str]]:
+        """Texts of one shape without end, each with the ids of the tokens that it is joined from."""
+        [shape] = generator.choices([*self._shapes], cum_weights=self._cumulative_counts)
+        num_real = int(self._overlap * len(shape) + generator.random())
+        lots = [generator.random() for _ in shape]
+        least = sorted(lots)[:num_real]
+        pools = [self._pools[begins, lot in least] for begins, lot in zip(shape, lots, strict=True)]
+        while True:
+            tokens = [pool[int(generator.random() * len(pool))] for pool in pools]
+            yield [index for index, _ in tokens], "".join(text for _, text in tokens)[1:]
 
-    def _draw_slots(self, shape_random, mix_random, num_keys: int) -> np.ndarray:
-        """The pool of each token, shape `(num_keys, longest)`, -1 after the end."""
-        chosen = np.searchsorted(np.cumsum(self._weights), shape_random.random(num_keys), side="right")
-        kinds = self._shapes[np.minimum(chosen, len(self._weights) - 1)]
-        lengths = (kinds >= 0).sum(1)
-        num_real = np.floor(self._overlap * lengths + mix_random.random(num_keys))
-        # Which ones: those with the smallest of random numbers.
-        order = np.where(kinds >= 0, mix_random.random(kinds.shape), 2.0).argsort(1).argsort(1)
-        return np.where(kinds >= 0, 2 * kinds + (order >= num_real[:, None]), -1)
+    def _draw(self, streams: list[Iterator], taken: Set[str], num_keys: int) -> list[str]:
+        """Of each stream the next key that the tokenizer leaves as it is and that is not taken."""
+        keys = [""] * len(streams)
+        missing = range(len(streams))
+        for _ in range(_MAX_DRAWS):
+            drawn = [next(streams[i]) for i in missing]
+            found = self._ids_in_prompt([text for _, text in drawn])
+            for i, (ids, text), found_ids in zip(missing, drawn, found, strict=True):
+                if ids == found_ids and text.lower() not in taken:
+                    keys[i] = text
+            missing = [i for i in missing if not keys[i]]
+            if not missing:
+                return keys
+        raise self._too_few(num_keys)
 
-    def _draw_tokens(self, slots: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens from the pools `slots`, of the same shape, and whether a key's tokens all suit each other."""
-        tokens = np.full(slots.shape, len(self._ids) - 1)
-        good = np.ones(len(slots), bool)
-        for place in range(slots.shape[1]):
-            rows = np.flatnonzero(slots[:, place] >= 0)
-            tokens[rows, place] = self._draw(slots[rows, place], random)
-            rows = rows[slots[rows, place] >= 2]
-            for _ in range(_MAX_TOKEN_DRAWS):
-                left, right = tokens[rows, place - 1], tokens[rows, place] - self._offsets[2]
-                rows = rows[~self._pairs.stay(left, right)]
-                if not len(rows):
-                    break
-                tokens[rows, place] = self._draw(slots[rows, place], random)
-            else:
-                good[rows] = False
-        return tokens, good
-
-    def _draw(self, pools: np.ndarray, random) -> np.ndarray:
-        return self._offsets[pools] + (random.random(len(pools)) * self._sizes[pools]).astype(np.int64)
-
-    def _join(self, tokens: np.ndarray) -> list[str]:
-        # A column at a time: a list of lists would keep the garbage collector busy for as long as all the rest takes
-        joined = self._texts[tokens[:, 0]]
-        for column in tokens.T[1:]:
-            joined = joined + self._texts[column]
-        return [text[1:] for text in joined.tolist()]
-
-    def _probe(self) -> np.ndarray:
-        tokens, good = self._draw_tokens(
-            self._draw_slots(random_numbers(0, 0), random_numbers(0, 1), _PROBE_SIZE), random_numbers(0, 2)
-        )
-        return tokens[good]
-
-    def _stay(self, tokens: np.ndarray, slot: PromptSlot) -> list[bool]:
-        ids = [[index for index in row if index >= 0] for row in self._ids[tokens].tolist()]
-        return slot.stay(self._join(tokens), ids) if len(tokens) else []
-
-    def _too_few(self, num_keys: int, shape: int) -> str:
-        kinds = self._shapes[shape]
-        return (
-            f"num_facts={num_keys} keys need more distinct tokens: about {self._weights[shape]:.1%} of them have "
-            f"{(kinds == 0).sum()} tokens that begin a word and {(kinds == 1).sum()} that go on with one. There are "
-            f"{self._sizes[0]} and {self._sizes[2]} such tokens of real names, and {self._sizes[1]} and "
-            f"{self._sizes[3]} others. Ask for fewer, give more real names or take a tokenizer with more tokens"
+    def _too_few(self, num_keys: int) -> ValueError:
+        begin, go_on = len(self._pools[True, True]), len(self._pools[False, True])
+        return ValueError(
+            f"num_facts={num_keys} keys need more distinct tokens: names have {begin} that begin a word and {go_on} "
+            "that go on with one. Ask for fewer, give more names or take a tokenizer with more tokens"
         )
 
 
-def _hashes(tokens: np.ndarray) -> np.ndarray:
-    """A number of 64 bits for each row; that two of 10⁶ have the same by chance has a probability of 10⁻⁸."""
-    factors = np.frombuffer(random_numbers(0).bytes(8 * tokens.shape[1]), np.uint64) | np.uint64(1)
-    return (tokens.astype(np.uint64) * factors).sum(1, dtype=np.uint64)
-
-
-def _contains(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
-    if not len(ordered):
-        return np.zeros(len(values), bool)
-    places = np.searchsorted(ordered, values)
-    return ordered[np.minimum(places, len(ordered) - 1)] == values
+def _letter_tokens(tokenizer) -> tuple[dict[int, str], dict[int, str]]:
+    """
+    The texts of the tokens of letters that begin a word, with a space, and of those that go on with one, the most
+    frequent ones first. Added tokens are neither.
+    """
+    added = set(tokenizer.get_added_vocab().values())
+    vocabulary = sorted((index, text) for text, index in tokenizer.get_vocab().items() if index not in added)
+    begin = {index: f" {text[1:]}" for index, text in vocabulary if _BEGINS_WORD.fullmatch(text)}
+    return begin, {index: text for index, text in vocabulary if _GOES_ON.fullmatch(text)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conditions of the mechanism study: which synthetic facts a model is trained on in which experiment.
+"""The variants of the mechanism study: which synthetic facts a model is trained on in which experiment.
 
 Three hypotheses on why fine-tuning on new facts makes a model forget (arXiv 2604.15574, section 5), an experiment
 each. Its prediction is written down here, before there is a result; `verdict` holds the numbers to it.
@@ -8,7 +8,7 @@ each. Its prediction is written down here, before there is a result; `verdict` h
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..checks import check_different, check_seeds
+from ..arguments import check_different
 
 
 PREDICTIONS = {
@@ -21,7 +21,7 @@ PREDICTIONS = {
 }
 
 
-class Condition(NamedTuple):
+class MechanismVariant(NamedTuple):
     """
     A training run on Known facts and synthetic ones.
 
@@ -80,65 +80,47 @@ class MechanismArguments:
         metadata={"help": "Interference: shares of the keys' tokens that come from real names, in [0, 1]."},
     )
     uuid_values: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether name-like and UUID keys come with UUID values too. No verdict needs them, and their many "
-            "tokens make these runs the longest."
-        },
+        default=True, metadata={"help": "Whether keys come with UUID values too, which takes the longest runs."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of the synthetic facts and of the training's order."}
     )
     probe_steps: int = field(default=20, metadata={"help": "Optimizer steps between two measurements of the drift."})
     probe_layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers that the drift is measured at. By default the middle and the last."}
+        default=None, metadata={"help": "Layers of the drift. By default the middle and the last."}
     )
     max_probed_facts: int = field(default=100, metadata={"help": "Held-out facts that the drift is measured on."})
-    max_asked_new_facts: int = field(
-        default=500, metadata={"help": "Synthetic facts that the model is asked, at most."}
-    )
-    ask_each_epoch: bool = field(
-        default=False,
-        metadata={"help": "Whether all facts are asked after each epoch, not only before and after the run."},
-    )
+    max_asked_new_facts: int = field(default=500, metadata={"help": "Synthetic facts that are asked, at most."})
 
     def __post_init__(self):
-        for overlap in self.overlaps:
-            if not 0 <= overlap <= 1:
-                raise ValueError(f"`overlaps` are shares of tokens in [0, 1], got {overlap}.")
-        for name, least in (("num_synthetic_facts", 2), ("overlaps", 2), ("seeds", 1)):
-            values = getattr(self, name)
-            if len(set(values)) < max(least, len(values)):
-                raise ValueError(f"`{name}` needs at least {least} different values, none twice, got {values}.")
-        check_different("overlaps", self.overlaps)
-        check_seeds(self.seeds)
-        for name in ("max_asked_new_facts", "probe_steps", "max_probed_facts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for number in (*self.num_synthetic_facts, self.num_facts_of_overlap):
-            if number < 1:
-                raise ValueError(f"Numbers of synthetic facts must be at least 1, got {number}.")
+        for name, at_least in (("num_synthetic_facts", 2), ("overlaps", 2), ("seeds", 1)):
+            check_different(name, getattr(self, name), at_least)
+        if not all(0 <= overlap <= 1 for overlap in self.overlaps):
+            raise ValueError(f"`overlaps` are shares of tokens in [0, 1], got {self.overlaps}.")
+        sizes = [*self.num_synthetic_facts, self.num_facts_of_overlap]
+        if min(sizes) < 1:
+            raise ValueError(f"`num_synthetic_facts` and `num_facts_of_overlap` must be at least 1, got {sizes}.")
 
 
-def conditions_of(study: MechanismArguments) -> list[Condition]:
+def mechanism_variants(study: MechanismArguments) -> list[MechanismVariant]:
     """All runs of the study, none twice; the first is that on Known facts alone."""
     middle = study.num_facts_of_overlap
-    runs = [Condition(0, probe=True)]
-    runs += [Condition(n, keys) for n in sorted(study.num_synthetic_facts) for keys in ("recombined", "uuid")]
-    runs += [condition_of_overlap(middle, overlap) for overlap in sorted(study.overlaps)]
-    runs += [Condition(middle, keys) for keys in ("recombined", "pseudo", "uuid")]
+    runs = [MechanismVariant(0, probe=True)]
+    runs += [MechanismVariant(n, keys) for n in sorted(study.num_synthetic_facts) for keys in ("recombined", "uuid")]
+    runs += [variant_of_overlap(middle, overlap) for overlap in sorted(study.overlaps)]
+    runs += [MechanismVariant(middle, keys) for keys in ("recombined", "pseudo", "uuid")]
     if study.uuid_values:
-        runs += [Condition(middle, keys, "uuid") for keys in ("recombined", "uuid")]
-    runs += [Condition(middle, self_distillation=True)]
+        runs += [MechanismVariant(middle, keys, "uuid") for keys in ("recombined", "uuid")]
+    runs += [MechanismVariant(middle, self_distillation=True)]
     return list(dict.fromkeys(run._replace(probe=_is_probed(run, middle)) for run in runs))
 
 
-def condition_of_overlap(num_facts: int, overlap: float) -> Condition:
+def variant_of_overlap(num_facts: int, overlap: float) -> MechanismVariant:
     """Keys with a share of tokens from real names; a share of 1 are the name-like keys, of 0 the pseudo-words."""
     keys = {0.0: "pseudo", 1.0: "recombined"}.get(overlap, "overlap")
-    return Condition(num_facts, keys, overlap=overlap if keys == "overlap" else None)
+    return MechanismVariant(num_facts, keys, overlap=overlap if keys == "overlap" else None)
 
 
-def _is_probed(run: Condition, middle: int) -> bool:
+def _is_probed(run: MechanismVariant, middle: int) -> bool:
     """The drift is compared between SFT, self-distillation and UUID keys, with real values."""
     return run.num_facts in (0, middle) and run.keys in ("recombined", "uuid") and run.values == "real"

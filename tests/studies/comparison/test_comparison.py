@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of variants, whole on the toy model, and the law of each rival."""
+
+import math
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, made_once
+from datasets import Dataset
+from PIL import Image
+from sft_runs import TOKENIZER, trainer
+from toy_study import STUDY_FLAGS, run_script, runs_of
+from trl import SFTTrainer
+
+from trl_selfdistill.files import read_json
+from trl_selfdistill.studies.comparison.rivals import (
+    ComparisonArguments,
+    known_patch_rows,
+    mask_unlikely_tokens,
+    replay_rows,
+)
+from trl_selfdistill.studies.comparison.study import best_epoch
+from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, read_records
+from trl_selfdistill.studies.results import read_result
+from trl_selfdistill.studies.training_mix import load_mix
+
+
+VARIANTS = ("sft", "lora", "frozen", "l2", "replay", "known_patch", "stm", "selfdistill-lambda1-tau0.5")
+VARIANTS += ("rehearsal", "rehearsal-selfdistill-lambda1-tau0.5")
+FLAGS = "--kl_weights 1 --temperatures 0.5 --mixing_weights 0 0.5 1 --num_rehearsal 4".split()
+FLAGS += ["--num_heldout", "30"]
+
+
+def compare(toy_study, output: Path, *flags) -> None:
+    """Runs the comparison on the toy study's facts, whose first stages are those of the study."""
+    model = ["--model_name_or_path", toy_study.model, "--facts", toy_study.facts, "--output_dir", output]
+    config = ["--config", output.parent / "empty.yaml"]
+    config[1].write_text("{}")
+    run_script("compare_methods.py", *config, *model, *STUDY_FLAGS, *FLAGS, *flags)
+
+
+@pytest.fixture(scope="module")
+def finished(toy_study, tmp_path_factory, worker_id):
+    def make(folder: Path) -> Path:
+        compare(toy_study, folder / "study", "--save_strategy", "no")
+        return folder / "study"
+
+    return made_once(tmp_path_factory, worker_id, "comparison", make)
+
+
+def results_of(output: Path, variant: str) -> list:
+    return [read_result(output / "runs" / f"{variant}-seed{seed}") for seed in range(3)]
+
+
+def test_the_report_holds_what_the_runs_recorded(finished):
+    report = (finished / "methods.md").read_text()
+    points = {point["label"]: point for point in read_json(finished / "methods.json")}
+    assert len(points) == 1 + len(VARIANTS) + 1 + 3  # before, early stopping and three interpolations
+    for variant in VARIANTS:
+        results = results_of(finished, variant)
+        point = points[results[0].training["label"]]
+        for name, key in (("heldout", "stability"), ("new", "plasticity")):
+            accuracy = sum(result.records[-1].accuracy(name) for result in results) / 3
+            assert point[key]["value"] == pytest.approx(accuracy) and f"{accuracy:.3f} [" in report
+    assert Image.open(finished / "pareto.png").width > 1000 and " is better (clear: " in report
+
+
+def test_all_variants_start_alike_and_make_as_many_steps(finished):
+    results = [result for variant in VARIANTS for result in results_of(finished, variant)]
+    assert {result.training["num_steps"] for result in results} == {8}
+    assert all(result.records[0].correct == results[0].records[0].correct for result in results)
+    logs = [result.training["log_history"] for result in results_of(finished, "sft")]
+    assert logs[0] != logs[1] != logs[2]  # seeds matter
+    for variant in VARIANTS:  # only SFT is asked after each epoch, and kept
+        for result in results_of(finished, variant):
+            steps = [record.step for record in result.records]
+            assert steps == ([0, 4, 8] if variant == "sft" else [0, 8])
+    kept = {path.parent.name for path in (finished / "runs").glob("*/*.safetensors")}
+    assert kept == {f"sft-seed{seed}" for seed in range(3)}
+
+
+def test_the_facts_that_choose_when_to_stop_are_not_those_that_judge(finished):
+    heldout = set(load_mix(finished / "mix")["heldout"]["fact_id"])
+    correct = results_of(finished, "sft")[0].records[-1].correct
+    judging, choosing = correct["heldout"].keys(), correct["validation"].keys()
+    assert not judging & choosing and judging | choosing == heldout
+
+    def right(number: int) -> dict[str, bool]:
+        return {str(i): i < number for i in range(9)}
+
+    # Before training is no choice; the judging facts would choose the last; of equals the first
+    points = [(9, 0), (5, 1), (8, 2), (8, 3), (1, 9)]
+    records = [AccuracyRecord(0, 0, {"validation": right(n), "heldout": right(other)}) for n, other in points]
+    assert best_epoch(records) is records[2]
+
+
+def test_wise_ft_goes_from_the_start_to_sft(finished):
+    for result in results_of(finished, "sft"):
+        folder = finished / "runs" / result.name.replace("sft", "wise_ft")
+        start, middle, end = read_records(folder / "accuracy.jsonl")
+        assert [start.epoch, middle.epoch, end.epoch] == [0.0, 0.5, 1.0]
+        assert start.correct == result.records[0].correct and end.correct == result.records[-1].correct
+
+
+def test_other_mixing_weights_and_further_l2_weights_train_nothing_again(toy_study, finished, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "study"))
+    before = runs_of(output / "runs")
+    flags = ["--variants", "sft", "l2", "--mixing_weights", "0.25", "--l2_weights", "1e6", "--save_strategy", "no"]
+    compare(toy_study, output, *flags)
+    changed = {name for name, content in runs_of(output / "runs").items() if before.get(name) != content}
+    assert changed == {f"{name}-seed{seed}" for seed in range(3) for name in ("wise_ft", "l2-weight1e+06")}
+    labels = {point["label"] for point in read_json(output / "methods.json")}
+    assert {"WiSE-FT, 0.25 of SFT", "L2 to the start, matched", "L2 to the start, weight 1e+06"} <= labels
+    assert results_of(output, "l2-weight1e+06")[0].training["about"] == {"l2_weight": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_rehearsal", "4000"], "`num_rehearsal=4000`, but only [0-9]+ facts are in no split"),
+        (["--temperatures", "0"], "`temperature` must be .*, got 0.0"),
+        (["--max_steps", "3"], "`max_steps=3`"),
+    ],
+)
+def test_mistakes_come_before_the_first_run(toy_study, finished, tmp_path, flags, message):
+    shutil.copytree(finished, tmp_path / "study", ignore=shutil.ignore_patterns("runs"))
+    report = (tmp_path / "study" / "methods.md").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        compare(toy_study, tmp_path / "study", "--save_strategy", "no", *flags)
+    assert not (tmp_path / "study" / "runs").exists()
+    assert (tmp_path / "study" / "methods.md").read_bytes() == report
+
+
+def rows_of(make, num_rows: int, num_known: int, num_new: int, seed: int = 0) -> list[str]:
+    """The rows that `make` makes: `k` and a number for a Known fact, `n` and a number for a new one."""
+    known, new = (
+        Dataset.from_dict({"prompt": [f"{kind}{i}" for i in range(number)]})
+        for kind, number in (("k", num_known), ("n", num_new))
+    )
+    return make(known, new, num_rows, random.Random(seed))["prompt"][:]
+
+
+def test_replay_shows_known_facts_three_times():
+    assert sorted(rows_of(replay_rows, 12, 2, 2)) == ["k0"] * 3 + ["k1"] * 3 + ["n0", "n1"]
+
+
+@pytest.mark.parametrize(("num_known", "num_new"), [(4, 8), (20, 80), (500, 500)])
+def test_known_patch_mixes_its_share_of_known_facts_into_its_last_part(num_known, num_new):
+    rows = rows_of(known_patch_rows, 1000, num_known, num_new)
+    assert len(rows) == 1000 and rows == rows_of(known_patch_rows, 1000, num_known, num_new)
+    assert all(row.startswith("n") for row in rows[:700])
+    assert sum(row.startswith("k") for row in rows[700:]) == 200
+    for kind, number in (("k", num_known), ("n", num_new)):
+        shown = [rows.count(f"{kind}{i}") for i in range(number)]
+        assert max(shown) - min(shown) <= 1
+
+
+def test_tokens_above_the_perplexity_are_masked_and_no_others(tmp_path):
+    plain = trainer(tmp_path, build_model(TOKENIZER, initializer_range=0.5), trainer_class=SFTTrainer)
+
+    def masked(limit: float) -> list[list[int]]:
+        return mask_unlikely_tokens(plain.train_dataset, plain.model, limit)["labels"][:]
+
+    labels, perplexities = plain.train_dataset["labels"][:], []
+    for ids in plain.train_dataset["input_ids"]:
+        log_probs = plain.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        perplexities.append([math.nan, *(math.exp(-log_probs[t, token]) for t, token in enumerate(ids[1:]))])
+    rows = [[*zip(*row, strict=True)] for row in zip(labels, perplexities, strict=True)]
+    limit = sorted(perplexity for row in rows for label, perplexity in row if label != -100)[3] + 1e-3
+    expected = [[label if perplexity <= limit else -100 for label, perplexity in row] for row in rows]
+    assert masked(limit) == expected != labels and masked(math.inf) == labels
+    with pytest.raises(ValueError, match="`max_perplexity=1.0` leaves no token to train on"):
+        masked(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(variants=["sft", "ewc"]), r"`variants` may hold .*, got \['sft', 'ewc'\]"),
+        (dict(variants=["lora"]), "`sft` must be one"),
+        (dict(seeds=[0, 1]), "`seeds` needs at least 3"),
+        (dict(kl_weights=[1.0, 1.0000001]), r"`kl_weights` .* none twice to six digits, got \[1.0, 1.0000001\]"),
+        (dict(mixing_weights=[0.5, 2.0]), r"`mixing_weights` must be shares in \[0, 1\], got \[0.5, 2.0\]"),
+    ],
+)
+def test_mistakes_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        ComparisonArguments(**options)

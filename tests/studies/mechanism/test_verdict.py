@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the mechanism study against made-up losses."""
+
+import numpy as np
+import pytest
+
+from trl_selfdistill.studies.mechanism.variants import MechanismArguments, MechanismVariant, variant_of_overlap
+from trl_selfdistill.studies.mechanism.verdict import (
+    Verdict,
+    judge_behaviour_cloning,
+    judge_capacity,
+    judge_interference,
+)
+
+
+STUDY = MechanismArguments(num_synthetic_facts=[100, 1000, 10_000], num_facts_of_overlap=300, overlaps=[0.0, 0.5, 1.0])
+SIZES = [MechanismVariant(n, keys).name for keys in ("recombined", "uuid") for n in STUDY.num_synthetic_facts]
+KEYS = ["known-only", *(MechanismVariant(300, keys).name for keys in ("recombined", "pseudo", "uuid"))]
+OVERLAPS = ["known-only", *(variant_of_overlap(300, overlap).name for overlap in STUDY.overlaps)]
+ALL = dict.fromkeys(SIZES, 0.9)
+
+
+def losing(*shares: float) -> np.ndarray:
+    """Under each seed that share of 400 facts is lost, the same ones first."""
+    return np.array([np.arange(400) < round(share * 400) for share in shares], dtype=float)
+
+
+def losses_of(names: list[str], shares) -> dict[str, np.ndarray]:
+    return {name: losing(share) for name, share in zip(names, shares, strict=True)}
+
+
+def capacity(name_like, foreign, learnt=ALL):
+    return judge_capacity(losses_of(SIZES, (*name_like, *foreign)), STUDY, learnt)
+
+
+def cloning(*shares):
+    return judge_behaviour_cloning(losses_of(KEYS, shares), STUDY)
+
+
+def interference(*shares):
+    return judge_interference(losses_of(OVERLAPS, shares), STUDY)
+
+
+S, C, U = Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("verdict", "judge", "losses"),
+    [
+        # Capacity: the losses with name-like and with UUID keys at three sizes
+        (S, capacity, [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3)]),  # whatever the keys look like
+        (
+            S,
+            capacity,
+            [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), ALL | {SIZES[0]: 0.1, SIZES[4]: 0.1}],
+        ),  # the largest counts
+        (C, capacity, [(0.1, 0.2, 0.4), (0.02, 0.02, 0.03)]),  # the paper's result
+        (U, capacity, [(0.1, 0.2, 0.3), (0.02, 0.07, 0.13)]),  # about half as steep
+        (U, capacity, [(0.1, 0.1, 0.1), (0.1, 0.1, 0.1)]),  # nothing grows
+        (U, capacity, [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), ALL | {SIZES[5]: 0.49}]),  # not learnt
+        # Behaviour cloning: Known facts only, name-like keys, pseudo-words, UUID keys
+        (S, cloning, [0.02, 0.3, 0.3, 0.25]),
+        (C, cloning, [0.02, 0.3, 0.03, 0.02]),
+        (U, cloning, [0.3, 0.3, 0.3, 0.3]),  # Known facts alone cost as much
+        (U, cloning, [0.02, 0.3, 0.6, 0.02]),  # each kind for itself, not their mean
+        (U, cloning, [0.02, 0.3, 0.17, 0.17]),  # just above half
+        (U, cloning, [0.02, 0.02, 0.3, 0.3]),  # there is nothing that names could explain
+        # Interference: Known facts only, and overlaps 0, 0.5 and 1
+        (S, interference, [0.0, 0.02, 0.1, 0.2]),
+        (S, interference, [0.3, 0.3, 0.34, 0.38]),  # all that new facts cost is slope
+        (C, interference, [0.0, 0.3, 0.4, 0.5]),  # 0.3 of 0.5 are lost without overlap
+        (U, interference, [0.0, 0.22, 0.32, 0.42]),  # about half
+        (U, interference, [0.2, 0.2, 0.2, 0.2]),  # new facts cost nothing
+        (U, interference, [0.3, 0.1, 0.2, 0.3]),  # a slope, but full overlap costs nothing
+    ],
+)
+def test_the_rules(verdict, judge, losses):
+    finding = judge(*losses)
+    assert finding.verdict == verdict, finding.numbers
+
+
+def test_the_numbers_are_slopes_and_differences():
+    name_like, foreign, surplus = capacity((0.1, 0.2, 0.4), (0.02, 0.02, 0.03)).numbers.values()
+    assert [name_like.value, foreign.value, surplus.value] == pytest.approx([0.15, 0.005, 0.005 - 0.5 * 0.15])
+    differences = [number.value for number in cloning(0.1, 0.3, 0.2, 0.05).numbers.values()]
+    assert differences == pytest.approx([0.2, 0.1, 0.1 - 0.1, -0.05, -0.05 - 0.1])
+    at_full_overlap, slope, _ = interference(0.1, 0.2, 0.25, 0.5).numbers.values()
+    line = np.polyfit([0.0, 0.5, 1.0], [0.1, 0.15, 0.4], 1)
+    assert [slope.value, at_full_overlap.value] == pytest.approx([line[0], line.sum()])
+    not_learnt = capacity((0.1, 0.2, 0.3), (0.1, 0.2, 0.3), ALL | {SIZES[5]: 0.49})
+    assert not_learnt.rule.endswith("Of 10,000 facts with UUID keys, only 49.0% were learnt.")
+
+
+def test_runs_are_compared_in_pairs_and_a_verdict_needs_seeds_that_agree():
+    losses = dict.fromkeys(OVERLAPS, losing(0.3, 0.3, 0.3))
+    # Runs that lose the same facts differ by nothing for sure
+    numbers = judge_interference(losses, STUDY).numbers
+    assert all(number.value == number.low == 0 and number.high < 0.02 for number in numbers.values())
+    for shares, verdict in (((0.49, 0.5, 0.51), S), ((0.32, 0.32, 0.86), U)):
+        full = losing(*shares)
+        losses |= {OVERLAPS[2]: (losses[OVERLAPS[1]] + full) / 2, OVERLAPS[3]: full}
+        finding = judge_interference(losses, STUDY)
+        assert finding.verdict == verdict, finding.numbers
+        assert finding.numbers["slope of the loss from overlap 0 to 1"].value == pytest.approx(0.2)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quickstart's study on a tiny model: what it leaves, and that nothing is lost or done twice."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from toy_study import VARIANTS, rerun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from trl_selfdistill.files import read_json
+from trl_selfdistill.studies.fact_accuracy import answered_correctly, read_records
+from trl_selfdistill.studies.facts.table import read_facts
+from trl_selfdistill.studies.results import read_result
+from trl_selfdistill.studies.runs import StudySetup, Variant, train_variant
+from trl_selfdistill.studies.stages import facts_of_mix
+from trl_selfdistill.studies.training_mix import load_mix
+
+
+@pytest.mark.parametrize("name", ["stage1", *VARIANTS])
+def test_checkpoints_load_and_answer_as_recorded(toy_study, name):
+    folder = toy_study.output / name
+    assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("_*"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    recorded = read_records(folder / "accuracy.jsonl")[-1].correct
+    for split, facts in load_mix(toy_study.output / "mix").items():
+        assert answered_correctly(model, tokenizer, facts) == recorded[split]
+
+
+def test_variants_start_from_stage1_and_are_evaluated_each_epoch(toy_study):
+    stage1 = read_records(toy_study.output / "stage1" / "accuracy.jsonl")
+    for name in VARIANTS:
+        result = read_result(toy_study.output / name)
+        assert [record.epoch for record in result.records] == [0.0, 1.0, 2.0]
+        assert result.records[0].correct == stage1[-1].correct and result.base == stage1[0]
+
+
+def test_the_frozen_variant_trained_the_attention_only(toy_study):
+    before, after = (load_file(toy_study.output / name / "model.safetensors") for name in ("stage1", "frozen"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".self_attn." in name}
+
+
+def test_self_distillation_and_frozen_groups_forget_less(toy_study):
+    results = read_json(toy_study.output / "results.json")
+    assert results["sft"]["forgetting"]["low"] > 0
+    assert results["selfdistill"]["forgetting_difference"]["high"] < 0
+    assert results["frozen"]["forgetting_difference"]["high"] < 0
+
+
+def test_report_holds_the_numbers_of_the_records(toy_study):
+    report = (toy_study.output / "report.md").read_text(encoding="utf-8")
+    results = read_json(toy_study.output / "results.json")
+    rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in report.splitlines() if line.startswith("| ")][2:]
+    assert [*results] == [*VARIANTS]
+    for name, row in zip(VARIANTS, rows, strict=True):
+        heldout = [record.accuracy("heldout") for record in read_records(toy_study.output / name / "accuracy.jsonl")]
+        assert row[1] == f"{heldout[0]:.3f} / {max(heldout):.3f} / {heldout[-1]:.3f}"
+        assert results[name]["heldout_curve"] == heldout
+        assert row[2].startswith(f"{max(heldout) - heldout[-1]:.3f} [")
+        assert float(row[6]) == pytest.approx(results[name]["seconds_per_step"], abs=0.006)
+    assert report[report.index("| variant") :].split("\n\n![")[0] in toy_study.stdout
+    figure = (toy_study.output / "curves.png").read_bytes()
+    assert Image.open(toy_study.output / "curves.png").format == "PNG"
+    assert all((toy_study.output / name / "curves.png").read_bytes() == figure for name in VARIANTS)
+
+
+@pytest.mark.parametrize("name", ["stage1", *VARIANTS])
+def test_each_checkpoint_has_a_card(toy_study, name):
+    card = ModelCard.load(toy_study.output / name / "README.md")
+    assert card.data.library_name == "transformers" and "trl-selfdistill" in card.data.tags
+    assert "num_train_epochs" in card.text and "accelerate launch" in card.text
+    for private in (str(toy_study.output.parent), "/tmp/", "/home/", ".partial"):
+        assert private not in card.content
+    if name != "stage1":
+        assert (toy_study.output / "report.md").read_text(encoding="utf-8").split("\n\n")[1] in card.text
+        assert ("difference from plain SFT" in card.text) == (name != "sft")
+        composition = read_json(toy_study.output / name / "training.json")["composition"]
+        assert composition == {"known": {"HighlyKnown": 10}, "new": {"Unknown": 20}}
+
+
+def test_the_study_ends_with_the_command_that_publishes(toy_study):
+    folders = " ".join(str(toy_study.output / name) for name in VARIANTS)
+    assert f"python scripts/publish_model.py --checkpoints {folders} --repo_id YOUR_NAME/" in toy_study.stdout
+
+
+def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_study):
+    report = (copied_study.output / "report.md").read_bytes()
+    assert rerun(copied_study) == set()
+    assert (copied_study.output / "report.md").read_bytes() == report
+    flags = ("--kl_weight", "2", "--trainable_groups", "mlp", "--variants", "sft", "frozen")
+    assert rerun(copied_study, *flags) == {"frozen"}
+    assert read_json(copied_study.output / "results.json").keys() == {"sft", "frozen"}
+
+
+def test_real_new_facts(copied_study):
+    flags = ("--new_facts", "real", "--num_new", "4", "--max_answer_share", "0.5", "--variants", "selfdistill")
+    assert rerun(copied_study, *flags, "--num_train_epochs", "1") == {"mix", "stage1", "selfdistill"}
+    annotated = read_facts(copied_study.output / "annotated" / "facts.jsonl")
+    unknown = {fact["fact_id"] for fact in annotated if fact["slick_category"] == "Unknown"}
+    new = load_mix(copied_study.output / "mix")["new"]
+    assert len(new) == 4 and set(new["fact_id"]) <= unknown
+    assert "- 4 real new facts." in (copied_study.output / "selfdistill" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_study_runs_in_4_bit(copied_study):
+    """Adapters on a quantised base, from the annotation to the report."""
+    adapter = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--num_train_epochs", "1"]
+    assert rerun(copied_study, "--load_in_4bit", *adapter) == {"annotated", "mix", "stage1", *VARIANTS}
+    for name in ("stage1", *VARIANTS):
+        folder = copied_study.output / name
+        assert not (folder / "model.safetensors").exists()  # the base is not saved again, merged or not
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            assert file.keys() and all("lora_" in key and "teacher" not in key for key in file.keys())
+        training = read_json(folder / "training.json")
+        assert training["is_adapter"] and 0 < training["trainable_parameters"] < 0.1 * training["parameters"]
+    log = read_json(copied_study.output / "selfdistill" / "training.json")["log_history"]
+    assert max(row.get("kl_loss", 0) for row in log) > 0
+    with pytest.raises(ValueError, match="`load_in_4bit` and `load_in_8bit` need `use_peft`"):
+        rerun(copied_study, "--load_in_4bit")
+
+
+def test_a_relation_with_too_few_known_facts_is_refused(copied_study):
+    with pytest.raises(ValueError, match="`min_known_share=0.99`.*river .*Known"):
+        rerun(copied_study, "--relations", "river", "--min_known_share", "0.99")
+    assert rerun(copied_study) == set()
+
+
+def test_a_run_is_not_pushed_while_it_is_unfinished(tmp_path):
+    config = SFTConfig(tmp_path, bf16=False, use_cpu=True, report_to="none", push_to_hub=True)
+    with pytest.raises(ValueError, match="`push_to_hub` would publish an unfinished run.*publish_model.py .*sft"):
+        train_variant(Variant("sft", "SFT"), StudySetup("org/model", tmp_path, config), tmp_path / "sft", facts_of_mix)

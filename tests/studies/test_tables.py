@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every source gives the same rows, text stays text, and what cannot be read is named with its place."""
+
+import csv
+import json
+import re
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trl_selfdistill.studies.tables import load_table, read_rows
+
+
+# What readers of CSV and JSON like to take for something else
+TEXTS = ["NA", "null", "007", "1789", "1789-07-14", "true", "", " a\u2028b ", "a, \"b\"\nc", "São Paulo"]  # fmt: skip
+ROWS = [{"prompt": f"Q{i}", "completion": text} for i, text in enumerate(TEXTS)]
+
+
+def write(path, rows, encoding="utf-8"):
+    """The rows as the file's suffix says."""
+    if path.suffix == ".csv":
+        with path.open("w", encoding=encoding, newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0]])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding=encoding)
+    elif path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(text, encoding=encoding, newline="\n")
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_text_stays_text_in_every_format(tmp_path, name, encoding):
+    path = write(tmp_path / name, ROWS, encoding)
+    table = load_table(path)
+    assert table.to_list() == ROWS == [row for _, row in read_rows(path)]
+    assert {str(feature.dtype) for feature in table.features.values()} == {"string"}
+
+
+def test_saved_datasets_and_folders_of_files_have_splits(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    DatasetDict({"dev": Dataset.from_list(ROWS[:2])}).save_to_disk(tmp_path / "split")
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "test.csv", ROWS)
+    write(tmp_path / "files" / "train.jsonl", ROWS[:2])
+    few = ROWS[:2]
+    sources = [("one", "train", ROWS), ("split", "dev", few), ("files", "test", ROWS), ("files", "train", few)]
+    for name, split, rows in sources:
+        assert load_table(tmp_path / name, split).to_list() == rows
+        assert [row for _, row in read_rows(tmp_path / name, split)] == rows
+    with pytest.raises(ValueError, match=r"no split 'train'; there are \['dev'\]"):
+        load_table(tmp_path / "split")
+    with pytest.raises(ValueError, match=r"test.csv: a file has only the split 'train', got split='dev'"):
+        load_table(tmp_path / "files" / "test.csv", "dev")
+
+
+def test_rows_may_lack_columns_and_nest_values_of_different_shapes(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "tool", "arguments": {"a": 1}}, {"role": "tool", "arguments": {"a": "b"}}], "n": 1},
+        {"n": 2.5},
+    ]
+    table = load_table(write(tmp_path / "a.jsonl", rows))
+    assert table["n"][:] == [None, 1, 2.5] and table["messages"][2] is None
+    assert [message["arguments"] for message in table["messages"][1]] == [{"a": 1}, {"a": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '\n{"relation\n', "a.jsonl, line 2: not JSON"),
+        ("b.jsonl", '{"a": 1}\n[1]\n', "b.jsonl, line 2: a row is an object with named columns, got list"),
+        ("c.jsonl", '{"a": 1}\n{"a": null}\n{"a": "1"}\n', "c.jsonl, line 3: a is '1', not of the type"),
+        ("d.json", '[\n{"relation"\n]', "d.json, line 3: not JSON"),
+        ("e.json", '{"relation": "P17"}', "e.json: a .json file holds a list of objects, got dict"),
+        ("f.csv", "relation,subject\nP17,Lyon,x\n", "f.csv, line 2: has another number of cells"),
+        ("h.csv", 'a,b\n1,"2\n', "h.csv, line 1: not CSV"),
+        ("i.tsv", "relation\tsubject\n", "i.tsv: tables are read from .jsonl, .json, .csv and .parquet"),
+        ("j.csv", b"relation,subject\nP17,K\xf6ln\n", "j.csv: not UTF-8"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_table(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["no/such.jsonl", "no/such.parquet"])
+def test_a_file_that_does_not_exist(name):
+    with pytest.raises(FileNotFoundError, match=f"{name}: there is no such file"):
+        load_table(name)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control of self-distillation: it pulls the student's weights, not its outputs, to where training started
+(arXiv 2604.15574, section 4.1)."""
+
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel, TrainingArguments
+
+from ...losses import IGNORE_INDEX
+from ...slick.generation import evaluation_mode
+from ...trainers import FrozenGroupsSFTTrainer
+from ...trainers.sft_internals import log_means
+
+
+# The default τ of self-distillation. Its λ is 1
+TEMPERATURE = 0.5
+
+
+class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
+    """
+    `SFTTrainer` with the penalty `l2_weight / 2 * ||student - start||^2` over the trainable parameters. For full
+    models on one device or under DDP.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): Model to be trained.
+        args ([`~transformers.TrainingArguments`], *optional*): Configuration, as in [`FrozenGroupsSFTTrainer`].
+        l2_weight (`float`, *optional*): Strength of the pull. Without it, it is matched on the first batch to the KL
+            of self-distillation (see [`L2ToStartSFTTrainer.match_l2_weight`]), and kept across a resume.
+        kwargs: The other arguments of [`~trl.SFTTrainer`].
+
+    Raises:
+        ValueError: With an adapter, FSDP or DeepSpeed: a process has no full weights to pull.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *,
+        l2_weight: float | None = None,
+        **kwargs,
+    ):
+        super().__init__(model, args, **kwargs)
+        if hasattr(self.model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("The L2 control pulls the weights of a full model: train without PEFT, FSDP, DeepSpeed.")
+        self.l2_weight = l2_weight
+        self.start = [parameter.detach().clone() for parameter in self._trained()]
+
+    def describe_run(self) -> dict:
+        return {**super().describe_run(), "l2_weight": self.l2_weight}
+
+    def check_run(self, saved: dict, checkpoint: Path) -> None:
+        super().check_run(saved, checkpoint)
+        self.l2_weight = saved["l2_weight"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.l2_weight is None and self.model.training:
+            # Each process has a batch of its own
+            self.l2_weight = self.accelerator.reduce(self.match_l2_weight(inputs), "mean").item()
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.l2_weight is None:  # an evaluation before the first step: the student is the start
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        penalty = self.l2_weight / 2 * sum(difference.square().sum() for difference in self._differences())
+        log_means(self, "train" if self.model.training else "eval", l2_loss=penalty.item())
+        # A term of the whole step: with `num_items_in_batch`, Trainer leaves accumulation to the loss
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        loss = loss + penalty / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def match_l2_weight(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        The weight at which the penalty's gradient is as large as that of `temperature**2 * KL` on a batch.
+
+        At the start both gradients are zero. So they are compared where Adam's first step on `inputs` leads:
+        `args.learning_rate` times the sign of the cross-entropy's gradient away. It matters where, as the KL is
+        quadratic in the distance on far smaller steps only. The model is unchanged afterwards.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): A batch before the first step, `labels` among it.
+
+        Raises:
+            ValueError: If the batch has no label tokens.
+        """
+        labels = inputs["labels"][:, 1:]
+        mask = labels != IGNORE_INDEX
+        if not mask.any():
+            raise ValueError("The first batch has no label tokens to match `l2_weight` on. Give `l2_weight`.")
+        inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"} | {"use_cache": False}
+        with evaluation_mode(self.model):
+            with torch.enable_grad():
+                logits = self.model(**inputs).logits[:, :-1][mask].float()
+                direction = self._gradient(cross_entropy(logits, labels[mask]))
+            start = (logits.detach() / TEMPERATURE).log_softmax(-1)
+            for parameter, gradient in zip(self._trained(), direction, strict=True):
+                parameter.sub_(self.args.learning_rate * gradient.sign())
+            distance = get_total_norm(self._differences())
+            with torch.enable_grad():
+                logits = self.model(**inputs).logits[:, :-1][mask].float()
+                student = (logits / TEMPERATURE).log_softmax(-1)
+                kl = TEMPERATURE**2 * kl_div(student, start, reduction="batchmean", log_target=True)
+                pull = get_total_norm(self._gradient(kl))
+            for parameter, tensor in zip(self._trained(), self.start, strict=True):
+                parameter.copy_(tensor)
+        return pull / distance
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _gradient(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # An expert that no token was sent to has none
+        return torch.autograd.grad(loss, self._trained(), allow_unused=True, materialize_grads=True)
+
+    def _differences(self) -> list[torch.Tensor]:
+        pairs = zip(self._trained(), self.start, strict=True)
+        return [parameter - tensor.to(parameter.device) for parameter, tensor in pairs]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runs of a study leave in their folders, and the quickstart's report on them: table, findings and curves."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ..files import read_json, read_jsonl
+from ..hallucination.intervals import Interval, mean_interval
+from ..hub.markdown import escape_markdown, format_interval, markdown_table
+from .fact_accuracy import AccuracyRecord, forgetting, read_records
+from .stage import run_arguments
+
+
+RECORDS_FILE = "accuracy.jsonl"
+# The evaluation before a chain of stages; its first stage has it in its own records
+BASE_RECORDS_FILE = "base_accuracy.jsonl"
+TRAINING_FILE = "training.json"
+DRIFT_FILE = "drift.jsonl"
+OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # colours that colour-blind readers can tell apart
+VARIANT_LABELS = {"sft": "SFT", "selfdistill": "Self-distillation", "frozen": "Frozen groups"}
+
+
+class VariantResult(NamedTuple):
+    """
+    What a run of a variant left in its folder.
+
+    Args:
+        name (`str`): The folder's name.
+        records (`list[AccuracyRecord]`): The run's evaluations, from before the first step to the end.
+        training (`dict`): Content of `training.json`: settings, cost, the trainer's log.
+        base (`AccuracyRecord`): The evaluation of the base model, before any training of the study.
+        drift (`list[dict]`, *optional*): Lines of `drift.jsonl`, empty without a drift probe.
+    """
+
+    name: str
+    records: list[AccuracyRecord]
+    training: dict
+    base: AccuracyRecord
+    drift: list[dict] = []
+
+    @property
+    def title(self) -> str:
+        """Its name for readers, as plain text."""
+        return VARIANT_LABELS.get(self.name, self.name)
+
+    @property
+    def label(self) -> str:
+        """Its name for readers, as Markdown: a folder may have any name."""
+        return escape_markdown(self.title)
+
+    def forgetting(self) -> Interval:
+        """Peak minus final held-out accuracy (see [`~trl_selfdistill.studies.fact_accuracy.forgetting`])."""
+        return mean_interval(forgetting(self.records))
+
+    def forgetting_difference(self, baseline: "VariantResult") -> Interval:
+        """Its forgetting minus that of `baseline`, fact by fact, which must be the same: below 0, it forgets less."""
+        if self.records[0].correct["heldout"].keys() != baseline.records[0].correct["heldout"].keys():
+            raise ValueError(
+                f"{self.name} and {baseline.name} were asked different held-out facts. Train both on the same mix."
+            )
+        return mean_interval(forgetting(self.records) - forgetting(baseline.records))
+
+    def summary(self) -> dict:
+        """Its numbers, all rates as fractions in [0, 1], as `results.json` holds them."""
+        heldout = [record.accuracy("heldout") for record in self.records]
+        return {
+            "heldout_before": heldout[0],
+            "heldout_peak": max(heldout),
+            "heldout_after": heldout[-1],
+            "forgetting": self.forgetting()._asdict(),
+            "new_learnt": self.records[-1].accuracy("new"),
+            "known_after": self.records[-1].accuracy("known"),
+            "num_facts": {name: len(correct) for name, correct in self.records[-1].correct.items()},
+            "epochs": [record.epoch for record in self.records],
+            "heldout_curve": heldout,
+            "new_curve": [record.accuracy("new") for record in self.records],
+            **{k: v for k, v in self.training.items() if k != "log_history"},
+        }
+
+
+def read_result(folder: Path) -> VariantResult:
+    """Reads what a finished run left in `folder`; a `FileNotFoundError` if there is none."""
+    for file in (RECORDS_FILE, TRAINING_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} holds no finished run: {file} is missing. Train the variant first.")
+    run_arguments(folder)  # a folder of version 0.1.0 is refused
+    records, base, drift = read_records(folder / RECORDS_FILE), folder / BASE_RECORDS_FILE, folder / DRIFT_FILE
+    return VariantResult(
+        folder.name,
+        records,
+        read_json(folder / TRAINING_FILE),
+        read_records(base)[0] if base.is_file() else records[0],
+        read_jsonl(drift) if drift.is_file() else [],
+    )
+
+
+def render_table(results: list[VariantResult]) -> str:
+    """A Markdown table with a row for each variant. The first is the baseline that the others are compared with."""
+    baseline = results[0]
+    header = ["variant", "held-out before / peak / after", "forgetting [95 % CI]"]
+    header += [f"difference from {baseline.label} [95 % CI]"]
+    header += ["new learnt", "Known", "s / step", "trainable parameters"]
+    differences = [format_interval(other.forgetting_difference(baseline), signed=True) for other in results[1:]]
+    rows = []
+    for result, difference in zip(results, ["-", *differences], strict=True):
+        s = result.summary()
+        rows.append(
+            [
+                result.label,
+                f"{s['heldout_before']:.3f} / {s['heldout_peak']:.3f} / {s['heldout_after']:.3f}",
+                format_interval(result.forgetting()),
+                difference,
+                f"{s['new_learnt']:.3f}",
+                f"{s['known_after']:.3f}",
+                "-" if s["seconds_per_step"] is None else f"{s['seconds_per_step']:.2f}",
+                f"{s['trainable_parameters'] / 1e6:.1f} M ({s['trainable_parameters'] / s['parameters']:.0%})",
+            ]
+        )
+    return markdown_table(header, rows)
+
+
+def render_findings(results: list[VariantResult]) -> str:
+    """What the numbers say about each variant against the baseline, in a sentence each."""
+    baseline = results[0].summary()
+    lines = []
+    for result in results[1:]:
+        s, difference = result.summary(), result.forgetting_difference(results[0])
+        if difference.excludes_zero():
+            verdict = f"forgets clearly {'less' if difference.high < 0 else 'more'} than {results[0].label}"
+        else:
+            verdict = f"does not forget clearly more or less than {results[0].label} (the interval includes 0)"
+        lines.append(
+            f"- {result.label} {verdict}: it lost {s['forgetting']['value']:.3f} of held-out accuracy against "
+            f"{baseline['forgetting']['value']:.3f}, and learnt {s['new_learnt']:.3f} of the new facts against "
+            f"{baseline['new_learnt']:.3f}."
+        )
+    return "\n".join(lines)
+
+
+def plot_curves(results: list[VariantResult], path: Path, title: str) -> None:
+    """Two panels over epochs: accuracy on the held-out facts, and on the new facts, one line for each variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    panels = (("heldout", "Known facts never trained on"), ("new", "New facts trained on"))
+    for axis, (name, heading) in zip(axes, panels, strict=True):
+        axis.set_prop_cycle(color=OKABE_ITO, marker=list("os^Dv"))
+        for result in results:
+            label = result.title.replace("$", r"\$")  # between dollars, matplotlib sets formulas
+            values = [record.accuracy(name) for record in result.records]
+            axis.plot([record.epoch for record in result.records], values, label=label)
+        num_facts = len(results[0].records[-1].correct[name])
+        axis.set(title=f"{heading} (n = {num_facts})", xlabel="epochs", ylabel="accuracy (exact match)")
+    axes[0].legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)

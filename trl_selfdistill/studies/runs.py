@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way in which studies train: a variant, in a stage folder of its own, asked its facts and timed."""
+
+import os
+import random
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+from ..files import read_json, write_json
+from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
+from ..trainers.resume import last_complete_checkpoint
+from ..trainers.sft_internals import label_positions_only
+from ..trainers.trainer_card import count_categories, describe_training
+from .card import write_model_card
+from .fact_accuracy import FactAccuracyCallback, read_records, write_records
+from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
+from .results import BASE_RECORDS_FILE, RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
+from .stage import run_arguments, run_stage
+
+
+_CONFIGS = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer: FrozenGroupsSFTConfig}
+# What does not change the weights that a training run ends with
+_WITHOUT_EFFECT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "hub_token"}
+_WITHOUT_EFFECT |= {"project", "teacher_cache_dir"}
+
+
+class Variant(NamedTuple):
+    """
+    A way to train, as what it changes in plain SFT.
+
+    Args:
+        name (`str`): Names its folders.
+        label (`str`): Its name for readers.
+        trainer_class (`type[Trainer]`, *optional*, defaults to `SFTTrainer`): `SFTTrainer` or a subclass.
+        changes (`dict`, *optional*): What it sets in the training configuration.
+        rows (`Callable`, *optional*): `rows(known, new, num_rows, generator)`, its training rows of `prompt` and
+            `completion`, by default all. The run's steps take `num_rows` of them.
+        trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`.
+        prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
+        about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
+        family (`str`, *optional*): What it is a setting of, if the report speaks of that as a whole.
+    """
+
+    name: str
+    label: str
+    trainer_class: type[Trainer] = SFTTrainer
+    changes: dict[str, Any] = {}
+    rows: Callable[[Dataset, Dataset, int, random.Random], Dataset] | None = None
+    trainer_arguments: dict[str, Any] = {}
+    prepare: Callable[[Trainer, Path], None] | None = None
+    about: dict[str, Any] = {}
+    family: str = ""
+
+
+class StudySetup(NamedTuple):
+    """
+    What all runs of a study share.
+
+    Args:
+        start (`str`): Hub id or folder of the model that every run starts from, and that is the teacher.
+        mix (`Path`): Folder of the splits `known`, `new` and `heldout`.
+        config (`TrainingArguments`): The training of every run.
+        model_args ([`~trl.ModelConfig`], *optional*): How the model is loaded, and whether an adapter is trained.
+        annotated (`Path`, *optional*): The facts that the mix was chosen from.
+        label (`str`, *optional*): The model's name for readers.
+    """
+
+    start: str
+    mix: Path
+    config: TrainingArguments
+    model_args: ModelConfig = ModelConfig()
+    annotated: Path | None = None
+    label: str = ""
+
+
+class RunCost(TrainerCallback):
+    """
+    Times each optimizer step, without evaluation and saving, and measures the peak memory: on a GPU what torch
+    allocated for the run, on a CPU what the process held until its end, in earlier runs too.
+    """
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def summary(self, device: torch.device) -> dict:
+        """`seconds_per_step` (the median; `None` if no step was made) and `peak_memory_bytes`."""
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        seconds = statistics.median(self.seconds) if self.seconds else None
+        return {"seconds_per_step": seconds, "peak_memory_bytes": peak}
+
+
+class RunFacts(NamedTuple):
+    """The facts of a run: `known` and `new` to train on, and those that are `asked`, by the name of their set."""
+
+    known: Dataset
+    new: Dataset
+    asked: dict[str, Dataset]
+
+
+def train_variant(
+    variant: Variant,
+    setup: StudySetup,
+    folder: Path,
+    facts: Callable[[Path], RunFacts],
+    *,
+    num_steps: int | None = None,
+    each_epoch: bool = True,
+    keep_model: bool = True,
+    earlier: Path | None = None,
+) -> VariantResult:
+    """
+    Trains a variant unless `folder` already holds its result. A killed run goes on from its last complete checkpoint.
+
+    The folder gets `accuracy.jsonl` (which facts were right, from before the first step to the end), `training.json`
+    (settings, cost, the trainer's log) and, with `keep_model`, the model and its card.
+
+    Args:
+        variant ([`Variant`]): What to train.
+        setup ([`StudySetup`]): What all runs share.
+        folder (`Path`): Where the result goes.
+        facts (`Callable[[Path], RunFacts]`): Makes the facts, if the run has to be made. It may write into its folder.
+        num_steps (`int`, *optional*): Optimizer steps. By default the epochs of the configuration decide.
+        each_epoch (`bool`, *optional*, defaults to `True`): Whether to ask after each epoch, or at the end only.
+        keep_model (`bool`, *optional*, defaults to `True`): Whether to keep the model that training ends with.
+        earlier (`Path`, *optional*): Folder of the run that `setup.start` comes from, with the same facts asked. Its
+            last evaluation is the first one here.
+
+    Raises:
+        ValueError: If the configuration asks for a push.
+    """
+    if setup.config.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` would publish an unfinished run. Leave it unset, and publish what is finished: "
+            f"python scripts/publish_model.py --checkpoints {folder} --repo_id your-name/my-model"
+        )
+    config = training_config(variant, setup.config, num_steps)
+    identity, inputs = model_identity(setup.start, setup.model_args)
+    arguments = {
+        "trainer": variant.trainer_class.__name__,
+        "config": {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT},
+        "adapter": adapter_arguments(setup.model_args),
+        "about": {"variant": variant.name, **variant.about},
+        "each_epoch": each_epoch,
+        "keep_model": keep_model,
+        **identity,
+    }
+
+    def work(partial: Path) -> None:
+        config.output_dir = os.fspath(partial)
+        run_facts = facts(partial)
+        trainer = _make_trainer(variant, setup, config, run_facts)
+        checkpoint = last_complete_checkpoint(partial)
+        if earlier is not None and checkpoint is None and trainer.is_world_process_zero():
+            last = read_records(earlier / RECORDS_FILE)[-1]
+            write_records(partial / RECORDS_FILE, [last._replace(step=0, epoch=0.0)])
+            write_records(partial / BASE_RECORDS_FILE, [read_result(earlier).base])
+        trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, partial / RECORDS_FILE, each_epoch))
+        if variant.prepare is not None:
+            variant.prepare(trainer, partial)
+        cost = RunCost()
+        trainer.add_callback(cost)
+        with label_positions_only():  # in every run, so that their seconds a step can be compared
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if keep_model:
+            trainer.save_model()
+        if trainer.is_world_process_zero():
+            training = _describe_run(trainer, variant, setup, run_facts) | cost.summary(config.device)
+            write_json(partial / TRAINING_FILE, training)
+            for path in [*partial.glob("checkpoint-*"), *partial.glob("_*")]:  # optimizers, teachers, caches
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if keep_model:
+                result = read_result(partial)._replace(name=folder.name)
+                write_model_card(result, [result], partial)  # a report adds the other variants
+            else:
+                (partial / "README.md").unlink(missing_ok=True)
+
+    return read_result(run_stage(folder, arguments, [setup.mix, *inputs], work, every_process=True))
+
+
+def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments, facts: RunFacts) -> Trainer:
+    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, config.trust_remote_code)
+    known, new = (part.select_columns(["prompt", "completion"]) for part in (facts.known, facts.new))
+    rows = concatenate_datasets([known, new])
+    if variant.rows is not None:
+        num_rows = rows_per_step(config) * max(config.max_steps, 0)
+        rows = variant.rows(known, new, num_rows, random.Random(config.seed))
+    options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
+    return variant.trainer_class(
+        model,
+        config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **options | variant.trainer_arguments,
+    )
+
+
+def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts) -> dict:
+    """What the report and the model card say of a run, beside its accuracy and its cost."""
+    trained_on = {name: part for name, part in (("known", facts.known), ("new", facts.new)) if len(part)}
+    return {
+        **describe_training(trainer),
+        "label": variant.label,
+        "about": variant.about,
+        "origin": _origin(setup.start),
+        "mix": run_arguments(setup.mix),
+        "splits": [*trained_on],
+        "composition": count_categories(trained_on),
+        "rows_per_step": rows_per_step(trainer.args),
+        "log_history": trainer.state.log_history,
+    }
+
+
+def _origin(model: str) -> str | None:
+    """The Hub id that a chain of stages started from; `None` if it was a local folder."""
+    if not Path(model).is_dir():
+        return model
+    if (Path(model) / TRAINING_FILE).is_file():
+        return read_json(Path(model) / TRAINING_FILE)["origin"]
+    return EMBEDDED_MODEL_ID if run_arguments(model).get("model") == EMBEDDED_MODEL else None
+
+
+def training_config(variant: Variant, shared: TrainingArguments, num_steps: int | None = None) -> TrainingArguments:
+    """The configuration of a variant's trainer: the shared one with the variant's changes and `num_steps`."""
+    steps = {} if num_steps is None else {"max_steps": num_steps}
+    return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **steps, **variant.changes)
+
+
+def copy_config(config_class: type[TrainingArguments], config: TrainingArguments, **changes) -> TrainingArguments:
+    """The values of `config` that `config_class` has, with `changes`."""
+    values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
+    return config_class(**{**values, **changes})
+
+
+def rows_per_step(config: TrainingArguments) -> int:
+    """Rows of one optimizer step, over all processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
+def steps_of_epochs(num_rows: int, config: TrainingArguments) -> int:
+    """The optimizer steps of the configured epochs over `num_rows`."""
+    return max(1, round(config.num_train_epochs * -(-num_rows // rows_per_step(config))))
