@@ -35,8 +35,10 @@ PRESETS = {name: CONFIGS / f"compare_{name}.yaml" for name in ("default", "small
 
 def main(args: ComparisonArguments, *shared) -> None:
     """Runs the stages in their order and writes the report."""
-    *_, config = shared
+    model_args, *_, config = shared
     check_shared_config(config)
+    if model_args.use_peft:
+        raise ValueError("`use_peft`: the variants train the full model, and `lora` an adapter. Leave it out.")
     setup = prepare_study(*shared)
     output = Path(config.output_dir)
     before, *outcomes = compare_variants(args, setup, output / "runs")

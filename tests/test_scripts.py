@@ -107,6 +107,9 @@ def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
         for key in ("heldout_curve", "new_curve", "forgetting", "forgetting_difference", "trainable_parameters"):
             assert ours[name][key] == theirs[name][key]
     assert (tmp_path / "frozen" / "parameter_groups.json").is_file()
+    flags = ["--mix", mix, "--model_name_or_path", toy_study.model, "--output_dir", tmp_path / "stage1"]
+    run_script("self_distill_sft.py", *flags, *stage1, "--splits", "known", "new")
+    assert read_json(tmp_path / "stage1" / "training.json")["splits"] == ["known", "new"]  # made again
 
 
 def test_evaluate_facts(toy_study, tmp_path, capsys):

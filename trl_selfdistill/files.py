@@ -27,6 +27,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path (`str` or `os.PathLike`): The file or folder. Its parent is made if missing.
+
+    Raises:
+        OSError: If `path` is a folder and a file was written, or the other way round, or the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +37,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     _remove(partial)  # of a run that was killed
     try:
         yield partial
-        if path.is_dir():
+        if path.is_dir() and partial.is_dir():
             shutil.rmtree(path)
         partial.replace(path)
     finally:

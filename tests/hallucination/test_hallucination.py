@@ -180,6 +180,12 @@ def test_what_no_fact_or_one_fact_cannot_tell_is_none():
     assert scores["f1"] == pytest.approx(2 / 3) and scores["f1_ci_low"] is scores["f1_ci_high"] is None
 
 
+def test_intervals_stay_in_the_range_of_their_number():
+    scores = score_hallucinations(["a", "b"], ["a", "c"], baseline_predictions=["x", "c"])
+    assert (scores["f1_ci_low"], scores["f1"], scores["f1_ci_high"]) == (0, 0.5, 1)
+    assert (scores["net_change_ci_low"], scores["net_change"], scores["net_change_ci_high"]) == (-1, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is published and what never is, without a network."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from huggingface_hub import DatasetCard, ModelCard
 from study_records import write_checkpoint
 from toy_study import run_script
 
-from trl_selfdistill.files import write_json, write_jsonl
+from trl_selfdistill.files import read_json, write_json, write_jsonl
+from trl_selfdistill.hub.model_card import update_model_card
 from trl_selfdistill.hub.publishing import PublishError, plan_model
 from trl_selfdistill.studies.publishing import plan_dataset, publish_command
 
@@ -41,6 +43,15 @@ def test_only_the_model_its_card_and_its_evaluation_are_published(checkpoint):
     assert data.license == "mit" and data.base_model == "org/model" and data.datasets == ["alice/facts"]
     assert {result.dataset_type for result in data.eval_results} == {"alice/facts"}
     assert ModelCard.load(checkpoint / "README.md").data.license is None  # the folder is not changed
+
+
+def test_the_card_names_the_base_model_that_is_given(checkpoint):
+    training = read_json(checkpoint / "model_card.json")["training"] | {"base_model": None}
+    assert "A local model fine-tuned" in update_model_card(checkpoint, training=training).read_text()
+    plan = plan_model(checkpoint, "alice/m", "mit", base_model="alice/stage1")
+    card = plan.contents["README.md"].decode()
+    assert "[alice/stage1](https://huggingface.co/alice/stage1) fine-tuned" in card and "ocal model" not in card
+    assert json.loads(plan.contents["model_card.json"])["training"]["base_model"] == "alice/stage1"
 
 
 def test_code_that_the_model_needs_is_published(checkpoint):
@@ -127,7 +138,7 @@ def test_a_dry_run_shows_every_file_and_opens_no_connection(checkpoint, tmp_path
     flags = ["--checkpoints", checkpoint, "--repo_id", "alice/m", "--license", "mit", "--dry-run"]
     run_script("publish_model.py", *flags, "--card_dir", tmp_path / "cards")
     shown = capsys.readouterr().out
-    for name in MODEL_FILES - {"README.md"}:
+    for name in MODEL_FILES - {"README.md", "model_card.json"}:
         assert f"{(checkpoint / name).stat().st_size:>16,}  {name}\n" in shown
     assert "_teacher" not in shown and TOKEN not in shown and "Nothing was sent" in shown
     assert ModelCard.load(tmp_path / "cards" / "alice" / "m" / "README.md").data.license == "mit"

@@ -79,7 +79,7 @@ def test_rows_may_lack_columns_and_nest_values_of_different_shapes(tmp_path):
         ("d.json", '[\n{"relation"\n]', "d.json, line 3: not JSON"),
         ("e.json", '{"relation": "P17"}', "e.json: a .json file holds a list of objects, got dict"),
         ("f.csv", "relation,subject\nP17,Lyon,x\n", "f.csv, line 2: has another number of cells"),
-        ("h.csv", 'a,b\n1,"2\n', "h.csv, line 1: not CSV"),
+        ("h.csv", 'a,b\n1,"2\n', "h.csv, line 2: not CSV"),
         ("i.tsv", "relation\tsubject\n", "i.tsv: tables are read from .jsonl, .json, .csv and .parquet"),
         ("j.csv", b"relation,subject\nP17,K\xf6ln\n", "j.csv: not UTF-8"),
     ],
@@ -88,6 +88,11 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, me
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=re.escape(message)):
         load_table(tmp_path / name)
+
+
+def test_a_cell_of_csv_may_hold_a_whole_document(tmp_path):
+    rows = [{"prompt": "Q", "completion": "x" * 200_000}]
+    assert load_table(write(tmp_path / "a.csv", rows)).to_list() == rows
 
 
 @pytest.mark.parametrize("name", ["no/such.jsonl", "no/such.parquet"])

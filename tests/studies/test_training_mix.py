@@ -8,8 +8,10 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
+from trl_selfdistill.files import read_jsonl, write_jsonl
 from trl_selfdistill.studies.facts.table import facts_from_rows, fold_name
-from trl_selfdistill.studies.training_mix import SPLITS, MixSettings, build_training_mix
+from trl_selfdistill.studies.stages import mix_stage
+from trl_selfdistill.studies.training_mix import SPLITS, MixSettings, build_training_mix, load_mix
 
 
 CONSONANTS, VOWELS = "bdfgklmnprst", "aeiou"
@@ -61,6 +63,20 @@ def test_splits_hold_what_they_are_called(annotated, new_facts):
     assert real.isdisjoint(mix["new"]["fact_id"]) == (new_facts == "invented")
 
 
+def test_what_a_user_annotates_or_edits_by_hand_is_checked(tmp_path, annotated):
+    rows = annotated.remove_columns(["fact_id", "aliases"]).to_pandas().assign(aliases="The one| the other")
+    rows.to_csv(tmp_path / "annotated.csv", index=False)
+    mix = mix_stage(tmp_path / "annotated.csv", settings(), tmp_path / "mix")
+    known = load_mix(mix)["known"]
+    assert {*known["fact_id"]} <= {*annotated["fact_id"]} and known["aliases"][0] == ["The one", "the other"]
+    first, *others = read_jsonl(mix / "known.jsonl")
+    write_jsonl(mix / "known.jsonl", [first | {"aliases": "his|hers"}, *others[1:]])
+    assert load_mix(mix)["known"].to_list() == [first | {"aliases": ["his", "hers"]}, *others[1:]]
+    write_jsonl(mix / "known.jsonl", [first, others[0] | {"answer": ""}])
+    with pytest.raises(ValueError, match="known.jsonl, line 2: answer must be a text that is not empty"):
+        load_mix(mix)
+
+
 @pytest.mark.parametrize(("new_facts", "share", "num_heldout"), [("invented", 0.06, 500), ("real", 0.2, 20)])
 def test_no_answer_has_more_than_its_share_of_a_split(annotated, new_facts, share, num_heldout):
     asked = settings(num_heldout=num_heldout, max_answer_share=share, new_facts=new_facts, num_new=30, num_known=30)
@@ -109,7 +125,7 @@ def test_relations_below_the_share_of_known_facts_are_left_out():
         return {relation for split in mix.values() for relation in split["relation"]}
 
     assert relations() == {"R0", "R1"}
-    assert relations(relations=["dark"], min_known_share=0.01, num_heldout=1) == {"dark"}
+    assert relations(relations=["dark"], min_known_share=0.01, num_heldout=2) == {"dark"}
     with pytest.raises(ValueError, match=r"`relations=\['dark', 'R0'\]`, `min_known_share=0.3`.*dark \(\d+% Known\)"):
         relations(relations=["dark", "R0"])
 
@@ -140,6 +156,7 @@ def test_errors_name_what_to_change(annotated, changes, message):
         ({"max_answer_share": 30}, "`max_answer_share` is a share in .*got 30"),
         ({"new_facts": "fake"}, "`new_facts` must be 'invented' or 'real', got 'fake'"),
         ({"min_heldout": 81}, "`min_heldout=81` is more than `num_heldout=80`"),
+        ({"num_heldout": 1}, "`min_heldout=2` is more than `num_heldout=1`"),
     ],
 )
 def test_settings_outside_of_their_range(changes, message):

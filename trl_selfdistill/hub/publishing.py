@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import read_json
 from .environment import hide_tokens
-from .model_card import CARD_FILE, RECORD_FILE, hub_id
+from .model_card import CARD_FILE, RECORD_FILE, hub_id, read_record, render_model_card
 
 
 MODEL_FILES = (
@@ -76,8 +76,8 @@ def plan_model(
     dataset_id: str | None = None,
 ) -> Publication:
     """
-    What of a checkpoint is published, with what is known only now in the metadata of its card. [`PublishError`] if its
-    weights, its license or the base of an adapter is missing.
+    What of a checkpoint is published, with a card that says what is known only now. [`PublishError`] if its weights,
+    its license or the base of an adapter is missing.
 
     Args:
         folder (`Path`): The checkpoint, which is not changed.
@@ -91,9 +91,9 @@ def plan_model(
         contents |= select_files(folder, ["*.py"])  # the model brings code of its own
     if RECORD_FILE not in contents or not any(name.endswith(".safetensors") for name in contents):
         raise PublishError(f"{folder} holds no weights or no {RECORD_FILE}. Pass what a trainer saved.")
-    card = ModelCard.load(folder / CARD_FILE)
-    card.data.license = license or card.data.license
-    card.data.base_model = base_model or card.data.base_model
+    record, given = read_record(folder), {"license": license, "base_model": base_model}
+    record["training"] |= {name: value for name, value in given.items() if value is not None}
+    card = render_model_card(record)
     if card.data.license is None:
         raise PublishError(
             f"The license of {folder.name} is not known. Pass that of its base model ({card.data.base_model or ''}), "
@@ -104,6 +104,7 @@ def plan_model(
         for result in card.data.eval_results or []:
             result.dataset_type = dataset_id
     contents[CARD_FILE] = str(card).encode()
+    contents[RECORD_FILE] = json.dumps(record, indent=2, ensure_ascii=False).encode()
     if "adapter_config.json" in contents:
         config = read_json(folder / "adapter_config.json")
         config["base_model_name_or_path"] = base_model or hub_id(config["base_model_name_or_path"])

@@ -31,7 +31,7 @@ def train_as_asked(
     folder = Path(config.output_dir)
     if data.mix is not None:
         setup = StudySetup(model_args.model_name_or_path, Path(data.mix), config, model_args)
-        variant = Variant(folder.name, folder.name, trainer_class)
+        variant = Variant(folder.name, folder.name, trainer_class, about={"splits": data.splits})
         train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix, tuple(data.splits)))
         return folder
 

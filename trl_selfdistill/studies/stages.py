@@ -172,7 +172,7 @@ def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 
     """Writes the splits `known`, `new` and `heldout` as JSONL files to `folder`, and returns it."""
 
     def work(partial: Path) -> None:
-        facts = read_facts(annotated)
+        facts = load_facts(annotated)  # a user may have annotated them
         places = _place_names(facts) if settings.new_facts == "invented" else ()
         for name, split in build_training_mix(facts, settings, seed, exclude=places).items():
             save_facts(split, partial / f"{name}.jsonl")

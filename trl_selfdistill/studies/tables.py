@@ -79,8 +79,7 @@ def _text_file(path: str | os.PathLike, split: str) -> Path | None:
     path = Path(path)
     suffix, known = path.suffix.lower(), (*_READERS, ".parquet")
     if path.is_dir():
-        files = (path / f"{split}{ending}" for ending in _READERS)
-        return next((file for file in files if file.is_file()), None)
+        return next(filter(Path.is_file, (path / f"{split}{ending}" for ending in _READERS)), None)
     if not path.is_file():
         if suffix in known:
             raise FileNotFoundError(f"{path}: there is no such file; the current folder is {Path.cwd()}")
@@ -144,9 +143,10 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     raise ValueError(f"{place}: has another number of cells than the header; quote cells with commas")
                 yield place, row
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+            raise ValueError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from error
 
 
+csv.field_size_limit(2**31 - 1)  # training data may hold whole documents
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
 
 

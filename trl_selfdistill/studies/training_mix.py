@@ -18,7 +18,7 @@ from datasets import Dataset
 from ..slick.prompts import answer_completion, question_prompt
 from ..slick.slick import SlickCategory
 from .facts.invented import invent_facts
-from .facts.table import facts_table, fold_name, read_facts
+from .facts.table import facts_table, fold_name, load_facts
 
 
 SPLITS = ("known", "new", "heldout")
@@ -38,7 +38,7 @@ class MixSettings:
     num_new: int = _setting(400, "New facts to train on in stage 2.")
     num_heldout: int = _setting(500, "HighlyKnown facts never trained on, at most.")
     # A rate over 25 facts is uncertain by 20 points, over 100 by 10
-    min_heldout: int = _setting(1, "Fewest held-out facts to go on with.")
+    min_heldout: int = _setting(2, "Fewest held-out facts to go on with; one gives no interval.")
     new_facts: str = _setting("invented", "`invented`, a fictitious atlas, or `real`, Unknown facts.")
     relations: list[str] | None = _setting(None, "Relations to use. By default all of which the model knows enough.")
     new_relations: list[str] | None = _setting(None, "Relations of the new facts. By default as of the Known facts.")
@@ -109,8 +109,8 @@ def build_training_mix(
 
 
 def load_mix(folder: str | Path) -> dict[str, Dataset]:
-    """The splits of a mix that was written to `folder`, one JSONL file each, by name."""
-    return {name: read_facts(Path(folder) / f"{name}.jsonl") for name in SPLITS}
+    """The splits of a mix in `folder`, one JSONL file each, by name. They are checked: a user may have edited them."""
+    return {name: load_facts(Path(folder) / f"{name}.jsonl") for name in SPLITS}
 
 
 def _choose_relations(annotated: Dataset, wanted: Collection[str], min_known_share: float) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..hallucination.metric import RATES, score_hallucinations
 from ..slick.generation import evaluation_mode, predict_answers
@@ -26,8 +26,14 @@ def predict_answers_in_parallel(
     model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **settings
 ) -> list[str]:
     """
-    The greedy answers to `prompts` on every process, each having answered its share. A collective: call it on every
-    process, with the arguments of [`~trl_selfdistill.slick.generation.predict_answers`] and an unwrapped model.
+    The greedy answers to `prompts`. A collective: call it on every process. Each answers a share of the prompts, and
+    all get all answers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Causal language model, without a DDP or DeepSpeed wrapper.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        prompts (`Sequence[str]`): The prompts, the same on every process.
+        settings: Other arguments of [`~trl_selfdistill.slick.generation.predict_answers`].
     """
     # Padded to as many prompts for each process: with sharded weights, every forward pass is a collective
     with PartialState().split_between_processes(list(range(len(prompts))), apply_padding=True) as rows:
@@ -68,7 +74,8 @@ class HallucinationEvalCallback(TrainerCallback):
             Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`], such as `{"match": "contains"}`.
 
     Raises:
-        ValueError: If the `aliases` of a set are not lists.
+        ValueError: If the `aliases` of a set are not lists. When training starts, if an `EarlyStoppingCallback` was
+            added before this callback.
     """
 
     def __init__(
@@ -91,6 +98,12 @@ class HallucinationEvalCallback(TrainerCallback):
                 raise ValueError(f"`eval_sets[{name!r}]` has a text as `aliases`. Make each a list of texts.")
 
     def on_train_begin(self, args, state, control, **kwargs):
+        callbacks = self.trainer.callback_handler.callbacks
+        if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks[: callbacks.index(self)]):
+            raise ValueError(
+                "EarlyStoppingCallback was added before HallucinationEvalCallback, so that it would not see its "
+                "metrics. Add it after this one, with `trainer.add_callback`."
+            )
         accuracies = {f"eval_{name}_accuracy" for name in self.eval_sets}
         if not args.eval_on_start and not any(accuracies & log.keys() for log in state.log_history):
             self._ask(state)

@@ -123,6 +123,7 @@ def test_other_mixing_weights_and_further_l2_weights_train_nothing_again(toy_stu
         (["--num_rehearsal", "4000"], "`num_rehearsal=4000`, but only [0-9]+ facts are in no split"),
         (["--temperatures", "0"], "`temperature` must be .*, got 0.0"),
         (["--max_steps", "3"], "`max_steps=3`"),
+        (["--use_peft"], "`use_peft`: the variants train the full model"),
     ],
 )
 def test_mistakes_come_before_the_first_run(toy_study, finished, tmp_path, flags, message):

@@ -100,7 +100,7 @@ def facts_of(
     """The synthetic facts of a variant, drawn while they are read."""
     annotated = read_facts(setup.annotated)
     # Keys without overlap share no token with what is trained on or held out, nor with the relation's answers
-    kept = [fact for name in ("heldout", "known") for fact in read_facts(setup.mix / f"{name}.jsonl")]
+    kept = [fact for name, split in load_mix(setup.mix).items() if name != "new" for fact in split]
     apart_from = {fact["answer"] for fact in annotated if fact["relation"] == study.synthetic_relation}
     apart_from.update(*((fact["subject"], fact["answer"]) for fact in kept))
     return synthetic_facts(
