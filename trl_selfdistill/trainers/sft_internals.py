@@ -41,7 +41,9 @@ class HookedSFTTrainer(SFTTrainer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls._name, cls._tag_names = cls.method_name, cls.tags
+        for name, private_name in (("method_name", "_name"), ("tags", "_tag_names")):
+            if name in cls.__dict__:  # a user's subclass may set the private ones, as TRL's own trainers do
+                setattr(cls, private_name, cls.__dict__[name])
 
     def on_save_model(self, folder: Path) -> None:
         """Called on the processes that save, when the model's weights have been written into `folder`."""
