@@ -138,8 +138,21 @@ def test_there_is_nothing_to_resume_from(copy_of_stopped):
     for checkpoint in checkpoints[1:]:
         with pytest.raises(ValueError, match=rf"Can't find a valid checkpoint at {checkpoint}: .*trainer_state"):
             train(copy_of_stopped, student(), with_teacher(), resume=str(checkpoint), **RUN)
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        train(copy_of_stopped / "nowhere", student(), with_teacher(), resume=True, **RUN)
+    for folder in (copy_of_stopped / "nowhere", copy_of_stopped):
+        with pytest.raises(ValueError, match="No valid checkpoint found.* without `resume_from_checkpoint`"):
+            train(folder, student(), with_teacher(), resume=True, **RUN)
+
+
+def test_tensors_that_share_memory_resume(tmp_path):
+    """Only one of them is in the file; the other must not be made anew."""
+
+    def tied_by_hand():
+        model = student()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    runs = [train(tmp_path, tied_by_hand(), resume=resume, **RUN) for resume in (None, f"{tmp_path}/run/checkpoint-2")]
+    assert_same_weights(runs[1].model, runs[0].model)
 
 
 @pytest.mark.parametrize("name", ["training_data.json", "teacher.json"])

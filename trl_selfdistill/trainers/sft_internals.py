@@ -73,13 +73,18 @@ class HookedSFTTrainer(SFTTrainer):
     def _issue_warnings_after_load(self, load_result) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", None) or ()
         self._missing_keys = [name for name in load_result.missing_keys if name not in tied]
+        if not self._missing_keys:
+            super()._issue_warnings_after_load(load_result)
 
     def _load_renamed(self, checkpoint: str) -> None:
         # `save_pretrained` gives some weights (the experts of a mixture) the names that they have on the Hub. Trainer
         # loads by the names in memory, and would go on with the untrained ones and a warning.
         if self._missing_keys:
-            whole = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
-            self.model.load_state_dict(whole.state_dict())
+            model_class = type(self.model)
+            whole, found = model_class.from_pretrained(checkpoint, dtype=self.model.dtype, output_loading_info=True)
+            # What has no other name either (one of two tensors that share memory) stays as it is in memory
+            state = {name: value for name, value in whole.state_dict().items() if name not in found["missing_keys"]}
+            super()._issue_warnings_after_load(self.model.load_state_dict(state, strict=False))
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.args.should_save:
