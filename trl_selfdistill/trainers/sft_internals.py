@@ -80,8 +80,8 @@ class HookedSFTTrainer(SFTTrainer):
         # `save_pretrained` gives some weights (the experts of a mixture) the names that they have on the Hub. Trainer
         # loads by the names in memory, and would go on with the untrained ones and a warning.
         if self._missing_keys:
-            model_class = type(self.model)
-            whole, found = model_class.from_pretrained(checkpoint, dtype=self.model.dtype, output_loading_info=True)
+            dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in self.model.parameters()})
+            whole, found = type(self.model).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
             # What has no other name either (one of two tensors that share memory) stays as it is in memory
             state = {name: value for name, value in whole.state_dict().items() if name not in found["missing_keys"]}
             super()._issue_warnings_after_load(self.model.load_state_dict(state, strict=False))
