@@ -101,6 +101,23 @@ def test_every_dtype_is_as_exact_as_the_reference_in_it(dtype, tolerance, autoca
     assert all(error <= 2 * most + tolerance for error, most in zip(errors(results, exact), allowed, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_bias_of_minus_infinity_masks_a_token(impl):
+    """As if the vocabulary did not have it: padding of a vocabulary is masked so."""
+
+    def masked(student, student_head, teacher, teacher_head, labels, **options):
+        mask = torch.zeros(VOCAB).index_fill(0, torch.tensor([VOCAB - 1]), -torch.inf)
+        heads = [head._replace(bias=head.bias + mask) for head in (student_head, teacher_head)]
+        return ours(student, heads[0], teacher, heads[1], labels, **options)
+
+    def shorter(student, student_head, teacher, teacher_head, labels):
+        heads = [head.map_tensors(lambda tensor: tensor[:-1]) for head in (student_head, teacher_head)]
+        return ours(student, heads[0], teacher, heads[1], labels, impl="reference")
+
+    results = loss_and_gradients(masked, torch.float32, dict(bias=True), impl=impl)
+    assert max(errors(results, loss_and_gradients(shorter, torch.float32, dict(bias=True)))) < 1e-5
+
+
 def test_hidden_states_and_head_of_two_dtypes():
     """As some state-space models have them without autocast: the product runs in the wider dtype."""
     (hidden, weight), (_, _, *teacher) = make_inputs(torch.float32)

@@ -192,6 +192,7 @@ MEMORY = [
 def test_what_saves_memory_or_time_changes_nothing(tmp_path, memory):
     def run(**options):
         settings = dict(max_steps=2, optim="sgd", pad_to_multiple_of=32, **OPTIONS)
+        settings |= dict(save_strategy="steps", save_steps=1)
         return train(tmp_path, student(num_hidden_layers=1), dict(teacher_model=teacher()), **settings, **options)
 
     plain, other = run(), run(**memory)

@@ -46,6 +46,21 @@ def test_model_by_path_with_init_kwargs_and_arguments_by_position(tmp_path, mode
 
 
 @pytest.mark.parametrize("trainer_class", CLASSES)
+def test_a_subclass_has_its_own_tags(trainer_class):
+    class LikeTRL(trainer_class):
+        _tag_names = ["mine"]
+
+    class Inherits(LikeTRL):
+        pass
+
+    class Public(trainer_class):
+        tags = ["other"]
+
+    assert [each._tag_names for each in (LikeTRL, Inherits, Public)] == [["mine"], ["mine"], ["other"]]
+    assert trainer_class._tag_names == trainer_class.tags and Public._name == trainer_class.method_name
+
+
+@pytest.mark.parametrize("trainer_class", CLASSES)
 @pytest.mark.parametrize("given", [TrainingArguments, SFTConfig, None])
 def test_plain_arguments(tmp_path, trainer_class, given, monkeypatch):
     monkeypatch.chdir(tmp_path)

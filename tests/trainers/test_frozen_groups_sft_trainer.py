@@ -133,6 +133,13 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
     assert "group_selection" not in args.to_dict()
 
 
+def test_groups_that_are_set_after_the_config_was_made_count(tmp_path):
+    args = config(tmp_path, FrozenGroupsSFTConfig)
+    args.trainable_groups = ["attention"]
+    run = trainer(tmp_path, None, dict(args=args), FrozenGroupsSFTTrainer)
+    assert {name.split(".")[3] for name, p in run.model.named_parameters() if p.requires_grad} == {"self_attn"}
+
+
 def test_new_fields_are_documented():
     new = {field.name: field for field in fields(FrozenGroupsSFTConfig)}.keys() - {f.name for f in fields(SFTConfig)}
     assert new == {"frozen_groups", "trainable_groups", "verify_frozen"}

@@ -9,7 +9,7 @@ import signal
 import pytest
 from conftest import build_model
 from datasets import Dataset
-from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, train, trainer
+from sft_runs import FACTS, TOKENIZER, StopAt, architecture, assert_same_weights, train, trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
@@ -138,8 +138,36 @@ def test_there_is_nothing_to_resume_from(copy_of_stopped):
     for checkpoint in checkpoints[1:]:
         with pytest.raises(ValueError, match=rf"Can't find a valid checkpoint at {checkpoint}: .*trainer_state"):
             train(copy_of_stopped, student(), with_teacher(), resume=str(checkpoint), **RUN)
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        train(copy_of_stopped / "nowhere", student(), with_teacher(), resume=True, **RUN)
+    for folder in (copy_of_stopped / "nowhere", copy_of_stopped):
+        with pytest.raises(ValueError, match="No valid checkpoint found.* without `resume_from_checkpoint`"):
+            train(folder, student(), with_teacher(), resume=True, **RUN)
+
+
+def test_tensors_that_share_memory_resume(tmp_path):
+    """Only one of them is in the file; the other must not be made anew."""
+
+    def tied_by_hand():
+        model = student()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    runs = [train(tmp_path, tied_by_hand(), resume=resume, **RUN) for resume in (None, f"{tmp_path}/run/checkpoint-2")]
+    assert_same_weights(runs[1].model, runs[0].model)
+
+
+def test_experts_with_weights_of_two_dtypes_resume(tmp_path):
+    """Their names in the file are others, so that the model is loaded anew: no weight may be rounded on the way."""
+
+    def mixed():
+        model = architecture("mixtral").bfloat16()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.float() if "norm" in name else parameter.data
+        return model
+
+    runs = [
+        train(tmp_path, mixed(), bf16=True, resume=resume, **RUN) for resume in (None, f"{tmp_path}/run/checkpoint-2")
+    ]
+    assert_same_weights(runs[1].model, runs[0].model)
 
 
 @pytest.mark.parametrize("name", ["training_data.json", "teacher.json"])

@@ -13,7 +13,8 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from sft_runs import FACTS, TOKENIZER, architecture, config, logs, train, trainer
+from sft_runs import FACTS, TINY, TOKENIZER, architecture, config, logs, train, trainer
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from trl_selfdistill.losses import ModelSide
 from trl_selfdistill.trainers import teacher_cache
@@ -196,6 +197,22 @@ def test_data_that_cannot_be_seen_in_advance_are_refused(tmp_path):
         trainer(tmp_path, arguments={"train_dataset": stream}, **cached(tmp_path))
     with pytest.raises(ValueError, match=r"`eval_dataset\['held'\]` is a stream"):
         trainer(tmp_path, arguments=data() | {"eval_dataset": {"held": stream}}, **cached(tmp_path))
+
+
+@pytest.mark.parametrize("joined", [dict(packing=True, max_length=24), dict(padding_free=True, max_length=None)])
+def test_rows_that_see_the_row_before_them_are_refused(tmp_path, joined):
+    """A state-space model carries its state over the border of two rows, which are others in each epoch."""
+    model = AutoModelForCausalLM.from_config(MambaConfig(**TINY))
+    with pytest.raises(ValueError, match="a row sees the one before it.*Set `packing=False`"):
+        trainer(tmp_path, model, data(), **cached(tmp_path), **joined)
+    assert not caches(tmp_path)
+
+
+def test_the_prepared_data_of_another_trainer(tmp_path):
+    prepared = trainer(tmp_path, arguments=data(), **cached(tmp_path)).train_dataset
+    reference = train(tmp_path, arguments=data() | given_teacher())
+    run = train(tmp_path, arguments={"train_dataset": prepared} | given_teacher(), **cached(tmp_path))
+    torch.testing.assert_close(losses(run), losses(reference), **CLOSE)
 
 
 def test_a_collator_that_changes_the_labels_is_refused(tmp_path):

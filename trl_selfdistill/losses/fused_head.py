@@ -25,6 +25,9 @@ _FP16_GRAD_SCALE = 64.0
 # cuBLAS adds half-precision products to an fp32 matrix, where PyTorch lets it (2.8)
 _ADDS_TO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
+# A bias of -inf masks a token, and 0 * (-inf) would be nan. fp16 gets its lowest number instead
+_LOWEST_LOGIT = -1e30
+
 
 @torch.compiler.disable  # the number of chunks changes from batch to batch, and there is nothing to fuse
 def fused_losses(
@@ -118,6 +121,7 @@ def _project(hidden_states: torch.Tensor, lm_head: LMHead, buffer: torch.Tensor)
         torch.mm(hidden_states, lm_head.weight.T, out=products)
     else:
         torch.addmm(lm_head.bias, hidden_states, lm_head.weight.T, out=products)
+        products.clamp_(min=max(_LOWEST_LOGIT, torch.finfo(products.dtype).min))
     return Tile(products, lm_head.logit_scale, lm_head.logit_softcap)
 
 

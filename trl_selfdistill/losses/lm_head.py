@@ -14,7 +14,7 @@ class LMHead(NamedTuple):
 
     Args:
         weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): Output embedding, or an FSDP2 shard of it.
-        bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*): Bias of the projection.
+        bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*): Bias of the projection; `-inf` masks a token.
         logit_scale (`float`, *optional*, defaults to `1.0`): Multiplies the logits (Cohere, Granite, Falcon-H1).
         logit_softcap (`float`, *optional*):
             If set, the scaled logits `z` become `logit_softcap * tanh(z / logit_softcap)` (Gemma 2).

@@ -55,10 +55,14 @@ class FrozenGroupsSFTConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        # Parsed here and handed on: an entry that cannot be read is an error before a model is loaded
-        self.group_selection = GroupSelection.parse(self.frozen_groups, self.trainable_groups)
-        if self.group_selection is not None:
-            setattr(self, self.group_selection.option, self.group_selection.entries)  # YAML may hold a lone string
+        selection = self.group_selection  # an entry that cannot be read is an error before a model is loaded
+        if selection is not None:
+            setattr(self, selection.option, selection.entries)  # YAML may hold a lone string
+
+    @property
+    def group_selection(self) -> GroupSelection | None:
+        """What `frozen_groups` or `trainable_groups` say now, parsed; `None` if nothing is to be frozen."""
+        return GroupSelection.parse(self.frozen_groups, self.trainable_groups)
 
 
 def config_from(

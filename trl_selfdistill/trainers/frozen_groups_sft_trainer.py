@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """SFT of some groups of parameters, the others proved unchanged (arXiv 2604.15574, section 3)."""
 
+import inspect
 from pathlib import Path
 
 from transformers import PreTrainedModel, TrainerCallback
+from trl import SFTTrainer
 
 from ..files import write_json
 from ..parameters.groups import GroupTable, freeze_selection
@@ -54,12 +56,14 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
     def __init__(self, model: str | PreTrainedModel, args: FrozenGroupsSFTConfig | None = None, *positional, **kwargs):
         args = config_from(args, FrozenGroupsSFTConfig, model, self.method_name)
         selection = args.group_selection
+        # By name, so that `peft_config` is found wherever it was given
+        kwargs |= dict(zip(list(inspect.signature(SFTTrainer).parameters)[2:], positional, strict=False))
         self.group_table: GroupTable | None = None
         self._frozen_check: _FrozenCheck | None = None
         if selection is not None and kwargs.get("peft_config") is not None and not hasattr(model, "peft_config"):
             base = skeleton(model, args) if isinstance(model, str) else model
             kwargs["peft_config"] = restrict_peft_config(kwargs["peft_config"], base, selection)
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(model, args, **kwargs)
         keep_trainable(self.model)
         if selection is None:
             return

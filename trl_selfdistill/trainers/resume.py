@@ -53,8 +53,13 @@ class ExactResumeMixin:
     _training_data: dict | None = None
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:  # without a complete one, `Trainer` says what is missing
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}): none was written to its "
+                    "end. Start the run anew, without `resume_from_checkpoint`."
+                )
         is_folder = isinstance(resume_from_checkpoint, str | os.PathLike)
         self.resumed_from = Path(resume_from_checkpoint) if is_folder else None
         self._training_data = None

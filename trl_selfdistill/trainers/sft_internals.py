@@ -41,7 +41,9 @@ class HookedSFTTrainer(SFTTrainer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls._name, cls._tag_names = cls.method_name, cls.tags
+        for name, private_name in (("method_name", "_name"), ("tags", "_tag_names")):
+            if name in cls.__dict__:  # a user's subclass may set the private ones, as TRL's own trainers do
+                setattr(cls, private_name, cls.__dict__[name])
 
     def on_save_model(self, folder: Path) -> None:
         """Called on the processes that save, when the model's weights have been written into `folder`."""
@@ -71,13 +73,18 @@ class HookedSFTTrainer(SFTTrainer):
     def _issue_warnings_after_load(self, load_result) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", None) or ()
         self._missing_keys = [name for name in load_result.missing_keys if name not in tied]
+        if not self._missing_keys:
+            super()._issue_warnings_after_load(load_result)
 
     def _load_renamed(self, checkpoint: str) -> None:
         # `save_pretrained` gives some weights (the experts of a mixture) the names that they have on the Hub. Trainer
         # loads by the names in memory, and would go on with the untrained ones and a warning.
         if self._missing_keys:
-            whole = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
-            self.model.load_state_dict(whole.state_dict())
+            dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in self.model.parameters()})
+            whole, found = type(self.model).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+            # What has no other name either (one of two tensors that share memory) stays as it is in memory
+            state = {name: value for name, value in whole.state_dict().items() if name not in found["missing_keys"]}
+            super()._issue_warnings_after_load(self.model.load_state_dict(state, strict=False))
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.args.should_save:

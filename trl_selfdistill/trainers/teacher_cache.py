@@ -156,6 +156,8 @@ def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
 def _with_answers(trainer, name: str, dataset: Dataset, cache_dir: Path) -> Dataset:
     """The dataset with the cached columns, which are computed unless an earlier run has left them in `cache_dir`."""
     accelerator, folder = trainer.accelerator, cache_dir / _fingerprint(trainer, name, dataset)
+    # Those of an earlier trainer with the same prepared dataset go
+    dataset = dataset.remove_columns([column for column in CACHE_COLUMNS if column in dataset.column_names])
     with ExitStack() as stack:
         partial = None
         if accelerator.is_main_process:
@@ -181,6 +183,8 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
     accelerator, collator, batch_size = trainer.accelerator, trainer.data_collator, trainer.args.train_batch_size
     dtype = getattr(torch, trainer.args.teacher_cache_dtype)
     dataset = without_unused_columns(trainer, dataset)
+    if trainer.padding_free and len(dataset):
+        _refuse_rows_that_meet(trainer, dataset)
     share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
     starts = range(0, len(share), batch_size)
     file = folder / f"rows-{accelerator.process_index:05d}.arrow"
@@ -198,6 +202,25 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
         # A forward may gather the shards of all processes: each makes as many
         for _ in range(max(gather_object([len(starts)])) - len(starts)):
             _targets(trainer, collator([dataset[0]]))
+
+
+def _refuse_rows_that_meet(trainer, dataset: Dataset) -> None:
+    """
+    Raises `ValueError` if the teacher's answers to a row depend on the row before it, which is another one in each
+    epoch. `padding_free` joins rows in one, and not every model heeds the positions that start anew.
+    """
+    row, first = dataset[len(dataset) - 1], dataset[0]
+    count = len(_shift_labels(trainer.data_collator([row])))
+    before = (first, {**first, "input_ids": first["input_ids"][::-1]})
+    states = [_targets(trainer, trainer.data_collator([other, row])).hidden_states for other in before]
+    own, beside = (part[len(part) - count :].float() for part in states)
+    if not torch.allclose(own, beside, rtol=0, atol=1e-3 * own.abs().max().item() if count else 0.0):
+        raise ValueError(
+            "`precompute_teacher=True` keeps what the teacher answers to each row, and packing or `padding_free=True` "
+            "joins rows in a batch: in this teacher a row sees the one before it, whatever the `position_ids` say. "
+            "Set `packing=False` (or `packing_strategy='wrapped'`) and `padding_free=False`, or leave "
+            "`precompute_teacher` unset."
+        )
 
 
 def _targets(trainer, batch: dict[str, torch.Tensor]) -> ModelSide:

@@ -81,7 +81,8 @@ def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
     if steps or epochs:
         identity = f"the model itself after {steps or epochs} {'steps' if steps else 'epochs'} of plain SFT"
     else:
-        model = trainer.accelerator.unwrap_model(trainer.teacher_model or trainer.model)
+        model = trainer.model if trainer.teacher_model is None else trainer.teacher_model
+        model = trainer.accelerator.unwrap_model(model)
         name = args.teacher_model_name_or_path or get_config_model_id(base_causal_lm(model).config)
         base_model = base_model_of(name)["base_model"]
         identity = hub_id(name) or (f"a local stage of {base_model}" if base_model else "the model as handed over")
