@@ -24,10 +24,10 @@ OTHERS = ("benchmark", "check_", "compare_slick")
 
 
 def commands() -> list[str]:
-    """Every command in the documents, and in the comments at the head of the configurations, that runs a script."""
-    configs = [path.read_text(encoding="utf-8") for path in (SCRIPTS / "configs").glob("*.yaml")]
-    lines = "\n".join([*TEXTS.values(), *(re.sub("^# ", "", text, flags=re.MULTILINE) for text in configs)])
-    lines = lines.replace("\\\n", " ")
+    """Every command in the documents, the scripts' docstrings and the configurations' comments that runs a script."""
+    texts = [path.read_text(encoding="utf-8") for path in (*SCRIPTS.glob("configs/*.yaml"), *SCRIPTS.glob("*.py"))]
+    lines = "\n".join([*TEXTS.values(), *(re.sub("^# ", "", text, flags=re.MULTILINE) for text in texts)])
+    lines = re.sub(r"\\{1,2}\n#? *", " ", lines)
     found = re.findall(r"(?:python|accelerate launch)(?: \S+)*? scripts/\w+\.py[^\n`#]*", lines)
     make = re.findall(r'make quickstart ARGS="([^"]*)"', lines)
     found += [f"python scripts/run_study.py --config scripts/configs/quickstart.yaml {flags}" for flags in make]
@@ -50,8 +50,8 @@ def test_commands_are_taken(command, monkeypatch, capsys):
     presets = {"mechanism_study.py": "mechanism", "compare_methods.py": "compare"}
     configs = {path.stem.partition("_")[2]: path for path in SCRIPTS.glob(f"configs/{presets.get(name)}_*.yaml")}
     flags = command_line.expand_preset(flags, configs)
-    bf16 = ["--bf16", "false"] if "--config" in flags else []  # what a CPU may lack is checked on parsing
-    parser.parse_args_and_config([*flags, *bf16])
+    trains = "--config" in flags or "sft" in name
+    parser.parse_args_and_config([*flags, *(["--use_cpu", "true"] if trains else [])])  # bf16 elsewhere needs a GPU
 
 
 @pytest.mark.parametrize("document", TEXTS)
@@ -63,9 +63,8 @@ def test_links_files_and_modules_exist(document):
             assert linked.is_file(), target
             headings = re.findall("^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
             assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
-    files = [
-        path.as_posix() for part in ("trl_selfdistill", "scripts", "tests") for path in ROOT.glob(f"{part}/**/*.py")
-    ]
+    folders = ("trl_selfdistill", "scripts", "tests", "evaluate_metrics")
+    files = [path.as_posix() for part in folders for path in ROOT.glob(f"{part}/**/*.py")]
     for name in re.findall(r"[\w/]+\.py\b", text):
         assert any(f"/{file}".endswith(f"/{name}") for file in files), name
     for name in re.findall(r"trl_selfdistill(?:\.\w+)+", text):
