@@ -6,7 +6,7 @@ Times `linear_ce_kl` against its peers, forward and backward, side by side, and 
 
 The limit is the time of the four matrix products that no implementation can do without, measured in the same rounds.
 Peak memory is what a step adds to the inputs: the allocator's on CUDA, the resident set's of a process of its own on a
-CPU. Needs `pip install trl-selfdistill[benchmark]`; on a GPU the same command checks and times the Triton kernel.
+CPU. Needs `pip install -e ".[benchmark]"`; on a GPU the same command checks and times the Triton kernel.
 """
 
 import argparse

@@ -83,16 +83,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turns")
     args = parser.parse_args()
-    arms = {
+    variants = {
         "SFTTrainer": (SFTTrainer, SFTConfig, {}),
         "SFTTrainer, label positions": (SFTTrainer, SFTConfig, {}),  # as it is on a GPU anyway
         "SelfDistillSFTTrainer": (SelfDistillSFTTrainer, SelfDistillSFTConfig, {}),
         "precompute_teacher": (SelfDistillSFTTrainer, SelfDistillSFTConfig, dict(precompute_teacher=True)),
     }
-    parts = {name: {"forward + backward": [], "whole step": []} for name in arms}
+    parts = {name: {"forward + backward": [], "whole step": []} for name in variants}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         for _ in range(args.rounds):
-            for name, (trainer_class, config_class, options) in arms.items():
+            for name, (trainer_class, config_class, options) in variants.items():
                 where = dict(teacher_cache_dir=cache) if options else {}
                 with label_positions_only() if name.endswith("label positions") else nullcontext():
                     times = run(trainer_class, config_class, args, folder, **options, **where)
@@ -101,9 +101,9 @@ def main() -> None:
     rows, length, num_labels = WORKLOADS[args.workload]
     print(f"{args.workload}: {rows} x {length} tokens, {num_labels} labels a row; bf16 {args.bf16}; "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms, median [quartiles]")  # fmt: skip
-    print(f"| part | {' | '.join(arms)} | ratios to SFTTrainer |\n{'|---' * (len(arms) + 2)}|")
+    print(f"| part | {' | '.join(variants)} | ratios to SFTTrainer |\n{'|---' * (len(variants) + 2)}|")
     for part in ("forward + backward", "whole step"):
-        medians = {name: statistics.median(parts[name][part]) for name in arms}
+        medians = {name: statistics.median(parts[name][part]) for name in variants}
         cells = []
         for name, median in medians.items():
             low, _, high = statistics.quantiles(parts[name][part], n=4)

@@ -75,7 +75,8 @@ def main(args: EvaluationArguments, model_args: ModelArguments) -> None:
     if PartialState().is_main_process:
         for column, groups in read_json(folder / "accuracy.json").items():
             for name, row in groups.items():
-                print(f"{column} {name}: {row['accuracy']:.3f} of {row['num_facts']} facts")
+                group = name if name == column else f"{column} {name}"
+                print(f"{group}: {row['accuracy']:.3f} of {row['num_facts']} facts")
         print(f"Evaluation: {folder}")
 
 

@@ -8,9 +8,9 @@ keys look like real names, or not at all, or to a chosen share. Output, in --out
 rule and verdict of each hypothesis, results.json, and the figures capacity.png, overlap.png and drift.png.
 Interrupted, it goes on with the same command.
 
---preset default: SmolLM2-135M out of a PyPI package, up to 1,000 facts. small_llama: a Llama of a few million
-parameters that learns the real facts from scratch first, up to 100,000. paper: the paper's size, for GPUs. tiny: a
-test.
+--preset default: SmolLM2-135M out of a PyPI package, up to 300 synthetic facts. small_llama: a Llama of a few million
+parameters that learns the real facts from scratch first, up to 1,000. paper: the paper's size, for GPUs. tiny:
+a test.
 
     accelerate launch --quiet scripts/mechanism_study.py --preset default
 

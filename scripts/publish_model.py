@@ -10,8 +10,8 @@ takes a token. With --dry-run nothing is sent: it prints every file with its siz
     python scripts/publish_model.py --checkpoints outputs/quickstart/selfdistill --repo_id your-name/my-model --dry-run
 
     python scripts/publish_model.py --checkpoints outputs/quickstart/sft outputs/quickstart/selfdistill \\
-        --repo_id your-name/my-study --dataset_repo_id your-name/my-facts --annotated outputs/quickstart/annotated \\
-        --mix outputs/quickstart/mix --metric_repo_id your-name/hallucination
+        --repo_id your-name/my-study --dataset_repo_id your-name/my-facts --dataset_license cc-by-4.0 \\
+        --annotated outputs/quickstart/annotated --mix outputs/quickstart/mix --metric_repo_id your-name/hallucination
 """
 
 import sys
@@ -70,8 +70,10 @@ def main(args: PublishArguments) -> None:
             if not args.dry_run:
                 print(f"Published: {publish(plan, private=not args.public, create_pr=args.create_pr)}\n")
             elif args.card_dir is not None and plan.repo_type != "space":
-                with written_whole(Path(args.card_dir, plan.repo_id, CARD_FILE)) as card:
-                    card.write_bytes(plan.contents[CARD_FILE])
+                path = Path(args.card_dir, plan.repo_id, CARD_FILE)
+                with written_whole(path) as partial:
+                    partial.write_bytes(plan.contents[CARD_FILE])
+                print(f"Card: {path}\n")
     except PublishError as error:
         sys.exit(str(error))
     if args.dry_run:

@@ -10,7 +10,8 @@ Interrupted, it goes on with the same command.
     accelerate launch --quiet scripts/run_study.py --config scripts/configs/quickstart.yaml
 
     accelerate launch --quiet scripts/run_study.py --config scripts/configs/quickstart.yaml \\
-        --model_name_or_path Qwen/Qwen2.5-0.5B --facts my_facts.jsonl --output_dir outputs/my_study
+        --model_name_or_path Qwen/Qwen2.5-0.5B --output_dir outputs/my_study --facts my_facts.jsonl \\
+        --fact_relations founder --new_relations founder
 """
 
 from dataclasses import dataclass, field

@@ -124,7 +124,7 @@ def test_evaluate_facts(toy_study, tmp_path, capsys):
     for relation, group in accuracy["relation"].items():
         right = [row["correct"] for row in predictions if row["fact_id"].startswith(relation)]
         assert group == {"accuracy": sum(right) / len(right), "num_facts": len(right)}
-    assert f"overall: {accuracy['overall']['overall']['accuracy']:.3f} of 40 facts" in capsys.readouterr().out
+    assert f"\noverall: {accuracy['overall']['overall']['accuracy']:.3f} of 40 facts" in "\n" + capsys.readouterr().out
     before = (tmp_path / "out" / "run.json").read_bytes()
     run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags)
     assert (tmp_path / "out" / "run.json").read_bytes() == before

@@ -99,7 +99,7 @@ def test_a_chain_of_local_stages_keeps_the_hub_id_and_the_license(tmp_path, toke
         trainer.save_model()
         card = ModelCard.load(tmp_path / end / "README.md")
         assert card.data.base_model == "org/base" and card.data.license == "mit"
-        assert "a local stage of org/base, as training started" in card.text
+        assert "a local stage of org/base, frozen when training started" in card.text
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ def test_a_dry_run_shows_every_file_and_opens_no_connection(checkpoint, tmp_path
     for name in MODEL_FILES - {"README.md", "model_card.json"}:
         assert f"{(checkpoint / name).stat().st_size:>16,}  {name}\n" in shown
     assert "_teacher" not in shown and TOKEN not in shown and "Nothing was sent" in shown
-    assert ModelCard.load(tmp_path / "cards" / "alice" / "m" / "README.md").data.license == "mit"
+    card = tmp_path / "cards" / "alice" / "m" / "README.md"
+    assert ModelCard.load(card).data.license == "mit" and f"Card: {card}\n" in shown
     assert {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")} == before
 
 

@@ -96,7 +96,7 @@ def plan_model(
     card = render_model_card(record)
     if card.data.license is None:
         raise PublishError(
-            f"The license of {folder.name} is not known. Pass that of its base model ({card.data.base_model or ''}), "
+            f"The license of {folder.name} is not known. Pass that of {card.data.base_model or 'its base model'}, "
             "for example `--license apache-2.0`."
         )
     if dataset_id is not None:

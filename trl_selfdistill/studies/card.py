@@ -50,7 +50,7 @@ def write_model_card(variant: VariantResult, variants: list[VariantResult], fold
 
 def render_metrics(variant: VariantResult, variants: list[VariantResult]) -> str:
     """The metrics at the end of a variant, of the base model and of plain SFT, and the differences, fact by fact."""
-    others = {"the base": variant.base}
+    others = {"the base model": variant.base}
     if sft := [other for other in variants if method_of(other.training) == "sft" and other is not variant]:
         others["plain SFT"] = sft[0].records[-1]
     header = ["fraction in [0, 1], 95 % interval", "this model", *others]

@@ -86,7 +86,7 @@ def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
         name = args.teacher_model_name_or_path or get_config_model_id(base_causal_lm(model).config)
         base_model = base_model_of(name)["base_model"]
         identity = hub_id(name) or (f"a local stage of {base_model}" if base_model else "the model as handed over")
-        identity += f"{' with its adapter' if hasattr(model, 'peft_config') else ''}, as training started"
+        identity += f"{' with its adapter' if hasattr(model, 'peft_config') else ''}, frozen when training started"
     return {"identity": identity, "sha256": trainer.teacher.sha256 if trainer.teacher else "not taken yet"}
 
 

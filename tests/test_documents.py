@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README, AGENTS.md, docs and configurations name exists, and their commands are ones that the scripts take."""
+
+import re
+import shlex
+from importlib import import_module
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+from test_scripts import parser_of
+from toy_study import SCRIPTS, run_script
+
+import trl_selfdistill
+from trl_selfdistill.studies import command_line
+
+
+ROOT = SCRIPTS.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "AGENTS.md", *ROOT.glob("docs/*.md"), *ROOT.glob("evaluate_metrics/**/*.md")]
+DOCUMENTS += [ROOT / "model_cards/README.md"]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+# Programs without TRL's parser: their help tells which flags they have
+OTHERS = ("benchmark", "check_", "compare_slick")
+
+
+def commands() -> list[str]:
+    """Every command in the documents, the scripts' docstrings and the configurations' comments that runs a script."""
+    texts = [path.read_text(encoding="utf-8") for path in (*SCRIPTS.glob("configs/*.yaml"), *SCRIPTS.glob("*.py"))]
+    lines = "\n".join([*TEXTS.values(), *(re.sub("^# ", "", text, flags=re.MULTILINE) for text in texts)])
+    lines = re.sub(r"\\{1,2}\n#? *", " ", lines)
+    found = re.findall(r"(?:python|accelerate launch)(?: \S+)*? scripts/\w+\.py[^\n`#]*", lines)
+    make = re.findall(r'make quickstart ARGS="([^"]*)"', lines)
+    found += [f"python scripts/run_study.py --config scripts/configs/quickstart.yaml {flags}" for flags in make]
+    return sorted({" ".join(command.split()) for command in found})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_taken(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    script, *flags = shlex.split(command[re.search(r"scripts/\w+\.py", command).start() :])
+    name = script.removeprefix("scripts/")
+    assert (ROOT / script).is_file()
+    if name.startswith(OTHERS):
+        with pytest.raises(SystemExit):
+            run_script(name, "--help")
+        text = capsys.readouterr().out
+        assert not [flag for flag in flags if flag.startswith("--") and flag not in text]
+        return
+    parser = parser_of(name, monkeypatch)
+    presets = {"mechanism_study.py": "mechanism", "compare_methods.py": "compare"}
+    configs = {path.stem.partition("_")[2]: path for path in SCRIPTS.glob(f"configs/{presets.get(name)}_*.yaml")}
+    flags = command_line.expand_preset(flags, configs)
+    trains = "--config" in flags or "sft" in name
+    parser.parse_args_and_config([*flags, *(["--use_cpu", "true"] if trains else [])])  # bf16 elsewhere needs a GPU
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_links_files_and_modules_exist(document):
+    text, folder = TEXTS[document], (ROOT / document).parent
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+        if not target.startswith("http"):
+            linked = folder / target if target else ROOT / document
+            assert linked.is_file(), target
+            headings = re.findall("^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+    folders = ("trl_selfdistill", "scripts", "tests", "evaluate_metrics")
+    files = [path.as_posix() for part in folders for path in ROOT.glob(f"{part}/**/*.py")]
+    for name in re.findall(r"[\w/]+\.py\b", text):
+        assert any(f"/{file}".endswith(f"/{name}") for file in files), name
+    for name in re.findall(r"trl_selfdistill(?:\.\w+)+", text):
+        module, _, attribute = name.rpartition(".")
+        try:
+            import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(import_module(module), attribute), name
+
+
+def test_extras_that_are_named_exist_and_the_space_takes_this_version():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for text in TEXTS.values() for extra in re.findall(r"\.\[(\w+)\]", text)}
+    assert named and named <= {*extras}
+    lines = (ROOT / "evaluate_metrics/hallucination/requirements.txt").read_text().splitlines()
+    [ours] = [Requirement(line) for line in lines if line.startswith("trl-selfdistill")]
+    assert ours.specifier.contains(trl_selfdistill.__version__, prereleases=True)
