@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from sft_runs import logs, train, trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_selfdistill.trainers.model_identity import hash_model
+from trl_selfdistill.parameters.hashes import hash_model
 
 
 pytest.importorskip("bitsandbytes")

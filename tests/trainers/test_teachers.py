@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from trl_selfdistill import SelfDistillSFTTrainer
+from trl_selfdistill.parameters.hashes import hash_model
 from trl_selfdistill.trainers import teachers
-from trl_selfdistill.trainers.model_identity import hash_model
 from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
 
 

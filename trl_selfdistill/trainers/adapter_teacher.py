@@ -15,10 +15,9 @@ from transformers.utils import is_peft_available, logging
 
 from ..files import written_whole
 from ..losses import ModelSide
-from ..parameters.hashes import digest
+from ..parameters.hashes import digest, hash_config, hash_model, hash_tensors
 from ..parameters.structure import keep_trainable
 from ..slick.generation import evaluation_mode
-from .model_identity import hash_config, hash_model, hash_tensors
 from .sft_internals import label_hidden_states, use_adapter
 from .teachers import Teacher, frozen_head
 

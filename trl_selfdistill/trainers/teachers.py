@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..losses import LMHead, ModelSide
+from ..parameters.hashes import gathered, hash_model
 from ..parameters.structure import base_causal_lm
 from ..slick.generation import evaluation_mode
-from .model_identity import gathered, hash_model
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     add_label_head_forward,
