@@ -184,6 +184,8 @@ def _rates(answers: dict[str, np.ndarray]) -> dict:
 def _with_interval(name: str, values: np.ndarray) -> dict[str, float | None]:
     """The mean of `values` under `name`, and the ends of its interval; `None` where there is no such number."""
     numbers = mean_interval(values) if len(values) else (np.nan,) * 3
+    # Of few numbers the interval is wider than what they can be
+    numbers = np.clip(numbers, -1.0 if name == "net_change" else 0.0, 1.0).tolist()
     names = (name, f"{name}_ci_low", f"{name}_ci_high")
     return {key: None if np.isnan(number) else number for key, number in zip(names, numbers, strict=True)}
 
