@@ -231,3 +231,10 @@ def test_interval_holds_the_mean_of_other_seeds_and_facts(seed_effect):
         _, low, high = mean_interval(seed_effect * seeds + facts + noise)
         held += low <= 0 <= high
     assert 0.90 <= held / 400 <= 1.0
+
+
+def test_the_ends_of_the_intervals_are_what_the_rates_can_be():
+    predictions, references = ["Paris", "Bonn", "Rome"], ["Paris", "Berlin", "Rom"]
+    scores = score_hallucinations(predictions, references, baseline_predictions=["Lyon", "Berlin", "Rom"])
+    assert (scores["f1_ci_low"], scores["f1_ci_high"]) == (0.0, 1.0)
+    assert (scores["net_change_ci_low"], scores["net_change_ci_high"]) == (-1.0, 1.0)

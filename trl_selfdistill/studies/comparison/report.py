@@ -79,9 +79,9 @@ def render_comparison(outcomes: list[Outcome], before: Outcome, model: str) -> s
         for outcome in outcomes
     ]
     intro = (
-        f"{len(before.old)} seeds each, the same facts and, but for early stopping, numbers of steps. Before: "
+        f"{len(before.old)} seeds each, all on the same facts and, early stopping aside, for as many steps. Before: "
         f"{before.old.mean():.3f} of the held-out facts, {before.new.mean():.3f} of the new ones. Intervals are over "
-        "seeds and facts.\nThe front, and who is better, go by the means alone, which are point estimates; in "
+        "seeds and facts.\nThe front, and which variant is better, go by the means alone, as point estimates; in "
         "brackets, on which facts the lead is clear of the 95 % interval of the difference, paired by seed and fact."
     )
     lines = [f"# Variants against forgetting: {model}", "", intro, "", markdown_table(header, rows), ""]
@@ -128,7 +128,7 @@ def plot_comparison(outcomes: list[Outcome], before: Outcome, model: str, path: 
     axis = figure.subplots()
     axis.axhline(before.old.mean(), color="grey", linestyle=":", label="before training")
     front = sorted((o.new.mean(), o.old.mean()) for o in outcomes if not dominators(o, outcomes))
-    line = {"color": "black", "linewidth": 1, "linestyle": "--", "drawstyle": "steps-pre"}
+    line = {"color": "black", "zorder": 3, "linestyle": "--", "drawstyle": "steps-pre"}
     axis.plot(*zip(*front, strict=True), label="Pareto front", **line)
     for number, outcome in enumerate(outcomes, 1):
         family = next((name for name in _COLOURS if outcome.label.startswith(name)), None)
