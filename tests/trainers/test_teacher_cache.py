@@ -65,6 +65,7 @@ PATHS = {
     "bfd_split": dict(packing=True, packing_strategy="bfd_split", max_length=24, gradient_accumulation_steps=2),
     "padding_free": dict(padding_free=True, max_length=None, train_sampling_strategy="group_by_length"),
     "kept columns": dict(remove_unused_columns=False, shuffle_dataset=True, trainable_groups=["attention"]),
+    "dispatched": dict(accelerator_config={"dispatch_batches": True}),
     "dft": dict(loss_type="dft", gradient_checkpointing=True),
     "bf16": dict(bf16=True, kl_weight=0.5, temperature=2.0),
     "fresh adapter": dict(model=adapted),

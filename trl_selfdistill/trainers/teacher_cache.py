@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -63,9 +64,11 @@ class CachedTeacher(Teacher):
                 "`precompute_teacher` unset."
             )
         weight = self._lm_head.weight
-        hidden_states = inputs.pop(_STATES).view(self._dtype).view(-1, weight.size(1))
+        cached_labels = inputs.pop(_LABELS)
+        kept = cached_labels != IGNORE_INDEX
+        hidden_states = inputs.pop(_STATES).flatten().view(self._dtype).view(*kept.shape, weight.size(1))[kept]
         labels = _shift_labels(inputs)
-        if not torch.equal(inputs.pop(_LABELS).to(labels), labels):
+        if not torch.equal(cached_labels[kept].to(labels), labels):
             raise ValueError(
                 "The labels of this batch are not those that the teacher was run on. With `precompute_teacher=True`, "
                 "`data_collator` must make the same tokens and labels of a row each time, and keep the rows' order."
@@ -87,9 +90,11 @@ class CacheCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator([{k: v for k, v in row.items() if k not in CACHE_COLUMNS} for row in rows])
         if all(_STATES in row for row in rows):
-            states = bytearray().join(row[_STATES] for row in rows)
-            batch[_STATES] = torch.from_numpy(np.frombuffer(states, np.uint8))
-            batch[_LABELS] = torch.tensor([label for row in rows for label in row[_LABELS]], dtype=torch.int32)
+            # One line for each row, as accelerate takes batches apart by lines
+            states = [torch.from_numpy(np.frombuffer(bytearray(row[_STATES]), np.uint8)) for row in rows]
+            labels = [torch.tensor(row[_LABELS], dtype=torch.int32) for row in rows]
+            batch[_STATES] = pad_sequence(states, batch_first=True)
+            batch[_LABELS] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
         return batch
 
 
