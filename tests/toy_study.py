@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from fact_rows import facts_from_rows
 
 from trl_selfdistill.slick.prompts import answer_completion, question_prompt
-from trl_selfdistill.studies.facts.table import facts_from_rows, save_facts
+from trl_selfdistill.studies.facts.table import save_facts
 
 
 VARIANTS = ("sft", "selfdistill", "frozen")

@@ -81,6 +81,6 @@ def test_no_name_breaks_the_table_or_the_figure(folders, tmp_path):
     assert [len(row) for row in rows] == [8] * 5
     assert "<script>" not in render_table(results) + render_findings(results)
     assert len(render_findings(results).splitlines()) == 2
-    plot_curves(results, tmp_path / "curves.png", "title")
+    plot_curves(results, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.format == "PNG" and image.size == (1500, 600)

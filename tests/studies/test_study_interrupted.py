@@ -34,9 +34,9 @@ def start(tmp_path, patch: str, flags: list[str]) -> subprocess.Popen:
 
 SLOW_AT_STEP_6 = """
 import time
-from trl_selfdistill.studies.runs import RunCost
+from trl_selfdistill.studies.runs import StepTimes
 
-on_step_end = RunCost.on_step_end
+on_step_end = StepTimes.on_step_end
 
 def slow(self, args, state, control, **kwargs):
     on_step_end(self, args, state, control, **kwargs)
@@ -44,7 +44,7 @@ def slow(self, args, state, control, **kwargs):
         open(args.output_dir + "/waiting", "w").close()
         time.sleep(250)
 
-RunCost.on_step_end = slow
+StepTimes.on_step_end = slow
 """
 
 

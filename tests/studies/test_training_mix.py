@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset
+from fact_rows import facts_from_rows
 
 from trl_selfdistill.files import read_jsonl, write_jsonl
-from trl_selfdistill.studies.facts.table import facts_from_rows, fold_name
+from trl_selfdistill.studies.facts.table import fold_name
 from trl_selfdistill.studies.stages import mix_stage
 from trl_selfdistill.studies.training_mix import SPLITS, MixSettings, build_training_mix, load_mix
 

@@ -137,8 +137,8 @@ def render_findings(results: list[VariantResult]) -> str:
     return "\n".join(lines)
 
 
-def plot_curves(results: list[VariantResult], path: Path, title: str) -> None:
-    """Two panels over epochs: accuracy on the held-out facts, and on the new facts, one line for each variant."""
+def plot_curves(results: list[VariantResult], path: Path) -> None:
+    """Draws two panels over epochs: accuracy on the held-out facts, and on the new facts, a line for each variant."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -153,5 +153,6 @@ def plot_curves(results: list[VariantResult], path: Path, title: str) -> None:
         num_facts = len(results[0].records[-1].correct[name])
         axis.set(title=f"{heading} (n = {num_facts})", xlabel="epochs", ylabel="accuracy (exact match)")
     axes[0].legend(frameon=False)
-    figure.suptitle(title)
+    model = (results[0].training["origin"] or "a local model").split("/")[-1]
+    figure.suptitle(f"{model}: training on known and {results[0].training['mix']['mix']['new_facts']} new facts")
     figure.savefig(path, dpi=150)

@@ -3,17 +3,14 @@
 
 import os
 import random
-import resource
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
@@ -85,18 +82,11 @@ class StudySetup(NamedTuple):
     label: str = ""
 
 
-class RunCost(TrainerCallback):
-    """
-    Times each optimizer step, without evaluation and saving, and measures the peak memory: on a GPU what torch
-    allocated for the run, on a CPU what the process held until its end, in earlier runs too.
-    """
+class StepTimes(TrainerCallback):
+    """Times each optimizer step, without evaluation and saving."""
 
     def __init__(self):
         self.seconds: list[float] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
@@ -104,14 +94,9 @@ class RunCost(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self._started)
 
-    def summary(self, device: torch.device) -> dict:
-        """`seconds_per_step` (the median; `None` if no step was made) and `peak_memory_bytes`."""
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        seconds = statistics.median(self.seconds) if self.seconds else None
-        return {"seconds_per_step": seconds, "peak_memory_bytes": peak}
+    def seconds_per_step(self) -> float | None:
+        """The median; `None` if no step was made."""
+        return statistics.median(self.seconds) if self.seconds else None
 
 
 class RunFacts(NamedTuple):
@@ -182,15 +167,15 @@ def train_variant(
         trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, partial / RECORDS_FILE, each_epoch))
         if variant.prepare is not None:
             variant.prepare(trainer, partial)
-        cost = RunCost()
-        trainer.add_callback(cost)
+        times = StepTimes()
+        trainer.add_callback(times)
         with label_positions_only():  # in every run, so that their seconds a step can be compared
             trainer.train(resume_from_checkpoint=checkpoint)
         if keep_model:
             trainer.save_model()
         if trainer.is_world_process_zero():
-            training = _describe_run(trainer, variant, setup, run_facts) | cost.summary(config.device)
-            write_json(partial / TRAINING_FILE, training)
+            training = _describe_run(trainer, variant, setup, run_facts)
+            write_json(partial / TRAINING_FILE, {**training, "seconds_per_step": times.seconds_per_step()})
             for path in [*partial.glob("checkpoint-*"), *partial.glob("_*")]:  # optimizers, teachers, caches
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if keep_model:
@@ -245,13 +230,27 @@ def _origin(model: str) -> str | None:
 
 
 def training_config(variant: Variant, shared: TrainingArguments, num_steps: int | None = None) -> TrainingArguments:
-    """The configuration of a variant's trainer: the shared one with the variant's changes and `num_steps`."""
+    """
+    The configuration of a variant's trainer.
+
+    Args:
+        variant ([`Variant`]): Its changes are made.
+        shared (`TrainingArguments`): The configuration of all runs.
+        num_steps (`int`, *optional*): Optimizer steps, in place of the epochs.
+    """
     steps = {} if num_steps is None else {"max_steps": num_steps}
     return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **steps, **variant.changes)
 
 
 def copy_config(config_class: type[TrainingArguments], config: TrainingArguments, **changes) -> TrainingArguments:
-    """The values of `config` that `config_class` has, with `changes`."""
+    """
+    A configuration of another class.
+
+    Args:
+        config_class (`type[TrainingArguments]`): The class.
+        config (`TrainingArguments`): Its values are kept, as far as the class has them.
+        changes: Values to set instead.
+    """
     values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
     return config_class(**{**values, **changes})
 

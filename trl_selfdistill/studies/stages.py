@@ -55,7 +55,11 @@ def prepare_study(
 ) -> StudySetup:
     """
     The stages before the runs of a study, in folders below `config.output_dir`: what the model knows, what it is
-    trained on, and the format that it learns first. The arguments are [`STUDY_ARGUMENTS`].
+    trained on, and the format that it learns first.
+
+    Args:
+        model_args, facts_args, slick_args, mix_settings, small_llama, stage1_args, config:
+            One of each of [`STUDY_ARGUMENTS`].
 
     Raises:
         ValueError: If the model is quantised and no adapter is trained.
@@ -70,7 +74,7 @@ def prepare_study(
     annotated = annotate_stage(model, model_args, facts, slick_args, output / "annotated", config)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
     setup = StudySetup(model, mix, config, model_args, annotated, label)
-    start = stage1_stage(stage1_args, setup, output / "stage1")
+    start = _stage1_stage(stage1_args, setup, output / "stage1")
     return setup._replace(start=os.fspath(start))
 
 
@@ -169,7 +173,15 @@ def annotate_stage(
 
 
 def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 0) -> Path:
-    """Writes the splits `known`, `new` and `heldout` as JSONL files to `folder`, and returns it."""
+    """
+    Writes the splits `known`, `new` and `heldout` as JSONL files to `folder`, and returns it.
+
+    Args:
+        annotated (`Path`): File of the annotated facts.
+        settings ([`MixSettings`]): How many of what.
+        folder (`Path`): Where the splits go.
+        seed (`int`, *optional*, defaults to `0`): Seed of the choice, the order and the invented facts.
+    """
 
     def work(partial: Path) -> None:
         facts = load_facts(annotated)  # a user may have annotated them
@@ -187,7 +199,7 @@ def facts_of_mix(mix: Path, splits: tuple[str, ...] = ("known", "new")) -> RunFa
     return RunFacts(known, new, facts)
 
 
-def stage1_stage(arguments: Stage1Arguments, setup: StudySetup, folder: Path) -> Path:
+def _stage1_stage(arguments: Stage1Arguments, setup: StudySetup, folder: Path) -> Path:
     """Teaches the model the format on the Known facts of the mix: the start of every run, and the teacher."""
     changes = {"num_train_epochs": 1, "learning_rate": arguments.stage1_learning_rate}
     config = copy_config(SFTConfig, setup.config, per_device_train_batch_size=8, **changes)
@@ -214,11 +226,9 @@ def report_stage(folders: list[Path], output: Path) -> str:
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", numbers)
     origin = escape_markdown(baseline.training["origin"] or "a local model")
-    new_facts = baseline.training["mix"]["mix"]["new_facts"]
-    title = f"{origin.split('/')[-1]}: training on known and {new_facts} new facts"
-    plot_curves(results, output / "curves.png", title)
-    heading = f"# {origin}: what fine-tuning made it forget"
-    (output / "report.md").write_text(f"{heading}\n\n{text}\n![Curves](curves.png)\n", encoding="utf-8")
+    plot_curves(results, output / "curves.png")
+    report = f"# {origin}: what fine-tuning made it forget\n\n{text}\n![Curves](curves.png)\n"
+    (output / "report.md").write_text(report, encoding="utf-8")
     for result, folder in zip(results, folders, strict=True):
         shutil.copyfile(output / "curves.png", folder / "curves.png")
         write_model_card(result, results, folder)

@@ -69,8 +69,13 @@ def config_from(
     args: TrainingArguments | None, config_class: type, model: str | PreTrainedModel, suffix: str
 ) -> TrainingArguments:
     """
-    The `config_class` that a trainer works with, from what `SFTTrainer` accepts as `args`: the values of any other
-    config are kept, and without one `output_dir` is `<model name>-<suffix>`.
+    The configuration that a trainer works with. The values of a config of another class are kept.
+
+    Args:
+        args ([`~transformers.TrainingArguments`], *optional*): What [`~trl.SFTTrainer`] accepts as `args`.
+        config_class (`type`): The class of the configuration.
+        model (`str` or [`~transformers.PreTrainedModel`]): Its name begins `output_dir`, where `args` is `None`.
+        suffix (`str`): What `output_dir` ends with then.
     """
     if isinstance(args, config_class):
         return args

@@ -56,10 +56,7 @@ class ExactResumeMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"No valid checkpoint found in output directory ({self.args.output_dir}): none was written to its "
-                    "end. Start the run anew, without `resume_from_checkpoint`."
-                )
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}).")
         is_folder = isinstance(resume_from_checkpoint, str | os.PathLike)
         self.resumed_from = Path(resume_from_checkpoint) if is_folder else None
         self._training_data = None

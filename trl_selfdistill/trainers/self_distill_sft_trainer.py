@@ -13,9 +13,7 @@ from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     add_label_head_forward,
-    count_input_tokens,
     frozen_copy,
-    log_means,
     student_ce_kl,
 )
 from .teacher_cache import CACHE_COLUMNS, precompute_teacher
@@ -194,9 +192,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         local = torch.cat([means * counts[0], counts]).unsqueeze(0)
         *sums, num_tokens, num_input_tokens = self.accelerator.gather_for_metrics(local).sum(0).tolist()
         ce_loss, kl_loss, entropy, accuracy = (total / max(num_tokens, 1.0) for total in sums)
-        log_means(self, mode, ce_loss=ce_loss, kl_loss=kl_loss)
+        self.log_means(mode, ce_loss=ce_loss, kl_loss=kl_loss)
         if sft_metrics:  # otherwise SFTTrainer's own pass has recorded them
-            log_means(self, mode, entropy=entropy, mean_token_accuracy=accuracy)
-            count_input_tokens(self, mode, int(num_input_tokens))
+            self.log_means(mode, entropy=entropy, mean_token_accuracy=accuracy)
+            self.count_input_tokens(mode, int(num_input_tokens))
             if aux_loss is not None:
-                log_means(self, mode, aux_loss=self.accelerator.gather_for_metrics(aux_loss).mean().item())
+                self.log_means(mode, aux_loss=self.accelerator.gather_for_metrics(aux_loss).mean().item())

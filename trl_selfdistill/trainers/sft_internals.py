@@ -51,6 +51,17 @@ class HookedSFTTrainer(SFTTrainer):
     def on_save_checkpoint(self, folder: Path) -> None:
         """Called on the processes that save, before the checkpoint `folder`, which exists, is written."""
 
+    def log_means(self, mode: str, **values: float) -> None:
+        """Adds values of this step (`mode="train"`) or batch (`"eval"`) to the means that the trainer logs next."""
+        for name, value in values.items():
+            self._metrics[mode][name].append(value)
+
+    def count_input_tokens(self, mode: str, number: int) -> None:
+        """Adds the input tokens of this step, over all processes, to the logged `num_tokens` of the run."""
+        if mode == "train":
+            self._total_train_tokens += number // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in self.extra_columns if name not in self._signature_columns]
@@ -265,16 +276,3 @@ def label_positions_only() -> Iterator[None]:
 def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
     """A prepared dataset with the columns that the trainer hands to its collator."""
     return trainer._remove_unused_columns(dataset, "training")
-
-
-def log_means(trainer: SFTTrainer, mode: str, **values: float) -> None:
-    """Adds values of this step (`mode="train"`) or batch (`"eval"`) to the means that the trainer logs next."""
-    for name, value in values.items():
-        trainer._metrics[mode][name].append(value)
-
-
-def count_input_tokens(trainer: SFTTrainer, mode: str, number: int) -> None:
-    """Adds the input tokens of this step, over all processes, to the logged `num_tokens` of the run."""
-    if mode == "train":
-        trainer._total_train_tokens += number // trainer._tp_size
-    trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]

@@ -145,8 +145,7 @@ def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
     if description is None or description["sha256"] is None:
         raise ValueError(
             f"`precompute_teacher=True` runs the teacher over every row before training, and `{name}` is a stream or "
-            "becomes tokens only in a batch. Pass a `datasets.Dataset` that the trainer tokenizes, or leave "
-            "`precompute_teacher` unset."
+            "becomes tokens only in a batch. Pass a `datasets.Dataset` that the trainer tokenizes, or unset it."
         )
     settings = {
         "teacher": trainer.teacher.sha256,

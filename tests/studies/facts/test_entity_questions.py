@@ -4,10 +4,10 @@
 import json
 
 import pytest
+from fact_rows import facts_from_rows
 
 from trl_selfdistill.studies.facts.table import (
     ENTITY_QUESTIONS,
-    facts_from_rows,
     facts_of_entity_questions,
     load_facts,
 )

@@ -7,9 +7,10 @@ import re
 
 import pytest
 from datasets import Dataset
+from fact_rows import facts_from_rows
 
 from trl_selfdistill.hallucination.exact_match import exact_match
-from trl_selfdistill.studies.facts.table import FACT_COLUMNS, facts_from_rows, load_facts, read_facts, save_facts
+from trl_selfdistill.studies.facts.table import FACT_COLUMNS, load_facts, read_facts, save_facts
 
 
 def row(subject="Lyon", answer="France", **others):

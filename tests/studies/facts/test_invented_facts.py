@@ -5,10 +5,11 @@ import re
 from collections import Counter
 
 import pytest
+from fact_rows import facts_from_rows
 
 from trl_selfdistill.studies.facts.geonames import geonames_facts
 from trl_selfdistill.studies.facts.invented import _name_parts, invent_facts
-from trl_selfdistill.studies.facts.table import FACT_COLUMNS, facts_from_rows, fold_name, strip_accents
+from trl_selfdistill.studies.facts.table import FACT_COLUMNS, fold_name, strip_accents
 
 
 @pytest.fixture(scope="module")

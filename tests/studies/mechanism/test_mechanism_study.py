@@ -11,7 +11,7 @@ from toy_study import run_script, runs_of
 
 from trl_selfdistill.files import read_json
 from trl_selfdistill.studies.facts.table import read_facts
-from trl_selfdistill.studies.mechanism.study import facts_of
+from trl_selfdistill.studies.mechanism.study import _facts_of
 from trl_selfdistill.studies.mechanism.variants import (
     MechanismArguments,
     MechanismVariant,
@@ -90,7 +90,7 @@ def test_the_report_says_what_was_measured(finished):
         before, after = (found.records[i].accuracy("heldout") for i in (0, -1))
         assert run["lost"]["value"] == pytest.approx(before - after)
         assert f"| {run['lost']['value']:.3f} [" in report
-        assert run["seconds_per_step"] > 0 and run["peak_memory_bytes"] > 2**20
+        assert run["seconds_per_step"] > 0
         assert not [*(finished / "runs" / f"{name}-seed0").glob("*.safetensors")]
     for finding in results["findings"]:
         assert f"## {finding['hypothesis'].capitalize()}: {finding['verdict']} (one seed)" in report
@@ -113,7 +113,7 @@ def test_keys_without_overlap_share_no_token_with_facts_that_are_kept(finished):
     _, tokenizer = load_model_and_tokenizer(setup.start)
     kept = [*read_facts(finished / "mix/heldout.jsonl"), *read_facts(finished / "mix/known.jsonl")]
     names = sorted({fact[column] for fact in kept for column in ("subject", "answer")})
-    keys = [fact["subject"] for fact in facts_of(MechanismVariant(24, "pseudo"), 0, STUDY, setup, tokenizer)]
+    keys = [fact["subject"] for fact in _facts_of(MechanismVariant(24, "pseudo"), 0, STUDY, setup, tokenizer)]
     of_names, of_keys = (
         {token for ids in tokenizer([f" {text}" for text in texts])["input_ids"] for token in ids}
         for texts in (names, keys)

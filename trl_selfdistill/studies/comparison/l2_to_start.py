@@ -12,11 +12,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from ...losses import IGNORE_INDEX
 from ...slick.generation import evaluation_mode
 from ...trainers import FrozenGroupsSFTTrainer
-from ...trainers.sft_internals import log_means
-
-
-# The default τ of self-distillation. Its λ is 1
-TEMPERATURE = 0.5
 
 
 class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
@@ -65,7 +60,7 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
             return result
         loss, outputs = result if return_outputs else (result, None)
         penalty = self.l2_weight / 2 * sum(difference.square().sum() for difference in self._differences())
-        log_means(self, "train" if self.model.training else "eval", l2_loss=penalty.item())
+        self.log_means("train" if self.model.training else "eval", l2_loss=penalty.item())
         # A term of the whole step: with `num_items_in_batch`, Trainer leaves accumulation to the loss
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         loss = loss + penalty / steps
@@ -94,14 +89,15 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
             with torch.enable_grad():
                 logits = self.model(**inputs).logits[:, :-1][mask].float()
                 direction = self._gradient(cross_entropy(logits, labels[mask]))
-            start = (logits.detach() / TEMPERATURE).log_softmax(-1)
+            temperature = 0.5  # the default τ of self-distillation, whose λ is 1
+            start = (logits.detach() / temperature).log_softmax(-1)
             for parameter, gradient in zip(self._trained(), direction, strict=True):
                 parameter.sub_(self.args.learning_rate * gradient.sign())
             distance = get_total_norm(self._differences())
             with torch.enable_grad():
                 logits = self.model(**inputs).logits[:, :-1][mask].float()
-                student = (logits / TEMPERATURE).log_softmax(-1)
-                kl = TEMPERATURE**2 * kl_div(student, start, reduction="batchmean", log_target=True)
+                student = (logits / temperature).log_softmax(-1)
+                kl = temperature**2 * kl_div(student, start, reduction="batchmean", log_target=True)
                 pull = get_total_norm(self._gradient(kl))
             for parameter, tensor in zip(self._trained(), self.start, strict=True):
                 parameter.copy_(tensor)

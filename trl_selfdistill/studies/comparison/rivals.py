@@ -97,8 +97,8 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
         ],
         "frozen": [Variant("frozen", "Frozen groups (attention only)", FrozenGroupsSFTTrainer, attention)],
         "l2": _l2(args),
-        "replay": [Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=replay_rows)],
-        "known_patch": [Variant("known_patch", known_patch, changes=in_order, rows=known_patch_rows)],
+        "replay": [Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=_replay_rows)],
+        "known_patch": [Variant("known_patch", known_patch, changes=in_order, rows=_known_patch_rows)],
         "stm": [Variant("stm", stm, prepare=_mask_unlikely)],
         "selfdistill": _self_distillation(args),
         "rehearsal": _rehearsal(args, answers),
@@ -147,12 +147,12 @@ def _l2(args: ComparisonArguments) -> list[Variant]:
     return variants
 
 
-def replay_rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
+def _replay_rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
     """Each new fact once, each Known fact [`REPLAY_RATIO`] times."""
     return concatenate_datasets([known] * REPLAY_RATIO + [new])
 
 
-def known_patch_rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
+def _known_patch_rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
     """
     New facts alone first, then Known ones among them (KnownPatch, arXiv 2511.02626, which mixes 5 to 20 % of known
     examples into the last part). As many rows as in plain SFT, in the order in which they are shown.

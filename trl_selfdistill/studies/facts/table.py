@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table of facts: one row a question, with its answer and the other forms of the answer that count as right.
 
-`load_facts` and `facts_from_rows` check a user's rows. What the package makes goes through `facts_table` and
-`read_facts`, without checks. Stages add columns, which are kept.
+`load_facts` checks a user's rows. What the package makes goes through `facts_table` and `read_facts`, without checks.
+Stages add columns, which are kept.
 """
 
 import json
@@ -85,12 +85,7 @@ def load_facts(path: str | os.PathLike, split: str = "train") -> Dataset:
     Raises:
         ValueError: If a row breaks a rule, or there is none. The message names the row and what to change.
     """
-    return _checked_table(read_rows(path, split), os.fspath(path))
-
-
-def facts_from_rows(rows: Iterable[dict]) -> Dataset:
-    """The table of facts of `rows`, checked as in [`load_facts`]."""
-    return _checked_table(((f"facts, row {number}", row) for number, row in enumerate(rows, start=1)), "facts")
+    return checked_table(read_rows(path, split), os.fspath(path))
 
 
 def facts_table(rows: Iterable[dict]) -> Dataset:
@@ -158,7 +153,7 @@ def _table(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
     return facts.cast_column("aliases", List(Value("string")))  # lists of nothing: there is no alias in the table
 
 
-def _checked_table(located_rows: Iterable[tuple[str, Any]], source: str) -> Dataset:
+def checked_table(located_rows: Iterable[tuple[str, Any]], source: str) -> Dataset:
     """Facts from pairs of where a row stands, for errors, and the row."""
     questions: dict[str, list[tuple[str, dict]]] = {}
     owners: dict[str, tuple[str, str]] = {}  # of each fact_id, its first place and question

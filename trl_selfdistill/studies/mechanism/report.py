@@ -44,7 +44,6 @@ def render_mechanism_report(results: MechanismResults, model: str) -> str:
         f"Lost: accuracy before minus after on {num_facts} held-out facts that it knew, with a 95 % "
         f"interval. {covered}",
         _runs_table(results),
-        "Memory: the peak of a run; on a CPU that of the process, which keeps what earlier runs left.",
     ]
     for finding in results.findings:
         numbers = [f"- {what}: {format_interval(value, signed=True)}" for what, value in finding.numbers.items()]
@@ -78,20 +77,18 @@ def _mean_numbers(runs: list[VariantResult]) -> dict[str, float | None]:
         "new_learnt": new_learnt(runs),
         "steps": runs[0].training["num_steps"],
         "seconds_per_step": fmean(seconds) if seconds else None,
-        "peak_memory_bytes": max(run.training["peak_memory_bytes"] for run in runs),
     }
 
 
 def _runs_table(results: MechanismResults) -> str:
-    header = ["trained on", "synthetic facts", "lost [95 % CI]", "new learnt", "steps", "s / 1,000 facts", "memory"]
+    header = ["trained on", "synthetic facts", "lost [95 % CI]", "new learnt", "steps", "s / 1,000 facts"]
     rows = []
     for variant, runs in results.runs.items():
-        learnt, steps, seconds, memory = _mean_numbers(runs).values()
+        learnt, steps, seconds = _mean_numbers(runs).values()
         lost = format_interval(results.lost(variant))
         learnt = "-" if learnt is None else f"{learnt:.3f}"
         seconds = "-" if seconds is None else f"{seconds * 1000 / runs[0].training['rows_per_step']:.1f}"
-        memory = f"{memory / 2**30:.2f} GiB"
-        rows.append([variant.label, f"{variant.num_facts:,}", lost, learnt, f"{steps:,}", seconds, memory])
+        rows.append([variant.label, f"{variant.num_facts:,}", lost, learnt, f"{steps:,}", seconds])
     return markdown_table(header, rows)
 
 

@@ -66,7 +66,7 @@ def run_mechanism_study(study: MechanismArguments, setup: StudySetup, folder: Pa
     check_layers(model, study.probe_layers)
     for variant in variants:
         if variant.num_facts:
-            facts_of(variant, study.seeds[0], study, setup, tokenizer)  # nothing is drawn yet
+            _facts_of(variant, study.seeds[0], study, setup, tokenizer)  # nothing is drawn yet
     runs: dict[MechanismVariant, list[VariantResult]] = defaultdict(list)
     for seed in study.seeds:
         for variant in variants:
@@ -94,7 +94,7 @@ def new_learnt(results: list[VariantResult]) -> float | None:
     return fmean(record.accuracy("new") for record in last) if "new" in last[0].correct else None
 
 
-def facts_of(
+def _facts_of(
     variant: MechanismVariant, seed: int, study: MechanismArguments, setup: StudySetup, tokenizer
 ) -> IterableDataset:
     """The synthetic facts of a variant, drawn while they are read."""
@@ -128,7 +128,7 @@ def _run(
         if not variant.num_facts:
             return RunFacts(mix["known"], mix["known"].select([]), asked)
         _, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, setup.config.trust_remote_code)
-        stream = facts_of(variant, seed, study, setup, tokenizer)
+        stream = _facts_of(variant, seed, study, setup, tokenizer)
         # Rows go to a file as they are drawn, and are read from there: none of them stays in memory
         new = Dataset.from_generator(_rows, cache_dir=str(partial / "_rows"), gen_kwargs={"stream": stream})
         asked["new"] = Dataset.from_list(list(stream.take(study.max_asked_new_facts)))
