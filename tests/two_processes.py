@@ -41,7 +41,8 @@ def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 
 
 
 def leave_processes() -> None:
-    """Ends the connection once both are done: gloo's threads may outlive the interpreter, which then aborts."""
-    state = PartialState()
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    """Ends the process once both are done, without Python's clean-up: gloo's threads now and then abort it."""
+    PartialState().wait_for_everyone()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
