@@ -56,7 +56,9 @@ class ExactResumeMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}).")
+                raise ValueError(
+                    f"No valid checkpoint found in {self.args.output_dir}. Train without `resume_from_checkpoint`."
+                )
         is_folder = isinstance(resume_from_checkpoint, str | os.PathLike)
         self.resumed_from = Path(resume_from_checkpoint) if is_folder else None
         self._training_data = None
@@ -69,8 +71,7 @@ class ExactResumeMixin:
             record = self.resumed_from / RESUME_FILE  # a plain `SFTTrainer` writes none
             if old := [name for name in _FILES_OF_0_1_0 if (self.resumed_from / name).is_file()]:
                 raise ValueError(
-                    f"{self.resumed_from} was written by trl-selfdistill 0.1.0 (it holds {old[0]}), whose checkpoints "
-                    "are not resumed from. Start a new run from the model in it."
+                    f"{self.resumed_from} was written by trl-selfdistill 0.1.0 (it holds {old[0]}). Start a new run."
                 )
             self.check_run(read_json(record) if record.is_file() else {}, self.resumed_from)
         return super().train(resume_from_checkpoint, *args, **kwargs)

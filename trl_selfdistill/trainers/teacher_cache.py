@@ -222,8 +222,7 @@ def _refuse_rows_that_meet(trainer, dataset: Dataset) -> None:
         raise ValueError(
             "`precompute_teacher=True` keeps what the teacher answers to each row, and packing or `padding_free=True` "
             "joins rows in a batch: in this teacher a row sees the one before it, whatever the `position_ids` say. "
-            "Set `packing=False` (or `packing_strategy='wrapped'`) and `padding_free=False`, or leave "
-            "`precompute_teacher` unset."
+            "Set `packing=False` and `padding_free=False`, or `precompute_teacher=False`."
         )
 
 
