@@ -14,7 +14,7 @@ from typing import Any
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     Yields `<path>.partial`, to write a file or a folder to. It takes the place of `path` when the block ends. After an
-    error or a kill `path` is what it was before.
+    error or a kill `path` is what it was before, but for a kill in the instant in which a folder is replaced.
 
     ```python
     >>> from tempfile import mkdtemp
