@@ -18,7 +18,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl_selfdistill.files import written_whole
+from accelerate import PartialState
+
+from trl_selfdistill.files import shipped, written_whole
 from trl_selfdistill.hub.model_card import CARD_FILE, read_record
 from trl_selfdistill.hub.publishing import Publication, PublishError, plan_model, publish, select_files
 from trl_selfdistill.studies.command_line import run_script
@@ -54,7 +56,9 @@ class PublishArguments:
     metric_repo_id: str | None = field(
         default=None, metadata={"help": "Publish the metric too, as the Space your-name/hallucination."}
     )
-    metric_folder: str = field(default="evaluate_metrics/hallucination", metadata={"help": "Folder of the metric."})
+    metric_folder: str = field(
+        default=str(shipped("evaluate_metrics/hallucination")), metadata={"help": "Folder of the metric."}
+    )
     public: bool = field(default=False, metadata={"help": "Make new repositories public rather than private."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request rather than commit."})
     dry_run: bool = field(default=False, metadata={"help": "Send nothing, and show every file with its size."})
@@ -62,7 +66,9 @@ class PublishArguments:
 
 
 def main(args: PublishArguments) -> None:
-    """Plans everything before anything is sent."""
+    """Plans everything before anything is sent, in one process."""
+    if not PartialState().is_main_process:
+        return
     try:
         plans = make_plans(args)
         for plan in plans:

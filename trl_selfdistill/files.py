@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are written whole or not at all, and JSON in them. Only the standard library is imported."""
+"""
+Files and folders that are written whole or not at all, JSON in them, and where the programs and the metric are.
+
+Only the standard library is imported.
+"""
 
 import json
 import os
@@ -8,6 +12,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def shipped(path: str) -> Path:
+    """
+    A file or folder of `scripts/` or `evaluate_metrics/`, which are below the package where it is installed from a
+    wheel, and beside it in a clone.
+
+    ```python
+    >>> shipped("evaluate_metrics/hallucination/hallucination.py").is_file()
+    True
+    ```
+    """
+    package = Path(__file__).parent
+    installed = package / path
+    return installed if installed.exists() else package.parent / path
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def describe_environment() -> dict[str, Any]:
     gpus = f", {num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus else ""
     versions = {name.replace("_", "-"): version(name) for name in _PACKAGES if find_spec(name) is not None}
     return {
-        "command": portable_command(sys.argv),
+        "command": portable_command(shlex.split(os.environ.get("TRL_SELFDISTILL_COMMAND", "")) or sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}{gpus}",
         "versions": {"python": platform.python_version(), **versions},

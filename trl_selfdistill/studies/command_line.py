@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
@@ -47,9 +48,13 @@ def run_script(
     parser = TrlParser(
         dataclass_types, usage=usage + "flags win.", description=description.strip(), formatter_class=_HelpFormatter
     )
-    arguments = parser.parse_args_and_config(expand_preset(sys.argv[1:], presets or {}))
-    # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    try:
+        arguments = parser.parse_args_and_config(expand_preset(sys.argv[1:], presets or {}))
+    except ValueError as error:  # of a dataclass, about the values of the command line
+        parser.error(str(error))
+    # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs: not
+    # told, it takes each of several for the only one
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     try:
         main(*arguments)
         state.destroy_process_group()  # its threads may outlive the interpreter, which then aborts
