@@ -7,10 +7,10 @@ is optional. Output, in --output_dir: facts/facts.jsonl, the facts as they were 
 facts with the columns p_correct_greedy, p_correct_sampled, p_any_sample_correct and slick_category, without those that
 served as exemplars in the prompts. Interrupted, it goes on with the same command.
 
-    accelerate launch --quiet scripts/annotate_facts.py --output_dir outputs/study \\
+    trl-selfdistill annotate --output_dir outputs/study \\
         --model_name_or_path embedded --fact_relations P17 P36 --max_facts_per_relation 500
 
-    accelerate launch --quiet scripts/annotate_facts.py --output_dir outputs/study \\
+    trl-selfdistill annotate --output_dir outputs/study \\
         --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 --facts my_facts.csv --slick_preset gekhman2024
 """
 

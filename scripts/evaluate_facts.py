@@ -6,10 +6,10 @@ Input: a model and facts, such as a split of build_training_mix.py. Output, in -
 for each fact: fact_id, prediction, correct) and accuracy.json (the share of right answers overall, by relation and,
 for annotated facts, by SLiCK category).
 
-    accelerate launch --quiet scripts/evaluate_facts.py --model_name_or_path outputs/study/selfdistill \\
+    trl-selfdistill evaluate --model_name_or_path outputs/study/selfdistill \\
         --facts outputs/study/mix/heldout.jsonl --output_dir outputs/evaluation
 
-    accelerate launch --quiet scripts/evaluate_facts.py --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 \\
+    trl-selfdistill evaluate --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 \\
         --facts my_facts.csv --batch_size 256 --output_dir outputs/evaluation
 """
 

@@ -10,11 +10,11 @@ Input: a model, and either --mix (a folder of build_training_mix.py) with the --
 accuracy.jsonl (which facts of each split were right after each epoch) and training.json. With --mix an interrupted run
 goes on with the same command; with --dataset_name add --resume_from_checkpoint FOLDER.
 
-    accelerate launch --quiet scripts/frozen_groups_sft.py --model_name_or_path outputs/study/stage1 \\
+    trl-selfdistill frozen-groups --model_name_or_path outputs/study/stage1 \\
         --mix outputs/study/mix --splits known new --trainable_groups attention --num_train_epochs 8 \\
         --learning_rate 2e-4 --save_strategy epoch --output_dir outputs/study/frozen
 
-    accelerate launch --quiet scripts/frozen_groups_sft.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+    trl-selfdistill frozen-groups --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
         --dataset_name my_chats.jsonl --frozen_groups mlp embeddings --output_dir outputs/my_model
 """
 

@@ -8,13 +8,13 @@ keys look like real names, or not at all, or to a chosen share. Output, in --out
 rule and verdict of each hypothesis, results.json, and the figures capacity.png, overlap.png and drift.png.
 Interrupted, it goes on with the same command.
 
---preset default: SmolLM2-135M out of a PyPI package, up to 300 synthetic facts. small_llama: a Llama of a few million
-parameters that learns the real facts from scratch first, up to 1,000. paper: the paper's size, for GPUs. tiny:
-a test.
+Configurations: mechanism_default, SmolLM2-135M out of a PyPI package, up to 300 synthetic facts;
+mechanism_small_llama, a Llama of a few million parameters that learns the real facts from scratch first, up to 1,000;
+mechanism_paper, the paper's size, for GPUs; mechanism_tiny, a test.
 
-    accelerate launch --quiet scripts/mechanism_study.py --preset default
+    trl-selfdistill mechanism --config mechanism_default
 
-    accelerate launch --quiet scripts/mechanism_study.py --preset small_llama --output_dir outputs/mechanism_small
+    trl-selfdistill mechanism --config mechanism_small_llama --output_dir outputs/mechanism_small
 """
 
 from pathlib import Path
@@ -28,10 +28,6 @@ from trl_selfdistill.studies.mechanism.report import plot_mechanism, render_mech
 from trl_selfdistill.studies.mechanism.study import run_mechanism_study
 from trl_selfdistill.studies.mechanism.variants import MechanismArguments
 from trl_selfdistill.studies.stages import STUDY_ARGUMENTS, prepare_study
-
-
-CONFIGS = Path(__file__).parent / "configs"
-PRESETS = {name: CONFIGS / f"mechanism_{name}.yaml" for name in ("default", "small_llama", "paper", "tiny")}
 
 
 def main(study: MechanismArguments, *shared) -> None:
@@ -52,4 +48,4 @@ def main(study: MechanismArguments, *shared) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, (MechanismArguments, *STUDY_ARGUMENTS), __doc__, PRESETS)
+    run_script(main, (MechanismArguments, *STUDY_ARGUMENTS), __doc__)

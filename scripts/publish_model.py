@@ -7,9 +7,9 @@ Input: checkpoints of this package's trainers. Output: a repository each, by a c
 after an interruption the same command goes on, and sends nothing twice. Log in with `hf auth login` first: no flag
 takes a token. With --dry-run nothing is sent: it prints every file with its size, and writes the cards to --card_dir.
 
-    python scripts/publish_model.py --checkpoints outputs/quickstart/selfdistill --repo_id your-name/my-model --dry-run
+    trl-selfdistill publish --checkpoints outputs/quickstart/selfdistill --repo_id your-name/my-model --dry-run
 
-    python scripts/publish_model.py --checkpoints outputs/quickstart/sft outputs/quickstart/selfdistill \\
+    trl-selfdistill publish --checkpoints outputs/quickstart/sft outputs/quickstart/selfdistill \\
         --repo_id your-name/my-study --dataset_repo_id your-name/my-facts --dataset_license cc-by-4.0 \\
         --annotated outputs/quickstart/annotated --mix outputs/quickstart/mix --metric_repo_id your-name/hallucination
 """

@@ -6,10 +6,10 @@ Input: folders that self_distill_sft.py or frozen_groups_sft.py trained with --m
 start; the first is the baseline. Output, in --output_dir: report.md, curves.png and results.json; and a model card in
 the folder of each variant. Variants called sft, selfdistill and frozen get their full names.
 
-    accelerate launch --quiet scripts/report.py --output_dir outputs/study \\
+    trl-selfdistill report --output_dir outputs/study \\
         --variants outputs/study/sft outputs/study/selfdistill outputs/study/frozen
 
-    accelerate launch --quiet scripts/report.py --output_dir outputs/sweep \\
+    trl-selfdistill report --output_dir outputs/sweep \\
         --variants outputs/sweep/sft outputs/sweep/kl_weight_0.3 outputs/sweep/kl_weight_3
 """
 

@@ -7,9 +7,9 @@ same: facts, model, annotated (SLiCK), mix, stage1, one folder for each variant 
 --output_dir: report.md, curves.png and results.json; in the folder of each variant the checkpoint with its model card.
 Interrupted, it goes on with the same command.
 
-    accelerate launch --quiet scripts/run_study.py --config scripts/configs/quickstart.yaml
+    trl-selfdistill study --config quickstart
 
-    accelerate launch --quiet scripts/run_study.py --config scripts/configs/quickstart.yaml \\
+    trl-selfdistill study --config quickstart \\
         --model_name_or_path Qwen/Qwen2.5-0.5B --output_dir outputs/my_study --facts my_facts.jsonl \\
         --fact_relations founder --new_relations founder
 """

@@ -9,15 +9,15 @@ Input: a model, and either --mix (a folder of build_training_mix.py) with the --
 each split were right after each epoch) and training.json. With --mix an interrupted run goes on with the same command;
 with --dataset_name add --resume_from_checkpoint FOLDER.
 
-    accelerate launch --quiet scripts/self_distill_sft.py --model_name_or_path outputs/study/model \\
+    trl-selfdistill self-distill --model_name_or_path outputs/study/model \\
         --mix outputs/study/mix --splits known --kl_weight 0 --num_train_epochs 1 --learning_rate 5e-5 \\
         --output_dir outputs/study/stage1
 
-    accelerate launch --quiet scripts/self_distill_sft.py --model_name_or_path outputs/study/stage1 \\
+    trl-selfdistill self-distill --model_name_or_path outputs/study/stage1 \\
         --mix outputs/study/mix --splits known new --num_train_epochs 8 --learning_rate 2e-4 --save_strategy epoch \\
         --output_dir outputs/study/selfdistill
 
-    accelerate launch --quiet scripts/self_distill_sft.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+    trl-selfdistill self-distill --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
         --dataset_name my_chats.jsonl --output_dir outputs/my_model
 """
 

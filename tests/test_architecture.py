@@ -22,7 +22,7 @@ import trl_selfdistill
 PACKAGE = Path(trl_selfdistill.__file__).parent
 ROOT = PACKAGE.parent
 # The most lines of Python each part may have. Growth makes room or gives its reason in AGENTS.md
-BUDGETS = {"library": 5000, "studies": 4500, "tests": 9000}
+BUDGETS = {"library": 5190, "studies": 4500, "tests": 9000}
 HEAVY = {"torch", "transformers", "trl", "accelerate", "peft"}
 # From the top of the table down, each with what it must not import, `None` for all but the standard library, numpy and
 # scipy.
@@ -76,7 +76,7 @@ def test_the_budgets_of_lines():
 
 def test_every_package_has_a_layer():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(POSITIONS)
-    assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py", "files.py"]
+    assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py", "__main__.py", "cli.py", "files.py"]
 
 
 @pytest.mark.parametrize("package", POSITIONS)
@@ -201,7 +201,7 @@ def test_nothing_imports_the_scripts():
 
 
 @pytest.mark.parametrize(
-    "module", ["trl_selfdistill", "trl_selfdistill.hallucination", "trl_selfdistill.slick.prompts"]
+    "module", ["trl_selfdistill", *(f"trl_selfdistill.{name}" for name in ("cli", "hallucination", "slick.prompts"))]
 )
 def test_importing_does_not_import_torch(module):
     code = f"import sys, {module}; print(*sys.modules)"

@@ -12,7 +12,7 @@ from test_scripts import parser_of
 from toy_study import SCRIPTS, run_script
 
 import trl_selfdistill
-from trl_selfdistill.studies import command_line
+from trl_selfdistill import cli
 
 
 ROOT = SCRIPTS.parent
@@ -29,17 +29,23 @@ def commands() -> list[str]:
     lines = "\n".join([*TEXTS.values(), *(re.sub("^# ", "", text, flags=re.MULTILINE) for text in texts)])
     lines = re.sub(r"\\{1,2}\n#? *", " ", lines)
     found = re.findall(r"(?:python|accelerate launch)(?: \S+)*? scripts/\w+\.py[^\n`#]*", lines)
+    found += re.findall(r"trl-selfdistill [a-z-]+ --[^\n`#]*", lines)
     make = re.findall(r'make quickstart ARGS="([^"]*)"', lines)
-    found += [f"python scripts/run_study.py --config scripts/configs/quickstart.yaml {flags}" for flags in make]
-    return sorted({" ".join(command.split()) for command in found})
+    found += [f"trl-selfdistill study --config quickstart {flags}" for flags in make]
+    return sorted({" ".join(command.split()) for command in found if not re.search(r"\.\.\.|\$", command)})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_taken(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    script, *flags = shlex.split(command[re.search(r"scripts/\w+\.py", command).start() :])
-    name = script.removeprefix("scripts/")
-    assert (ROOT / script).is_file()
+    if command.startswith("trl-selfdistill"):
+        options, flags = cli.make_parser().parse_known_args(shlex.split(command)[1:])
+        name, config = cli.PROGRAMS[options.command], getattr(options, "config", None)
+        flags += ["--config", config] if config else []
+    else:
+        script, *flags = shlex.split(command[re.search(r"scripts/\w+\.py", command).start() :])
+        name = script.removeprefix("scripts/")
+    assert (SCRIPTS / name).is_file()
     if name.startswith(OTHERS):
         with pytest.raises(SystemExit):
             run_script(name, "--help")
@@ -47,9 +53,6 @@ def test_commands_are_taken(command, monkeypatch, capsys):
         assert not [flag for flag in flags if flag.startswith("--") and flag not in text]
         return
     parser = parser_of(name, monkeypatch)
-    presets = {"mechanism_study.py": "mechanism", "compare_methods.py": "compare"}
-    configs = {path.stem.partition("_")[2]: path for path in SCRIPTS.glob(f"configs/{presets.get(name)}_*.yaml")}
-    flags = command_line.expand_preset(flags, configs)
     trains = "--config" in flags or "sft" in name
     parser.parse_args_and_config([*flags, *(["--use_cpu", "true"] if trains else [])])  # bf16 elsewhere needs a GPU
 
@@ -77,7 +80,7 @@ def test_links_files_and_modules_exist(document):
 
 def test_extras_that_are_named_exist_and_the_space_takes_this_version():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {extra for text in TEXTS.values() for extra in re.findall(r"\.\[(\w+)\]", text)}
+    named = {extra for text in TEXTS.values() for extra in re.findall(r"(?:\.|trl-selfdistill)\[(\w+)\]", text)}
     assert named and named <= {*extras}
     lines = (ROOT / "evaluate_metrics/hallucination/requirements.txt").read_text().splitlines()
     [ours] = [Requirement(line) for line in lines if line.startswith("trl-selfdistill")]

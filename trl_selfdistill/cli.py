@@ -42,17 +42,17 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESH
 
 def main() -> int:
     """Runs the command line; returns the exit status, which is that of the program."""
-    parser = _make_parser()
+    parser = make_parser()
     options, flags = parser.parse_known_args()
     options = vars(options)
     command, config = options.pop("command"), options.pop("config", None)
     script = str(shipped("scripts") / PROGRAMS[command])
-    if {"-h", "--help"} & {*flags}:
-        sys.argv = [f"{parser.prog} {command}", "--help"]
-        runpy.run_path(script, run_name="__main__")
     if unmet := _unmet_requirements("study" if command in NEED_STUDY else ""):
         needed = ", ".join(f"{name} ({found})" for name, found in unmet.items())
         parser.error(f"{command} needs {needed}. Run: pip install {shlex.join(unmet)}")
+    if {"-h", "--help"} & {*flags}:
+        sys.argv = [f"{parser.prog} {command}", "--help"]
+        runpy.run_path(script, run_name="__main__")
     os.environ["TRL_SELFDISTILL_COMMAND"] = shlex.join([parser.prog, *sys.argv[1:]])  # for the cards
     try:
         return _launch([script, *(["--config", config] if config else []), *flags], options)
@@ -60,20 +60,20 @@ def main() -> int:
         parser.error(str(error))
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command, `config` and what accelerate is told; the other flags are those of the command."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     start = launcher.add_argument_group(
         "flags of every command",
         "But for --config they are those of accelerate launch; what else it can do stands in its configuration file. "
         "Without one it is that of `accelerate config`, or else all GPUs, or one process on all cores of the CPU.",
     )
-    for flag, folder, what in (
-        ("--config", "scripts/configs", "flags of the command"),
-        ("--config_file", "scripts/accelerate_configs", "how accelerate starts it"),
+    for names, folder, what in (
+        (["--config"], "scripts/configs", "flags of the command"),
+        (["--config_file", "--accelerate_config"], "scripts/accelerate_configs", "how accelerate starts it"),
     ):
         text, path = f"{what}: a YAML file, or one of {', '.join(_configs(folder))}", partial(_config_path, folder)
-        alias = ["--accelerate_config"] if flag == "--config_file" else []  # TRL's name
-        start.add_argument(flag, *alias, type=path, metavar="NAME|FILE", help=text)
+        start.add_argument(*names, type=path, metavar="NAME|FILE", help=text)
     for name in ("num_processes", "num_machines", "num_cpu_threads_per_process"):
         start.add_argument(f"--{name}", type=int, metavar="N")
     for name in ("machine_rank", "main_process_ip", "main_process_port", "gpu_ids"):
@@ -141,7 +141,8 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
             options["config_file"] = _config_path("scripts/accelerate_configs", "ddp" if num_gpus else "cpu")
     if "config_file" in options:
         config = load_config_from_file(options["config_file"])
-        os.environ |= {"ACCELERATE_USE_CPU": "true"} if config.use_cpu else {}  # accelerate tells a single process only
+        if config.use_cpu:  # which accelerate tells a single process only
+            os.environ["ACCELERATE_USE_CPU"] = "true"
         _check_gpus(config, options, num_gpus)
     words = [f"--{name}={value}" for name, value in options.items()]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program, which says how to go on
@@ -164,10 +165,6 @@ def _check_gpus(config, options: dict[str, str | int], num_gpus: int) -> None:
     kind = config.distributed_type
     on_cpu = config.use_cpu or (kind == "DEEPSPEED" and os.environ.get("DS_ACCELERATOR") == "cpu")
     if kind in ("MULTI_GPU", "FSDP", "DEEPSPEED") and not on_cpu and wanted > num_gpus:
-        change = (
-            f"Add `--num_processes {num_gpus * num_machines}`." if num_gpus else "Take `--config_file cpu`, or none."
-        )
         name = Path(options["config_file"]).name
-        raise ValueError(
-            f"{name} starts {wanted} processes, one a GPU, and torch finds {num_gpus} GPUs here. {change}"
-        )
+        change = f"Set --num_processes {num_gpus * num_machines}" if num_gpus else "Use --config_file cpu, or none"
+        raise ValueError(f"{name} starts {wanted} processes, one a GPU, and torch finds {num_gpus} here. {change}.")

@@ -15,18 +15,9 @@ from typing import Any
 
 
 def shipped(path: str) -> Path:
-    """
-    A file or folder of `scripts/` or `evaluate_metrics/`, which are below the package where it is installed from a
-    wheel, and beside it in a clone.
-
-    ```python
-    >>> shipped("evaluate_metrics/hallucination/hallucination.py").is_file()
-    True
-    ```
-    """
+    """A file or folder of scripts/ or evaluate_metrics/: below an installed package, beside the package in a clone."""
     package = Path(__file__).parent
-    installed = package / path
-    return installed if installed.exists() else package.parent / path
+    return next(root / path for root in (package, package.parent) if (root / path).exists())
 
 
 @contextmanager

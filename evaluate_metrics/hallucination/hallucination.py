@@ -40,7 +40,8 @@ Returns:
 
 Examples:
     >>> import evaluate
-    >>> hallucination = evaluate.load("evaluate_metrics/hallucination")
+    >>> from trl_selfdistill.files import shipped
+    >>> hallucination = evaluate.load(str(shipped("evaluate_metrics/hallucination")))
     >>> predictions = ["France.", "I don't know", "Chile", "Japan"]
     >>> references = ["France", "Norway", ["Peru", "Republic of Peru"], "Japan"]
     >>> scores = hallucination.compute(predictions=predictions, references=references)

@@ -3,17 +3,16 @@
 
 import doctest
 import importlib.util
-from pathlib import Path
 
 import evaluate
 import pytest
 from test_doctests import MarkdownDocTestParser
 
+from trl_selfdistill.files import shipped
 from trl_selfdistill.hallucination import score_hallucinations
 
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "evaluate_metrics" / "hallucination"
+FOLDER = shipped("evaluate_metrics/hallucination")
 PREDICTIONS = ["France", "Chile", "unknown", "Holland"]
 REFERENCES = ["France", ["Peru", "Republic of Peru"], "Norway", ["Netherlands", "Holland"]]
 
@@ -48,8 +47,7 @@ def test_a_bad_batch_adds_nothing_and_the_metric_goes_on(metric):
     assert metric.compute(predictions=["b"], references=["a"])["accuracy"] == 0.0
 
 
-def test_the_examples_of_the_metric_and_its_card_run(metric, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_examples_of_the_metric_and_its_card_run(metric):
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     for text in (metric.inputs_description, card):
         test = MarkdownDocTestParser().get_doctest(text, {}, "examples", None, 0)

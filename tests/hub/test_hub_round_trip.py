@@ -24,7 +24,6 @@ from trl_selfdistill.files import write_jsonl
 from trl_selfdistill.hub.model_card import update_model_card
 
 
-METRIC = Path(__file__).parents[2] / "evaluate_metrics" / "hallucination"
 PROMPT = "Q: Which country is Lyon located in?\nA:"
 
 
@@ -86,7 +85,7 @@ def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, to
         fact = {"fact_id": "r/0", "question": "q?", "answer": split, "slick_category": "Unknown"}
         write_jsonl(tmp_path / "mix" / f"{split}.jsonl", [fact])
     dataset = ("--dataset_repo_id", "alice/facts", "--mix", tmp_path / "mix", "--dataset_license", "cc-by-4.0")
-    metric = ("--metric_repo_id", "alice/hallucination", "--metric_folder", METRIC)
+    metric = ("--metric_repo_id", "alice/hallucination")
     publish("--checkpoints", checkpoint, "--repo_id", "alice/m", "--public", *dataset, *metric)
     flags = ("--checkpoints", tmp_path / "adapter", "--repo_id", "alice/adapter")
     with pytest.raises(SystemExit, match="trained on a local model.*`--base_model your-name/stage1`"):

@@ -161,6 +161,6 @@ def test_the_script_says_what_to_change(checkpoint, flags, message):
 
 def test_the_printed_command_is_the_one_that_publishes(checkpoint, capsys):
     command = shlex.split(publish_command([checkpoint]))
-    assert command[:2] == ["python", "scripts/publish_model.py"] and command[-1] == "YOUR_NAME/model-facts"
+    assert command[:2] == ["trl-selfdistill", "publish"] and command[-1] == "YOUR_NAME/model-facts"
     run_script("publish_model.py", *command[2:], "--license", "mit", "--dry-run")
     assert "model YOUR_NAME/model-facts" in capsys.readouterr().out

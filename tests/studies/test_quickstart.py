@@ -86,7 +86,7 @@ def test_each_checkpoint_has_a_card(toy_study, name):
 
 def test_the_study_ends_with_the_command_that_publishes(toy_study):
     folders = " ".join(str(toy_study.output / name) for name in VARIANTS)
-    assert f"python scripts/publish_model.py --checkpoints {folders} --repo_id YOUR_NAME/" in toy_study.stdout
+    assert f"trl-selfdistill publish --checkpoints {folders} --repo_id YOUR_NAME/" in toy_study.stdout
 
 
 def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_study):

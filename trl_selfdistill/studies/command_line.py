@@ -3,9 +3,7 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -18,19 +16,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """Keeps the paragraphs of the description, and adds the defaults."""
 
 
-def expand_preset(flags: list[str], presets: dict[str, Path]) -> list[str]:
-    """`flags` with the file of `--preset` as their `--config`; that of the first preset if there is neither."""
-    if not presets:
-        return flags
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=[*presets], default=next(iter(presets)))
-    chosen, flags = parser.parse_known_args(flags)
-    return flags if "--config" in flags else ["--config", str(presets[chosen.preset]), *flags]
-
-
-def run_script(
-    main: Callable, dataclass_types: Iterable[type], description: str, presets: dict[str, Path] | None = None
-) -> None:
+def run_script(main: Callable, dataclass_types: Iterable[type], description: str) -> None:
     """
     Parses the command line and calls `main` with one instance of each of `dataclass_types`. On Ctrl-C the process
     exits with status 130 and says how to go on.
@@ -39,7 +25,6 @@ def run_script(
         main (`Callable`): What the script does.
         dataclass_types (`Iterable[type]`): What to parse. The help has their `_argument_group_name` as headings.
         description (`str`): The script's docstring.
-        presets (`dict[str, Path]`, *optional*): `--config` files by what `--preset` may be, the default first.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
@@ -49,7 +34,7 @@ def run_script(
         dataclass_types, usage=usage + "flags win.", description=description.strip(), formatter_class=_HelpFormatter
     )
     try:
-        arguments = parser.parse_args_and_config(expand_preset(sys.argv[1:], presets or {}))
+        arguments = parser.parse_args_and_config()
     except ValueError as error:  # of a dataclass, about the values of the command line
         parser.error(str(error))
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs: not

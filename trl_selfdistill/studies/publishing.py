@@ -89,5 +89,5 @@ def _dataset_card(paths: list, repo_id: str, license: str, base_model: str | Non
 def publish_command(folders: list[Path]) -> str:
     """The command that publishes finished variants, in repositories named after their base model."""
     base_model = read_record(folders[0])["training"]["base_model"] or "model"
-    words = ["python", "scripts/publish_model.py", "--checkpoints", *map(str, folders)]
+    words = ["trl-selfdistill", "publish", "--checkpoints", *map(str, folders)]
     return shlex.join([*words, "--repo_id", f"YOUR_NAME/{base_model.split('/')[-1]}-facts"])

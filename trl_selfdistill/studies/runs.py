@@ -141,7 +141,7 @@ def train_variant(
     if setup.config.push_to_hub:
         raise ValueError(
             "`push_to_hub` would publish an unfinished run. Leave it unset, and publish what is finished: "
-            f"python scripts/publish_model.py --checkpoints {folder} --repo_id your-name/my-model"
+            f"trl-selfdistill publish --checkpoints {folder} --repo_id your-name/my-model"
         )
     config = training_config(variant, setup.config, num_steps)
     identity, inputs = model_identity(setup.start, setup.model_args)

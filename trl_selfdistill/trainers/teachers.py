@@ -89,8 +89,8 @@ class ModelTeacher(Teacher):
             if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
                 raise ValueError(
                     "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it "
-                    "is sharded, and the teacher is copied before that. Set it to false, as "
-                    "scripts/accelerate_configs/fsdp2.yaml does, or set `kl_weight=0`."
+                    "is sharded, and the teacher is copied before that. Set it to false, as the configuration `fsdp2` "
+                    "of `trl-selfdistill` does, or set `kl_weight=0`."
                 )
             head = lm_head_of(base_causal_lm(model))
             self._lm_head = head.map_tensors(lambda tensor: tensor.detach().to(accelerator.device, copy=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import made_once
 from PIL import Image
-from toy_study import run_script, runs_of
+from toy_study import SCRIPTS, run_script, runs_of
 
 from trl_selfdistill.files import read_json
 from trl_selfdistill.studies.facts.table import read_facts
@@ -66,7 +66,8 @@ FLAGS = """--max_facts_per_relation 110 --num_known 12 --num_heldout 40 --num_sy
 
 
 def run_study(output: Path, *flags: str) -> None:
-    run_script("mechanism_study.py", "--preset", "tiny", "--output_dir", output, *FLAGS, *flags)
+    config = SCRIPTS / "configs/mechanism_tiny.yaml"
+    run_script("mechanism_study.py", "--config", config, "--output_dir", output, *FLAGS, *flags)
 
 
 @pytest.fixture(scope="module")
