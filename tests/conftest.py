@@ -44,7 +44,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],  # as in transformers 5
     )
 
 
@@ -64,6 +68,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config) -> 
         bos_token_id=None,
     )
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+
+
+@pytest.fixture(autouse=True)
+def no_precision_left():
+    """transformers 4 leaves the precision of a run in the environment, where it reaches all later ones."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hub on the loopback interface, in memory: the endpoints by which huggingface_hub 2.x pushes and loads."""
+"""A Hub on the loopback interface, in memory: the endpoints by which huggingface_hub 0.34 to 2.x pushes and loads."""
 
 import base64
 import hashlib
@@ -103,7 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body: bytes) -> dict:
         request = json.loads(body)
         kind, name = request.get("type") or "model", f"{request['organization']}/{request['name']}"
-        self.hub.repos.setdefault((kind, name), Repo(request.get("visibility") == "private"))
+        private = request.get("visibility") == "private" or request.get("private", False)  # since 1.0, before
+        self.hub.repos.setdefault((kind, name), Repo(private))
         return {"url": f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{name}"}
 
     def validate(self, body: bytes) -> dict:

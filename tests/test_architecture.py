@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import tomllib
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 import trl_selfdistill
@@ -144,7 +144,7 @@ def names_defined_in(path: Path) -> set[str]:
     return names | {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
 
 
-FOREIGN_CLASSES = (SFTTrainer, SFTConfig, PreTrainedModel, PreTrainedConfig, PreTrainedTokenizerBase, PeftModel)
+FOREIGN_CLASSES = (SFTTrainer, SFTConfig, PreTrainedModel, PretrainedConfig, PreTrainedTokenizerBase, PeftModel)
 OWN_NAMES = set().union(*map(names_defined_in, PACKAGE.rglob("*.py")))
 
 

@@ -12,12 +12,12 @@ import torch
 from conftest import build_model
 from datasets import Dataset
 from hub_server import TOKEN, run_hub
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 from peft import LoraConfig, get_peft_model
 from study_records import write_checkpoint
 from toy_study import run_script
 from transformers import AutoModelForCausalLM
-from transformers.utils.hub import hf_api
+from transformers.utils import hub as hub_of_transformers
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
 from trl_selfdistill.files import write_jsonl
@@ -34,7 +34,8 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(hf_api(), "endpoint", hub.url)  # the client of transformers
+        # The client of transformers; version 4 uses that of huggingface_hub
+        monkeypatch.setattr(getattr(hub_of_transformers, "hf_api", lambda: hf_api.api)(), "endpoint", hub.url)
         yield hub
 
 

@@ -19,7 +19,7 @@ from trl_selfdistill.studies.publishing import plan_dataset, publish_command
 TOKEN = "hf_" + "a" * 34
 MODEL_FILES = {
     *("README.md", "accuracy.jsonl", "chat_template.jinja", "config.json", "curves.png", "generation_config.json"),
-    *("model.safetensors", "model_card.json", "tokenizer.json", "tokenizer_config.json"),
+    *("model.safetensors", "model_card.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
 }
 
 
@@ -33,6 +33,7 @@ def checkpoint(tmp_path, tokenizer) -> Path:
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_text("secret")
     (folder / ".env").write_text(TOKEN)
+    (folder / "special_tokens_map.json").write_text("{}")  # of tokenizers that transformers 4 saved
     return folder
 
 

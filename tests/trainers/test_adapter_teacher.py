@@ -5,10 +5,11 @@ import copy
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from conftest import build_model
-from peft import AdaLoraConfig, IA3Config, LilyConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from sft_runs import TOKENIZER, StopAt, assert_same_weights, logs, train, trainer
 
 from trl_selfdistill.trainers.adapter_teacher import TEACHER_ADAPTER, AdapterTeacher
@@ -145,14 +146,13 @@ def test_weights_that_are_trained_beside_the_adapter_make_the_teacher_a_copy(tmp
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        AdaLoraConfig(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", total_step=100, init_r=4),
-        LilyConfig(target_modules=["q_proj", "up_proj"], r=4),
-    ],
-    ids=["AdaLoRA", "Lily"],
+    "name, options",
+    [("AdaLoraConfig", dict(task_type="CAUSAL_LM", total_step=100, init_r=4)), ("LilyConfig", dict(r=4))],
 )
-def test_adapters_that_share_or_mask_their_matrices(tmp_path, config):
+def test_adapters_that_share_or_mask_their_matrices(tmp_path, name, options):
+    if not hasattr(peft, name):
+        pytest.skip(f"peft {peft.__version__} has no {name}")
+    config = getattr(peft, name)(target_modules=["q_proj", "up_proj"], **options)
     models = []
     for _ in range(2):
         torch.manual_seed(5)

@@ -6,12 +6,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import build_tokenizer
 from datasets import Dataset
 from PIL import Image
 from sft_runs import config, logs, weights
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -32,7 +32,9 @@ CHAT = (
 def build_processor() -> LlavaProcessor:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    # In transformers 4 the one that needs no torchvision has the plain name
+    processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    images = processor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     options = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
     return LlavaProcessor(images, tokenizer, chat_template=CHAT, **options)
 

@@ -83,6 +83,11 @@ FEATURES = {
     "frozen groups": Feature(
         options=dict(kl_weight=0, frozen_groups=["mlp", "norm:1"]), trains=r"^(?!.*(mlp|1\..*norm))"
     ),
+    "frozen embeddings, re-entrant checkpoints": Feature(
+        "checkpointing",
+        dict(kl_weight=0, frozen_groups=["embeddings"], gradient_checkpointing_kwargs={"use_reentrant": True}),
+        trains="^(?!.*embed_tokens)",
+    ),
     "trainable groups": Feature(options=dict(kl_weight=0, trainable_groups=["attention"]), trains="self_attn"),
     "LoRA with groups": Feature("LoRA", dict(kl_weight=0, trainable_groups=["re:q_proj|up_proj"]), trains="lora_"),
     "teacher": Feature(),

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the trainers rely on inside TRL and transformers: forwards bound to instances, heads, config classes."""
 
+import runpy
 from contextlib import nullcontext
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sft_runs import ARCHITECTURES, FACTS, TOKENIZER, architecture, config, trainer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.models.mixtral import modeling_mixtral
 from trl import SFTConfig
+from trl.trainer import utils as trl_utils
 
 from trl_selfdistill import SelfDistillSFTConfig
 from trl_selfdistill.trainers.frozen_groups_sft_config import config_from
@@ -107,9 +111,14 @@ def test_config_from_nothing_names_the_folder_after_the_model(name, monkeypatch)
 
 def test_the_head_sees_the_label_positions_only_and_the_loss_is_the_same(tmp_path):
     run = trainer(tmp_path, None, kl_weight=0.0)
-    labels = torch.where(torch.arange(10) < 6, -100, IDS)
+    masked = torch.where(torch.arange(10) < 6, -100, IDS)
     flops, losses, gradients = [], [], []
-    for context in (nullcontext, label_positions_only, nullcontext):
+    for context, labels in (
+        (nullcontext, masked),
+        (label_positions_only, masked),
+        (nullcontext, masked),
+        (label_positions_only, IDS),
+    ):
         run.model.zero_grad()
         with context(), FlopCounterMode(display=False) as counter:
             output = run.model(input_ids=IDS, labels=labels, fused_lm_head=True)
@@ -118,7 +127,7 @@ def test_the_head_sees_the_label_positions_only_and_the_loss_is_the_same(tmp_pat
         losses.append(output.loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
     head = run.model.get_output_embeddings().weight.numel()
-    assert flops[0] - flops[1] == 2 * head * 2 * (9 - 4) and flops[2] == flops[0]
+    assert flops[3] - flops[1] == 2 * head * 2 * (9 - 4) and flops[2] == flops[0]
     for values in (losses, gradients):
         torch.testing.assert_close(values[1], values[0])
 
@@ -140,3 +149,17 @@ def test_the_hooks_are_called_where_transformers_saves(tmp_path):
     assert "note" in without_unused_columns(run, run.train_dataset).column_names
     run.train()
     assert called == [("checkpoint-3", []), ("checkpoint-3", True)]
+
+
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (trl_utils, "use_adapter"),
+        (modeling_mixtral, "load_balancing_loss_func"),
+        (Trainer, "_load_best_model"),  # we override it: without the check nothing would call ours
+    ],
+)
+def test_a_missing_private_name_is_named_at_import_with_the_tested_versions(monkeypatch, owner, name):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(ImportError, match=f"{name}.* Found trl {version('trl')} .tested: 1.15"):
+        runpy.run_module("trl_selfdistill.trainers.sft_internals")

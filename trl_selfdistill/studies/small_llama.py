@@ -21,7 +21,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    get_cosine_with_min_lr_schedule_with_warmup,
+    get_scheduler,
 )
 
 from ..slick.prompts import answer_completion, few_shot_prompt, question_prompt
@@ -121,7 +121,9 @@ def _train(model: LlamaForCausalLM, tokenizer, facts: Dataset, settings: SmallLl
     size = settings.pretraining_batch_size
     num_steps = sum(-(-len(documents) // size) for documents in epochs)
     optimizer = torch.optim.AdamW(model.parameters(), settings.pretraining_learning_rate, weight_decay=0.0)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, num_steps // 50, num_steps, min_lr_rate=0.1)
+    schedule = get_scheduler(
+        "cosine_with_min_lr", optimizer, num_steps // 50, num_steps, scheduler_specific_kwargs={"min_lr_rate": 0.1}
+    )
     accuracy = 0.0
     for epoch, documents in enumerate(epochs, start=1):
         model.train()

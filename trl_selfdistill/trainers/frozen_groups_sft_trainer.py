@@ -73,6 +73,9 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             refuse_adapters_elsewhere(self.model, selection)
         self.group_table = freeze_selection(self.model, selection)
         self._use_reentrant_checkpointing_under_zero3()
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # Frozen embeddings would cut off the gradients of every layer without a word. transformers 5 does this.
+            self.model.enable_input_require_grads()
         self.accelerator.print(f"{selection}\n{self.group_table}")
         if args.verify_frozen:
             self._frozen_check = _FrozenCheck()

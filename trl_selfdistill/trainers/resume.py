@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset, LargeList, List
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import read_json, write_json
@@ -25,9 +25,10 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """
     The last checkpoint in `folder` that was written to its end, or `None`. A warning names later ones that were not.
     """
-    for checkpoint in reversed(sort_checkpoints(os.fspath(folder))):
+    checkpoints = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*") if path.is_dir()]
+    for checkpoint in sorted(checkpoints, key=lambda path: (len(path.name), path.name), reverse=True):
         if _is_complete(checkpoint):
-            return checkpoint
+            return str(checkpoint)
         logger.warning(f"{checkpoint} is incomplete and is passed over: it has no readable {TRAINER_STATE_NAME}.")
     return None
 

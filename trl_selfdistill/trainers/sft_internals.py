@@ -14,19 +14,29 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import compare_versions
 from datasets import Dataset
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer import utils as trl_utils
-from trl.trainer.utils import create_model_from_path as create_model_from_path
-from trl.trainer.utils import get_config_model_id as get_config_model_id
-from trl.trainer.utils import use_adapter as use_adapter
 
 from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
 from ..parameters.structure import base_causal_lm
+from .tested_versions import private_names
+
+
+with private_names():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    from trl.models.utils import prepare_deepspeed, prepare_fsdp
+    from trl.trainer import utils as trl_utils
+    from trl.trainer.utils import create_model_from_path as create_model_from_path
+    from trl.trainer.utils import get_config_model_id as get_config_model_id
+    from trl.trainer.utils import use_adapter as use_adapter
+
+    # Before, the head saw the label positions only, on every device
+    _SCORES_ALL_ON_CPU = compare_versions("trl", ">=", "1.16")
+    if _SCORES_ALL_ON_CPU:
+        from trl.trainer.utils import _use_triton
 
 
 class HookedSFTTrainer(SFTTrainer):
@@ -103,6 +113,12 @@ class HookedSFTTrainer(SFTTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             self.on_save_checkpoint(folder)
         super()._save_checkpoint(model, trial)
+
+
+with private_names():  # where a method has another name, transformers would not call the hook, and nobody would notice
+    for _name in vars(HookedSFTTrainer):
+        if _name.startswith("_") and not _name.startswith("__") and _name != "_load_renamed":
+            getattr(SFTTrainer, _name)
 
 
 class LabelStates(NamedTuple):
@@ -192,15 +208,18 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
         if label_head is None:
             return original_forward(*args, **kwargs)
         shift_labels = kwargs.pop("labels")[:, 1:]
-        # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run
-        outputs = self.base_model(*args, **kwargs)
+        # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run. A model with
+        # images is its own `base_model` in transformers 4.
+        backbone = self.model if self.base_model is self else self.base_model
+        outputs = backbone(*args, **kwargs)
         mask = shift_labels != IGNORE_INDEX
         hidden_states = outputs.last_hidden_state[:, :-1]
         hidden_states = hidden_states[mask.to(hidden_states.device)]  # (num_label_tokens, hidden_size)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            config = self.config.get_text_config()
-            experts = config.num_experts, config.num_experts_per_tok
+            # In some families only the model or only the config has both, as transformers' versions go
+            owner = self if hasattr(self, "num_experts_per_tok") else self.config.get_text_config()
+            experts = owner.num_experts, owner.num_experts_per_tok
             aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, kwargs.get("attention_mask"))
         return label_head(self, LabelStates(hidden_states, shift_labels[mask], aux_loss))
 
@@ -265,12 +284,14 @@ def label_positions_only() -> Iterator[None]:
     Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as it does on a GPU. The loss is the
     same; a step of a small model on short answers takes half as long.
     """
-    uses_triton = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
+    if not _SCORES_ALL_ON_CPU:
+        yield
+        return
+    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
     try:
         yield
     finally:
-        trl_utils._use_triton = uses_triton
+        trl_utils._use_triton = _use_triton
 
 
 def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
