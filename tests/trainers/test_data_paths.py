@@ -122,12 +122,7 @@ def losses_of(run, examples_of=None) -> tuple[float, float, float]:
     batches = list(examples_of or run.get_train_dataloader())
     counts = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
     loss = sum(float(run.compute_loss(run.model, dict(b), num_items_in_batch=sum(counts))) for b in batches)
-    metrics = run._metrics["train" if run.model.training else "eval"]
-    mean = [
-        sum(a * b for a, b in zip(metrics[name][-len(counts) :], counts, strict=True))
-        for name in ("ce_loss", "kl_loss")
-    ]
-    return loss, mean[0] / sum(counts), mean[1] / sum(counts)
+    return loss, *(run._metrics["train"][name][-1] for name in ("ce_loss", "kl_loss"))
 
 
 def positions_seen(model) -> list[dict]:

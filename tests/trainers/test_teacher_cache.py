@@ -216,20 +216,72 @@ def test_the_prepared_data_of_another_trainer(tmp_path):
     torch.testing.assert_close(losses(run), losses(reference), **CLOSE)
 
 
-def test_a_collator_that_changes_the_labels_is_refused(tmp_path):
-    collator = trainer(tmp_path, arguments=data()).data_collator
-    is_training = []
+def is_prompt(batch) -> torch.Tensor:
+    return (batch["labels"] == -100) & batch["attention_mask"].bool()
 
-    def other_labels_in_training(rows):
+
+def other_labels(batch):
+    batch["labels"] = torch.where(batch["labels"] == -100, -100, (batch["labels"] + 1) % 200)
+
+
+def other_prompts(batch):
+    batch["input_ids"] = torch.where(is_prompt(batch), 7, batch["input_ids"])
+
+
+def hidden_prompts(batch):
+    batch["attention_mask"] = batch["attention_mask"] * (batch["input_ids"] % 2 | ~is_prompt(batch))
+
+
+def later_positions(batch):
+    batch["position_ids"] = torch.arange(batch["input_ids"].size(1)).expand_as(batch["input_ids"]) + 1
+
+
+def noise(batch):
+    batch["input_ids"] = torch.where(is_prompt(batch), torch.randint_like(batch["input_ids"], 200), batch["input_ids"])
+
+
+def collating(folder, change, turn: list) -> dict:
+    collator = trainer(folder, arguments=data()).data_collator
+
+    def collate(rows):
         batch = collator(rows)
-        if is_training:
-            batch["labels"] = torch.where(batch["labels"] == -100, -100, (batch["labels"] + 1) % 200)
+        if turn:
+            change(batch)
         return batch
 
-    run = trainer(tmp_path, arguments=data() | {"data_collator": other_labels_in_training}, **cached(tmp_path))
-    is_training.append(True)
-    with pytest.raises(ValueError, match="labels of this batch.*data_collator"):
+    return data() | {"data_collator": collate}
+
+
+@pytest.mark.parametrize("change", [other_labels, other_prompts, hidden_prompts, later_positions])
+def test_a_collator_that_makes_other_inputs_in_training_is_refused(tmp_path, change):
+    turn = []
+    run = trainer(tmp_path, arguments=collating(tmp_path, change, turn), **cached(tmp_path))
+    turn.append("training")
+    with pytest.raises(ValueError, match="labels of a batch are not those .* `data_collator` must make the same"):
         run.train()
+
+
+def test_inputs_at_random_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="Take one that draws nothing at random"):
+        trainer(tmp_path, arguments=collating(tmp_path, noise, [True]), **cached(tmp_path))
+    rows = Dataset.from_list([{"input_ids": [*range(3, 9)], "labels": [-100] * 4 + [7, 8]}] * 4)
+    rows.set_transform(lambda batch: {name: values[::-1] for name, values in batch.items()})
+    options = dict(dataset_kwargs={"skip_prepare_dataset": True})
+    with pytest.raises(ValueError, match="has a transform. Pass a plain"):
+        trainer(tmp_path, arguments={"train_dataset": rows}, **cached(tmp_path), **options)
+
+
+def padded_left(batch):
+    for name, padding in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+        rows = zip(batch[name], batch["attention_mask"].sum(1).tolist(), strict=True)
+        batch[name] = torch.stack([torch.cat([row.new_full((len(row) - n,), padding), row[:n]]) for row, n in rows])
+
+
+@pytest.mark.parametrize("change", [padded_left, other_prompts, lambda batch: batch.pop("attention_mask")])
+def test_a_collator_that_always_makes_the_same_is_taken(tmp_path, change):
+    reference = train(tmp_path, arguments=collating(tmp_path, change, [True]))
+    run = train(tmp_path, arguments=collating(tmp_path, change, [True]), **cached(tmp_path))
+    torch.testing.assert_close(losses(run), losses(reference), **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ class LMHead(NamedTuple):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns fp32 (fp64 for fp64 inputs) logits of shape `(num_tokens, vocab_size)`, under autocast too."""
-        logits = F.linear(hidden_states, self.weight, self.bias)
+        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        head = self.map_tensors(lambda tensor: tensor.to(dtype))
+        logits = F.linear(hidden_states.to(dtype), head.weight, head.bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits * self.logit_scale
         if self.logit_softcap is not None:

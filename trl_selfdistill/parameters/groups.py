@@ -5,7 +5,7 @@ Training the attention alone teaches a task without overwriting what the MLPs kn
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,6 +69,10 @@ class GroupSelection:
         Reads the options as [`freeze_groups`] takes them; a lone string is a list of one entry. `None` if nothing is
         to be frozen. Raises `ValueError` if both are set or an entry cannot be read.
         """
+        for option, entries in (("frozen_groups", frozen_groups), ("trainable_groups", trainable_groups)):
+            is_list = isinstance(entries, Sequence | Set) and all(isinstance(entry, str) for entry in entries)
+            if entries is not None and not is_list:
+                raise ValueError(f"`{option}` must be a list of texts, got {entries!r}. {_SPEC_HELP}")
         if frozen_groups and trainable_groups is not None:
             raise ValueError(
                 f"`frozen_groups={frozen_groups!r}` and `trainable_groups={trainable_groups!r}` are both set. Each is "

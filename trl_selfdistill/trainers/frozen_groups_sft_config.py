@@ -1,13 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of [`FrozenGroupsSFTTrainer`]: TRL's `SFTConfig` and the groups of parameters to train."""
 
+import math
+import os
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import get_args
 
+import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig
 
 from ..parameters.groups import GroupSelection
 from .sft_internals import get_config_model_id
+
+
+# What an option of a type may be given as, NumPy's numbers and paths among it, and its name in messages
+_KINDS = {
+    float: (Real, "a finite number"),
+    int: (Integral, "a whole number"),
+    bool: (bool | np.bool_, "True or False"),
+    str: (str | os.PathLike, "a text"),
+}
 
 
 @dataclass
@@ -55,6 +69,7 @@ class FrozenGroupsSFTConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_options(self, FrozenGroupsSFTConfig)
         selection = self.group_selection  # an entry that cannot be read is an error before a model is loaded
         if selection is not None:
             setattr(self, selection.option, selection.entries)  # YAML may hold a lone string
@@ -63,6 +78,26 @@ class FrozenGroupsSFTConfig(SFTConfig):
     def group_selection(self) -> GroupSelection | None:
         """What `frozen_groups` or `trainable_groups` say now, parsed; `None` if nothing is to be frozen."""
         return GroupSelection.parse(self.frozen_groups, self.trainable_groups)
+
+
+def check_options(config: TrainingArguments, config_class: type) -> None:
+    """
+    Checks the options that `config_class` adds to its parent, and makes plain numbers and texts of them, as the command
+    line does. Groups are left to `GroupSelection`.
+
+    Raises:
+        ValueError: If one is not of its type.
+    """
+    for name, annotation in config_class.__annotations__.items():
+        kind, *others = get_args(annotation) or (annotation,)
+        value = getattr(config, name)
+        if kind not in _KINDS or (value is None and others):
+            continue
+        accepted, description = _KINDS[kind]
+        is_other = not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)
+        if is_other or (kind is float and not math.isfinite(value)):
+            raise ValueError(f"`{name}` must be {description}, got {value!r}.")
+        setattr(config, name, os.path.expanduser(value) if kind is str else kind(value))
 
 
 def config_from(

@@ -2,11 +2,11 @@
 """Configuration of [`SelfDistillSFTTrainer`]: TRL's `SFTConfig` and the settings of the teacher."""
 
 import json
-import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from .frozen_groups_sft_config import FrozenGroupsSFTConfig
+from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options
 
 
 CACHE_DTYPES = ("bfloat16", "float32")
@@ -109,12 +109,15 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_options(self, SelfDistillSFTConfig)
         if isinstance(self.teacher_model_init_kwargs, str):  # from the command line
             self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
-        if not 0 <= self.kl_weight < math.inf:
-            raise ValueError(f"`kl_weight` must be a finite number >= 0, got {self.kl_weight!r}.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"`temperature` must be a finite number > 0, got {self.temperature!r}.")
+        if not isinstance(self.teacher_model_init_kwargs, dict | None):
+            raise ValueError(f"`teacher_model_init_kwargs` must be a dict, got {self.teacher_model_init_kwargs!r}.")
+        if self.kl_weight < 0:
+            raise ValueError(f"`kl_weight` must be >= 0, got {self.kl_weight!r}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be > 0, got {self.temperature!r}.")
         if self.teacher_cache_dtype not in CACHE_DTYPES:
             raise ValueError(
                 f"`teacher_cache_dtype` must be one of {', '.join(CACHE_DTYPES)}, got {self.teacher_cache_dtype!r}."
@@ -134,6 +137,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             if teacher_model is not None and getattr(self, name) is not None:
                 raise ValueError(f"`teacher_model` and `args.{name}` each choose the teacher. Set one of them.")
         given = teacher_model if teacher_model is not None else self.teacher_model_name_or_path
+        if isinstance(given, str | os.PathLike):
+            given = os.path.expanduser(given)
         for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
             if getattr(self, name) is not None and not isinstance(given, str):
                 raise ValueError(f"`{name}` is for a teacher that is loaded by name, and none is. Leave it unset.")

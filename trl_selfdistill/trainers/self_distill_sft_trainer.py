@@ -10,12 +10,9 @@ from ..parameters.structure import base_causal_lm
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
 from .frozen_groups_sft_config import config_from
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
+from .label_head_check import check_label_head
 from .self_distill_sft_config import SelfDistillSFTConfig
-from .sft_internals import (
-    add_label_head_forward,
-    frozen_copy,
-    student_ce_kl,
-)
+from .sft_internals import add_label_head_forward, frozen_copy, student_ce_kl
 from .teacher_cache import CACHE_COLUMNS, precompute_teacher
 from .teacher_snapshot import TeacherSnapshotCallback
 from .teachers import ModelTeacher, Teacher, UntrainedStudent, check_teacher, load_teacher, refuse_adapter_on_head
@@ -96,6 +93,12 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
                 "Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
             )
         refuse_adapter_on_head(self.model, "model")
+        student = base_causal_lm(self.model)
+        add_label_head_forward(student)
+        weight = student.get_input_embeddings().weight
+        # FSDP and DeepSpeed place a model when training starts: then the teacher alone is checked, mostly its copy
+        if weight.numel() and weight.device.type == self.accelerator.device.type:
+            check_label_head(student, self.accelerator, "model")
         # From here on the embeddings are the final ones: `SFTTrainer` may resize them for a new chat template
         if args.takes_snapshot:
             self.add_callback(TeacherSnapshotCallback(self))
@@ -104,7 +107,6 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         else:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             self.teacher = ModelTeacher(load_teacher(given, self.model, tokenizer, args), self.accelerator)
-        add_label_head_forward(base_causal_lm(self.model))
         if args.precompute_teacher:
             self.teacher = precompute_teacher(self)
 
@@ -166,14 +168,18 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             temperature=args.temperature,
             num_items_in_batch=num_items_in_batch,
         )
-        loss = ce_kl.loss
-        # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients over the ranks
-        if args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss, share = ce_kl.loss, 1.0  # share: what this micro-batch counts of the logged loss, next to its rank's
+        if num_items_in_batch is not None:
+            # It counts the tokens of every rank, and DDP averages the gradients over the ranks
+            ranks = self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
+            loss, share = loss * ranks, ce_kl.num_tokens * ranks / num_items_in_batch
+        elif mode == "train":
+            share = 1 / self.current_gradient_accumulation_steps  # by which Trainer divides the loss then
         if aux_loss is not None and not own_ce:
             # A mean over the micro-batch: with `num_items_in_batch`, Trainer leaves accumulation to the loss
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
+        self._record_losses(mode, share * torch.stack([ce_kl.ce_loss, ce_kl.kl_loss]))
         self._record_metrics(mode, inputs, ce_kl, aux_loss, sft_metrics=not own_ce)
 
         if return_outputs and outputs is None:
@@ -181,20 +187,28 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
                 outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
         return (sft_loss + loss, outputs) if return_outputs else sft_loss + loss
 
+    def _record_losses(self, mode: str, ce_and_kl: torch.Tensor) -> None:
+        """Keeps `ce_loss` and `kl_loss` so that they add up to the logged loss: summed and averaged as Trainer does."""
+        if mode == "train":
+            ce_loss, kl_loss = self.accelerator.gather(ce_and_kl[None]).mean(0).tolist()
+            self.log_step_sums(ce_loss=ce_loss, kl_loss=kl_loss)
+            return
+        rows = ce_and_kl.repeat(self.args.eval_batch_size, 1)  # batches count by their rows
+        for ce_loss, kl_loss in self.accelerator.gather_for_metrics(rows).tolist():
+            self.log_means(mode, ce_loss=ce_loss, kl_loss=kl_loss)
+
     def _record_metrics(self, mode, inputs, ce_kl, aux_loss, sft_metrics: bool) -> None:
-        """Keeps the metrics of `SFTTrainer`, and `ce_loss` and `kl_loss`, averaged over the tokens of all ranks."""
-        if "attention_mask" in inputs:
-            num_input_tokens = inputs["attention_mask"].sum()
-        else:  # padding-free: one row of real tokens
-            num_input_tokens = torch.tensor(inputs["position_ids"].size(1))
-        means = torch.stack([ce_kl.ce_loss, ce_kl.kl_loss, ce_kl.entropy, ce_kl.top1_accuracy]).float()
-        counts = torch.stack([ce_kl.num_tokens.to(means.device), num_input_tokens.to(means.device)])
+        """Keeps the other metrics as `SFTTrainer` does: means over the tokens of all ranks, whose mean is logged."""
+        if not sft_metrics:  # its own pass has recorded them
+            return
+        # Without a mask: padding-free, one row of real tokens
+        num_input_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        means = torch.stack([ce_kl.entropy, ce_kl.top1_accuracy]).float()
+        counts = torch.stack([ce_kl.num_tokens, torch.as_tensor(num_input_tokens, device=means.device)])
         local = torch.cat([means * counts[0], counts]).unsqueeze(0)
         *sums, num_tokens, num_input_tokens = self.accelerator.gather_for_metrics(local).sum(0).tolist()
-        ce_loss, kl_loss, entropy, accuracy = (total / max(num_tokens, 1.0) for total in sums)
-        self.log_means(mode, ce_loss=ce_loss, kl_loss=kl_loss)
-        if sft_metrics:  # otherwise SFTTrainer's own pass has recorded them
-            self.log_means(mode, entropy=entropy, mean_token_accuracy=accuracy)
-            self.count_input_tokens(mode, int(num_input_tokens))
-            if aux_loss is not None:
-                self.log_means(mode, aux_loss=self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        entropy, accuracy = (total / max(num_tokens, 1.0) for total in sums)
+        self.log_means(mode, entropy=entropy, mean_token_accuracy=accuracy)
+        self.count_input_tokens(mode, int(num_input_tokens))
+        if aux_loss is not None:
+            self.log_means(mode, aux_loss=self.accelerator.gather_for_metrics(aux_loss).mean().item())

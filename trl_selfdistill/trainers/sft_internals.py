@@ -39,6 +39,10 @@ with private_names():
         from trl.trainer.utils import _use_triton
 
 
+# Gemma; RecurrentGemma and xLSTM, whose names TRL does not know
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 class HookedSFTTrainer(SFTTrainer):
     """
     `SFTTrainer` with public hooks in place of methods that transformers lets subclasses override by private names. An
@@ -47,6 +51,7 @@ class HookedSFTTrainer(SFTTrainer):
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
+    _summed_step: int | None = None
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
     def __init_subclass__(cls, **kwargs):
@@ -65,6 +70,15 @@ class HookedSFTTrainer(SFTTrainer):
         """Adds values of this step (`mode="train"`) or batch (`"eval"`) to the means that the trainer logs next."""
         for name, value in values.items():
             self._metrics[mode][name].append(value)
+
+    def log_step_sums(self, **values: float) -> None:
+        """Adds what a micro-batch contributes to sums over its step. The trainer logs their mean over the steps."""
+        is_new, self._summed_step = self._summed_step != self.state.global_step, self.state.global_step
+        for name, value in values.items():
+            sums = self._metrics["train"][name]
+            if is_new or not sums:
+                sums.append(0.0)
+            sums[-1] += value
 
     def count_input_tokens(self, mode: str, number: int) -> None:
         """Adds the input tokens of this step, over all processes, to the logged `num_tokens` of the run."""
@@ -186,8 +200,9 @@ def lm_head_of(model: PreTrainedModel) -> LMHead:
     if getattr(config, "logits_scaling", None) is not None:
         # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
         logit_scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    softcaps = [getattr(config, name, None) for name in _SOFTCAPS]
     head = model.get_output_embeddings()
-    return LMHead(head.weight, head.bias, logit_scale, getattr(config, "final_logit_softcapping", None))
+    return LMHead(head.weight, head.bias, logit_scale, next(filter(None, softcaps), None))
 
 
 def add_label_head_forward(model: PreTrainedModel) -> None:

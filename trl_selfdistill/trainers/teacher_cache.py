@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -33,8 +34,14 @@ from .teachers import Teacher
 logger = logging.get_logger(__name__)
 
 DEFAULT_CACHE_DIR = os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache")
-_STATES, _LABELS = CACHE_COLUMNS = ("teacher_hidden_states", "teacher_labels")
-_FEATURES = Features({_STATES: Value("large_binary"), _LABELS: List(Value("int32"))})
+_STATES, _INPUTS = CACHE_COLUMNS = ("teacher_hidden_states", "teacher_inputs")
+_FEATURES = Features({name: Value("large_binary") for name in CACHE_COLUMNS})
+_NAMES = ("input_ids", "position_ids", "token_type_ids")  # what a model may see of a token
+_OTHER_INPUTS = (
+    "The tokens, positions or labels of a batch are not those that the teacher was run on. With "
+    "`precompute_teacher=True`, `data_collator` must make the same of a row each time, and keep the rows' order. Take "
+    "one that draws nothing at random, another `teacher_cache_dir` for another collator, or `precompute_teacher=False`."
+)
 
 
 class CachedTeacher(Teacher):
@@ -55,7 +62,7 @@ class CachedTeacher(Teacher):
         As [`Teacher.targets`]. Takes the dataset's columns out of `inputs`.
 
         Raises:
-            ValueError: If the batch is of a dataset that the teacher has not been run on, or has other labels.
+            ValueError: If the batch is of a dataset that the teacher has not been run on, or has other tokens.
         """
         if _STATES not in inputs:
             raise ValueError(
@@ -64,21 +71,19 @@ class CachedTeacher(Teacher):
                 "`precompute_teacher` unset."
             )
         weight = self._lm_head.weight
-        cached_labels = inputs.pop(_LABELS)
-        kept = cached_labels != IGNORE_INDEX
-        hidden_states = inputs.pop(_STATES).flatten().view(self._dtype).view(*kept.shape, weight.size(1))[kept]
-        labels = _shift_labels(inputs)
-        if not torch.equal(cached_labels[kept].to(labels), labels):
-            raise ValueError(
-                "The labels of this batch are not those that the teacher was run on. With `precompute_teacher=True`, "
-                "`data_collator` must make the same tokens and labels of a row each time, and keep the rows' order."
-            )
+        cached, states = inputs.pop(_INPUTS), inputs.pop(_STATES)
+        counts = (cached[..., 0] != IGNORE_INDEX).sum(1, keepdim=True)  # of labels in each row
+        most = states.size(1) // (weight.size(1) * self._dtype.itemsize)
+        hidden_states = states.flatten().view(self._dtype).view(len(counts), most, weight.size(1))
+        hidden_states = hidden_states[torch.arange(most, device=counts.device) < counts]
+        if not torch.equal(cached[cached[..., 1] != IGNORE_INDEX], _seen(inputs)):
+            raise ValueError(_OTHER_INPUTS)
         return ModelSide(hidden_states.to(weight.device, weight.dtype), self._lm_head)
 
 
 class CacheCollator:
     """
-    Puts the cached columns of the rows into a batch: `teacher_hidden_states` (bytes) and `teacher_labels`.
+    Puts the cached columns of the rows into a batch: `teacher_hidden_states` (bytes) and `teacher_inputs`.
 
     Args:
         collator (`Callable`): The collator of the model's own inputs.
@@ -92,9 +97,9 @@ class CacheCollator:
         if all(_STATES in row for row in rows):
             # One line for each row, as accelerate takes batches apart by lines
             states = [torch.from_numpy(np.frombuffer(bytearray(row[_STATES]), np.uint8)) for row in rows]
-            labels = [torch.tensor(row[_LABELS], dtype=torch.int32) for row in rows]
+            seen = [torch.from_numpy(np.frombuffer(bytearray(row[_INPUTS]), np.int32)).view(-1, 4) for row in rows]
             batch[_STATES] = pad_sequence(states, batch_first=True)
-            batch[_LABELS] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+            batch[_INPUTS] = pad_sequence(seen, batch_first=True, padding_value=IGNORE_INDEX)
         return batch
 
 
@@ -114,7 +119,7 @@ def precompute_teacher(trainer) -> CachedTeacher:
             `output_dir`.
     """
     args, teacher, evaluated = trainer.args, trainer.teacher, trainer.eval_dataset
-    folder = Path(args.teacher_cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    folder = Path(args.teacher_cache_dir or DEFAULT_CACHE_DIR)
     if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
             f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, which is pushed "
@@ -142,14 +147,16 @@ def precompute_teacher(trainer) -> CachedTeacher:
 def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
     """All that the teacher's answers to a dataset depend on, as the name of a folder."""
     description = describe_dataset(dataset)
-    if description is None or description["sha256"] is None:
+    if description is None or description["sha256"] is None or dataset.format["type"] == "custom":
         raise ValueError(
-            f"`precompute_teacher=True` runs the teacher over every row before training, and `{name}` is a stream or "
-            "becomes tokens only in a batch. Pass a `datasets.Dataset` that the trainer tokenizes, or unset it."
+            f"`precompute_teacher=True` runs the teacher over every row before training, and `{name}` is a stream, "
+            "becomes tokens only in a batch or has a transform. Pass a plain `datasets.Dataset` that the trainer "
+            "tokenizes, or unset it."
         )
     settings = {
         "teacher": trainer.teacher.sha256,
         "data": description["sha256"],
+        "columns": str(CACHE_COLUMNS),
         "padding_free": str(trainer.padding_free),
         "mixed_precision": trainer.accelerator.mixed_precision,
         "dtype": trainer.args.teacher_cache_dtype,
@@ -195,12 +202,15 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
     with ArrowWriter(path=os.fspath(file), features=_FEATURES) as writer:
         for start in tqdm(starts, "Running the teacher", disable=None if accelerator.is_main_process else True):
             rows = [share[row] for row in range(start, min(start + batch_size, len(share)))]
-            states = _targets(trainer, collator(rows)).hidden_states.to("cpu", dtype)
-            # Rows may be joined in the batch: which labels are whose is known of each by itself
-            labels = [_shift_labels(collator([row])) for row in rows]
-            states = states.split([len(part) for part in labels])
+            batch = collator(rows)
+            # Rows may be joined in the batch: what is whose is known of each by itself
+            seen = [_seen(collator([row])) for row in rows]
+            if not torch.equal(torch.cat(seen), _seen(batch)):
+                raise ValueError(_OTHER_INPUTS)
+            states = _targets(trainer, batch).hidden_states.to("cpu", dtype)
+            states = states.split([int((part[:, 0] != IGNORE_INDEX).sum()) for part in seen])
             as_bytes = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in states]
-            writer.write_batch({_STATES: as_bytes, _LABELS: [part.tolist() for part in labels]})
+            writer.write_batch({_STATES: as_bytes, _INPUTS: [part.numpy().tobytes() for part in seen]})
         writer.finalize()
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         # A forward may gather the shards of all processes: each makes as many
@@ -214,7 +224,7 @@ def _refuse_rows_that_meet(trainer, dataset: Dataset) -> None:
     epoch. `padding_free` joins rows in one, and not every model heeds the positions that start anew.
     """
     row, first = dataset[len(dataset) - 1], dataset[0]
-    count = len(_shift_labels(trainer.data_collator([row])))
+    count = int((_seen(trainer.data_collator([row]))[:, 0] != IGNORE_INDEX).sum())
     before = (first, {**first, "input_ids": first["input_ids"][::-1]})
     states = [_targets(trainer, trainer.data_collator([other, row])).hidden_states for other in before]
     own, beside = (part[len(part) - count :].float() for part in states)
@@ -233,7 +243,16 @@ def _targets(trainer, batch: dict[str, torch.Tensor]) -> ModelSide:
         return trainer.teacher.targets(trainer.model, inputs)
 
 
-def _shift_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The label tokens of a batch, row after row."""
-    labels = batch["labels"][:, 1:]
-    return labels[labels != IGNORE_INDEX]
+def _seen(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a model sees, and what it is to say next: `(num_tokens, 4)`, a line for each token, row after row."""
+    ids = batch["input_ids"]
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    columns = [labels, *(batch.get(name, torch.zeros_like(ids)) for name in _NAMES)]
+    is_label = labels != IGNORE_INDEX
+    if "attention_mask" in batch:
+        is_seen = batch["attention_mask"].bool() | is_label
+    elif "position_ids" in batch:  # padding-free
+        is_seen = torch.ones_like(is_label)
+    else:  # no label sees what follows the last one
+        is_seen = is_label.flip(1).cumsum(1).flip(1) > 0
+    return torch.stack(columns, -1)[is_seen].int()

@@ -25,7 +25,8 @@ class TeacherSnapshotCallback(TrainerCallback):
         trainer ([`SelfDistillSFTTrainer`]): The trainer.
 
     Raises:
-        ValueError: If the model is sharded, its adapter cannot be held twice, or the data's length is unknown.
+        ValueError: If the model is sharded, its adapter cannot be held twice, the data's length is unknown, or the run
+            ends before the snapshot.
     """
 
     def __init__(self, trainer):
@@ -39,24 +40,38 @@ class TeacherSnapshotCallback(TrainerCallback):
                 "DeepSpeed), full or with one adapter that can be held twice. Train stage 1 first, then start a run "
                 "from its checkpoint: the teacher is then the model that is passed in."
             )
-        args = trainer.args
-        if args.teacher_snapshot_epochs is not None and not has_length(trainer.train_dataset):
+        args, num_batches = trainer.args, None
+        if has_length(trainer.train_dataset):
+            is_split = args.accelerator_config.split_batches
+            num_rows = args.train_batch_size * (1 if is_split else args.world_size)  # of a batch
+            round_ = math.floor if args.dataloader_drop_last else math.ceil
+            num_batches = round_(len(trainer.train_dataset) / num_rows)
+        elif args.teacher_snapshot_epochs is not None:
             raise ValueError(
                 f"`teacher_snapshot_epochs={args.teacher_snapshot_epochs}` needs a `train_dataset` of known length, "
                 "got a stream. Set `teacher_snapshot_steps`."
             )
+        # For now, as a subclass may have another data loader
+        self._choose_step(num_batches, args.max_steps)
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def _choose_step(self, num_batches: int | None, max_steps: int) -> None:
+        """Chooses the step of the snapshot. Raises `ValueError` if the run is over by then."""
+        args = self.trainer.args
+        if num_batches is not None:
+            steps_per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
+            max_steps = max_steps if max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
         self._step = args.teacher_snapshot_steps
         if self._step is None:
-            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
             self._step = math.ceil(args.teacher_snapshot_epochs * steps_per_epoch - 1e-6)
-        if self._step >= state.max_steps:
+        if self._step >= max_steps:
             raise ValueError(
-                f"The teacher's snapshot would come after step {self._step} of {state.max_steps}, so that there would "
+                f"The teacher's snapshot would come after step {self._step} of {max_steps}, so that there would "
                 "be no distillation. Train longer or take it earlier (`teacher_snapshot_steps`, "
                 "`teacher_snapshot_epochs`), or set `kl_weight=0` for plain SFT."
             )
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self._choose_step(len(train_dataloader) if has_length(train_dataloader) else None, state.max_steps)
         self.trainer.teacher = None
         if state.global_step >= self._step:  # resumed after the snapshot: the student has moved on since
             if self._is_adapter:

@@ -18,6 +18,7 @@ from ..losses import LMHead, ModelSide
 from ..parameters.hashes import gathered, hash_model
 from ..parameters.structure import base_causal_lm
 from ..slick.generation import evaluation_mode
+from .label_head_check import check_label_head
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     add_label_head_forward,
@@ -97,6 +98,9 @@ class ModelTeacher(Teacher):
         elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             self._lm_head = frozen_head(model)
         self.model = prepare_teacher(model, accelerator)
+        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        whole = self.model if is_sharded else base_causal_lm(model)
+        check_label_head(whole, accelerator, "teacher_model")
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         with torch.no_grad():
