@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Asks a checkpoint facts without exemplars, greedily, and counts the right answers.
+Asks a checkpoint facts without exemplars, greedily, and counts the answers that are right, hallucinated or none.
 
 Input: a model and facts, such as a split of build_training_mix.py. Output, in --output_dir: predictions.jsonl (a line
-for each fact: fact_id, prediction, correct) and accuracy.json (the share of right answers overall, by relation and,
-for annotated facts, by SLiCK category).
+for each fact: fact_id, prediction, outcome) and accuracy.json (accuracy, hallucination rate and abstention rate
+overall, by relation and, for annotated facts, by SLiCK category).
 
     trl-selfdistill evaluate --model_name_or_path outputs/study/selfdistill \\
         --facts outputs/study/mix/heldout.jsonl --output_dir outputs/evaluation
@@ -21,13 +21,12 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from trl_selfdistill.files import read_json, write_json, write_jsonl
-from trl_selfdistill.hallucination.exact_match import exact_match
-from trl_selfdistill.slick.prompts import question_prompt
+from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.fact_accuracy import ask_facts
 from trl_selfdistill.studies.facts.table import load_facts
 from trl_selfdistill.studies.models import ModelArguments, load_model_and_tokenizer, model_identity
 from trl_selfdistill.studies.stage import run_stage
-from trl_selfdistill.trainers.hallucination_callback import predict_answers_in_parallel
 
 
 @dataclass
@@ -57,13 +56,12 @@ def main(args: EvaluationArguments, model_args: ModelArguments) -> None:
         model, tokenizer = load_model_and_tokenizer(model_args.model_name_or_path, model_args, args.trust_remote_code)
         model.to(PartialState().device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            prompts = [question_prompt(question) for question in facts["question"]]
             sizes = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-            answers = predict_answers_in_parallel(model, tokenizer, prompts, **sizes)
-        predictions = []
-        for fact, answer in zip(facts, answers, strict=True):
-            correct = exact_match(answer, [fact["answer"], *fact["aliases"]])
-            predictions.append({"fact_id": fact["fact_id"], "prediction": answer, "correct": correct})
+            answers = ask_facts(model, tokenizer, facts, **sizes)
+        predictions = [
+            {"fact_id": fact_id, "prediction": answer.text, "outcome": answer.outcome}
+            for fact_id, answer in answers.items()
+        ]
         if PartialState().is_main_process:
             write_jsonl(folder / "predictions.jsonl", predictions)
             write_json(folder / "accuracy.json", accuracy_by_group(facts, predictions))
@@ -76,19 +74,22 @@ def main(args: EvaluationArguments, model_args: ModelArguments) -> None:
         for column, groups in read_json(folder / "accuracy.json").items():
             for name, row in groups.items():
                 group = name if name == column else f"{column} {name}"
-                print(f"{group}: {row['accuracy']:.3f} of {row['num_facts']} facts")
+                shares = ", ".join(f"{rate.replace('_', ' ')} {row[rate]:.3f}" for rate in RATES)
+                print(f"{group}: {shares} of {row['num_facts']} facts")
         print(f"Evaluation: {folder}")
 
 
 def accuracy_by_group(facts: Dataset, predictions: list[dict]) -> dict[str, dict]:
     """
-    The share of right predictions `overall`, by `relation` and, where the facts are annotated, by `slick_category`:
-    for each group `{"accuracy": fraction in [0, 1], "num_facts": count}`.
+    The metric's rates `overall`, by `relation` and, where the facts are annotated, by `slick_category`: for each group
+    fractions in [0, 1], and `num_facts`.
     """
-    table = facts.to_pandas().assign(overall="overall", correct=[prediction["correct"] for prediction in predictions])
+    outcomes = [prediction["outcome"] for prediction in predictions]
+    rates = {rate: [outcome == of_rate for outcome in outcomes] for rate, of_rate in RATES.items()}
+    table = facts.to_pandas().assign(overall="overall", num_facts=1, **rates)
     columns = [column for column in ("overall", "relation", "slick_category") if column in table]
-    groups = {column: table.groupby(column)["correct"] for column in columns}
-    return {column: group.agg(accuracy="mean", num_facts="size").to_dict("index") for column, group in groups.items()}
+    how = dict.fromkeys(RATES, "mean") | {"num_facts": "size"}
+    return {column: table.groupby(column).agg(how).to_dict("index") for column in columns}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The groups are embeddings, attention, mlp, norm and lm_head: name what to train 
 
 Input: a model, and either --mix (a folder of build_training_mix.py) with the --splits to train on, or --dataset_name
 (any dataset of SFTTrainer). Output, in --output_dir: the checkpoint and parameter_groups.json; with --mix also
-accuracy.jsonl (which facts of each split were right after each epoch) and training.json. With --mix an interrupted run
+accuracy.jsonl (the answers to each split after each epoch) and training.json. With --mix an interrupted run
 goes on with the same command; with --dataset_name add --resume_from_checkpoint FOLDER.
 
     trl-selfdistill frozen-groups --model_name_or_path outputs/study/stage1 \\

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluations of made-up runs, and the folders that they leave."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +10,37 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_selfdistill.files import write_json
 from trl_selfdistill.studies.card import write_model_card
-from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, write_records
+from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, FactAnswer, write_records
 from trl_selfdistill.studies.results import read_result
 
 
 def make_records(heldout: np.ndarray, new: np.ndarray | None = None) -> list[AccuracyRecord]:
-    """Records of outcomes `(num_evaluations, num_facts)`, one an epoch of ten steps; one known fact, always right."""
+    """
+    Records of right and wrong answers `(num_evaluations, num_facts)`, one an epoch of ten steps; one known fact,
+    always right. Every fourth wrong answer is an abstention.
+    """
     new = heldout if new is None else new
     return [
         AccuracyRecord(
             step=10 * epoch,
             epoch=float(epoch),
-            correct={
-                "known": {"known/0": True},
-                "new": {f"new/{i}": bool(right) for i, right in enumerate(new[epoch])},
-                "heldout": {f"heldout/{i}": bool(right) for i, right in enumerate(heldout[epoch])},
+            answers={
+                "known": answered("known", [True]),
+                "new": answered("new", new[epoch]),
+                "heldout": answered("heldout", heldout[epoch]),
             },
         )
         for epoch in range(len(heldout))
     ]
+
+
+def answered(name: str, right: Iterable[bool]) -> dict[str, FactAnswer]:
+    """A set of facts with these answers."""
+    answers = {True: FactAnswer("correct", "Peru"), False: FactAnswer("hallucinated", "Chile")}
+    rows = [answers[bool(value)] for value in right]
+    for i in [i for i, row in enumerate(rows) if row.outcome != "correct"][::4]:
+        rows[i] = FactAnswer("abstained", "I don't know")
+    return {f"{name}/{i}": row for i, row in enumerate(rows)}
 
 
 def fading_outcomes(num_facts: int, accuracies: list[float], seed: int = 0) -> np.ndarray:
@@ -45,6 +58,7 @@ def write_result(folder: Path, records: list[AccuracyRecord], **training) -> Pat
         "base_model": "org/model",
         "mix": {"mix": {"new_facts": "invented"}, "seed": 0},
         "splits": ["known", "new"],
+        "started_from": "stage1",
         "seconds_per_step": 1.25,
         "trainer": "SFTTrainer",
         "settings": {"learning_rate": 1e-4, "seed": 0},

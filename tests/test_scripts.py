@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from trl_selfdistill.files import read_json, read_jsonl
+from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies import command_line
 
 
@@ -103,13 +104,15 @@ def test_evaluate_facts(toy_study, tmp_path, capsys):
     run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags)
     predictions = read_jsonl(tmp_path / "out" / "predictions.jsonl")
     last = read_jsonl(toy_study.output / "sft" / "accuracy.jsonl")[-1]
-    assert {row["fact_id"]: row["correct"] for row in predictions} == last["correct"]["heldout"]
+    assert {row["fact_id"]: [row["outcome"], row["prediction"]] for row in predictions} == last["answers"]["heldout"]
     accuracy = read_json(tmp_path / "out" / "accuracy.json")
     assert {*accuracy} == {"overall", "relation", "slick_category"} and {*accuracy["relation"]} == {"country", "river"}
     for relation, group in accuracy["relation"].items():
-        right = [row["correct"] for row in predictions if row["fact_id"].startswith(relation)]
-        assert group == {"accuracy": sum(right) / len(right), "num_facts": len(right)}
-    assert f"\noverall: {accuracy['overall']['overall']['accuracy']:.3f} of 40 facts" in "\n" + capsys.readouterr().out
+        outcomes = [row["outcome"] for row in predictions if row["fact_id"].startswith(relation)]
+        shares = {rate: outcomes.count(outcome) / len(outcomes) for rate, outcome in RATES.items()}
+        assert group == shares | {"num_facts": len(outcomes)}
+    shown = ", ".join(f"{rate.replace('_', ' ')} {accuracy['overall']['overall'][rate]:.3f}" for rate in RATES)
+    assert f"\noverall: {shown} of 40 facts" in "\n" + capsys.readouterr().out
     before = (tmp_path / "out" / "run.json").read_bytes()
     run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags)
     assert (tmp_path / "out" / "run.json").read_bytes() == before

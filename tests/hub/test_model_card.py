@@ -23,7 +23,6 @@ from trl_selfdistill.hub.model_card import (
     weights_sha256,
 )
 from trl_selfdistill.studies.card import write_model_card
-from trl_selfdistill.studies.fact_accuracy import write_records
 from trl_selfdistill.studies.results import read_result
 
 
@@ -127,7 +126,6 @@ def test_card_of_a_variant_of_a_study(tmp_path):
         write_result(tmp_path / "sft", make_records(fading_outcomes(40, [1.0, 0.5]))),
         write_result(tmp_path / "frozen", better, trainer="FrozenGroupsSFTTrainer", groups=GROUPS),
     ]
-    write_records(folders[1] / "base_accuracy.jsonl", make_records(fading_outcomes(40, [1.0])))
     (folders[1] / "curves.png").write_bytes(b"")
     results = [read_result(folder) for folder in folders]
     card = ModelCard.load(write_model_card(results[1], results, folders[1]))
@@ -141,13 +139,14 @@ def test_card_of_a_variant_of_a_study(tmp_path):
     assert "\naccelerate launch scripts/run_study.py --output_dir outputs/study\n" in text
 
     (stability,) = (line for line in text.splitlines() if line.startswith("| Stability"))
-    ours, base, sft, minus_base, minus_sft = (cell.strip() for cell in stability.split("|")[2:-1])
-    assert ours.startswith("0.900 [") and base.startswith("1.000 [") and sft.startswith("0.500 [")
-    assert minus_base.startswith("-0.100 [-") and minus_sft.startswith("+0.400 [+")
+    ours, before, sft, minus_before, minus_sft = (cell.strip() for cell in stability.split("|")[2:-1])
+    assert ours.startswith("0.900 [") and before.startswith("0.950 [") and sft.startswith("0.500 [")
+    assert minus_before.startswith("-0.050 [-") and minus_sft.startswith("+0.400 [+")
     assert {(result.dataset_split, result.metric_type, result.metric_value) for result in card.data.eval_results} == {
         ("heldout", "factual_stability", 0.9),
         ("new", "factual_plasticity", 0.8),
-        ("heldout", "hallucination_rate", 0.1),
+        ("heldout", "hallucination_rate", 0.075),
+        ("heldout", "abstention_rate", 0.025),
     }
 
 

@@ -8,24 +8,29 @@ import pytest
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from study_records import fading_outcomes, make_records
 from toy_study import ANSWERS, toy_facts
 from trl import SFTConfig, SFTTrainer
 from two_processes import leave_processes, run_in_two_processes
 
 from trl_selfdistill.files import read_json, write_json
-from trl_selfdistill.hallucination.exact_match import exact_match
-from trl_selfdistill.slick.generation import predict_answers
+from trl_selfdistill.hallucination import RATES, score_hallucinations
+from trl_selfdistill.hallucination.intervals import Interval
+from trl_selfdistill.hub.markdown import format_interval
+from trl_selfdistill.slick import generation
+from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.prompts import question_prompt
-from trl_selfdistill.studies import fact_accuracy
 from trl_selfdistill.studies.fact_accuracy import (
     FactAccuracyCallback,
-    answered_correctly,
+    ask_facts,
     forgetting,
     read_records,
     write_records,
 )
 from trl_selfdistill.studies.models import load_model_and_tokenizer
+from trl_selfdistill.studies.results import read_result
+from trl_selfdistill.studies.training_mix import load_mix
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +49,13 @@ def facts():
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
-def test_scoring_agrees_with_greedy_generation(trained, facts, batch_size):
-    answers = predict_answers(*trained, [question_prompt(question) for question in facts["question"]])
-    outcomes = {
-        fact["fact_id"]: exact_match(answer, [fact["answer"], *fact["aliases"]])
-        for fact, [answer] in zip(facts, answers, strict=True)
-    }
-    assert answered_correctly(*trained, facts, batch_size) == outcomes
-    assert 10 < sum(outcomes.values()) < len(facts) - 10  # both outcomes were put to the test
+def test_generation_agrees_with_scoring(trained, facts, batch_size):
+    accepted = [[fact["answer"], *fact["aliases"]] for fact in facts]
+    scores = score_answers(*trained, [question_prompt(question) for question in facts["question"]], accepted)
+    answers = ask_facts(*trained, facts, batch_size=batch_size)
+    right = [answers[fact_id].outcome == "correct" for fact_id in facts["fact_id"]]
+    assert right == [score.is_greedy for score in scores]
+    assert 10 < sum(right) < len(facts) - 10  # both outcomes were put to the test
 
 
 ASKED = toy_facts().select(range(0, 80, 10))
@@ -70,41 +74,59 @@ def make_trainer(model, folder, path, each_epoch=True, **config) -> SFTTrainer:
 
 def test_callback_records_every_epoch_and_logs_it(toy_study, tmp_path):
     trainer = make_trainer(toy_study.model, tmp_path, tmp_path / "accuracy.jsonl")
-    before = answered_correctly(trainer.model, trainer.processing_class, ASKED)
+    before = ask_facts(trainer.model, trainer.processing_class, ASKED)
     trainer.train()
     records = read_records(tmp_path / "accuracy.jsonl")
     assert [(record.step, record.epoch) for record in records] == [(0, 0.0), (2, 1.0), (4, 2.0)]
-    assert records[0].correct["heldout"] == before
-    assert (
-        records[-1].correct["heldout"] == answered_correctly(trainer.model, trainer.processing_class, ASKED) != before
-    )
-    logged = [log["eval_heldout_accuracy"] for log in trainer.state.log_history if "eval_heldout_accuracy" in log]
-    assert logged == [record.accuracy("heldout") for record in records]
+    assert records[0].answers["heldout"] == before
+    assert records[-1].answers["heldout"] == ask_facts(trainer.model, trainer.processing_class, ASKED) != before
+    for rate, outcome in RATES.items():
+        logged = [log[f"eval_heldout_{rate}"] for log in trainer.state.log_history if f"eval_heldout_{rate}" in log]
+        assert logged == [record.outcomes("heldout", outcome).mean() for record in records]
+
+
+def test_the_rates_of_a_run_are_the_metrics(toy_study):
+    """Of the answers in its records, on the card and in its metadata, with their intervals."""
+    facts = load_mix(toy_study.output / "mix")["heldout"]
+    references = [[fact["answer"], *fact["aliases"]] for fact in facts]
+    answers = read_result(toy_study.output / "sft").records[-1].answers["heldout"]
+    scores = score_hallucinations([answers[fact_id].text for fact_id in facts["fact_id"]], references)
+    card = ModelCard.load(toy_study.output / "sft" / "README.md")
+    metadata = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    interval = Interval(*(scores[f"hallucination_rate{end}"] for end in ("", "_ci_low", "_ci_high")))
+    assert f"| Hallucination rate ↓              | {format_interval(interval)} |" in card.text
+    assert metadata["hallucination_rate"] == round(scores["hallucination_rate"], 4) > 0
+
+
+def test_records_without_answers_are_refused(tmp_path):
+    (tmp_path / "accuracy.jsonl").write_text('{"step": 0, "epoch": 0.0, "correct": {"heldout": {"a": true}}}\n')
+    with pytest.raises(ValueError, match="accuracy.jsonl: an earlier version wrote it.*Move or delete"):
+        read_records(tmp_path / "accuracy.jsonl")
 
 
 def test_two_processes_share_the_facts(toy_study, tmp_path):
     run_in_two_processes(__file__, toy_study.output / "sft", tmp_path)
     model, tokenizer = load_model_and_tokenizer(toy_study.output / "sft")
-    assert [*map(len, read_json(tmp_path / "asked.json"))] == [4, 4]
+    assert read_json(tmp_path / "asked.json") == [4, 4]
     records = read_records(tmp_path / "accuracy.jsonl")
     assert [record.step for record in records] == [0, 1, 2]
-    assert records[0].correct["heldout"] == answered_correctly(model, tokenizer, ASKED)
-    assert records[-1].correct["heldout"] == answered_correctly(*load_model_and_tokenizer(tmp_path / "end"), ASKED)
+    assert records[0].answers["heldout"] == ask_facts(model, tokenizer, ASKED)
+    assert records[-1].answers["heldout"] == ask_facts(*load_model_and_tokenizer(tmp_path / "end"), ASKED)
 
 
 def two_process_program(model: str, folder: Path) -> None:
-    """Trains, and notes which facts each process asked in the first evaluation."""
-    prompts, score = [], fact_accuracy.score_answers
+    """Trains, and notes how many facts each process asked in the first evaluation."""
+    asked, answer = [], generation.generate_tokens
 
-    def noted(model, tokenizer, chunk, *args, **kwargs):
-        prompts.append(chunk)
-        return score(model, tokenizer, chunk, *args, **kwargs)
+    def noted(model, prompts, *args, **kwargs):
+        asked.append(len(prompts))
+        return answer(model, prompts, *args, **kwargs)
 
-    fact_accuracy.score_answers, fact_accuracy._CHUNK_SIZE = noted, 2
+    generation.generate_tokens = noted
     trainer = make_trainer(model, folder, folder / "accuracy.jsonl")
     trainer.train()
     trainer.save_model(folder / "end")
-    asked = gather_object([sum(prompts[:2], [])])
+    asked = gather_object(asked[:1])
     if trainer.is_world_process_zero():
         write_json(folder / "asked.json", asked)
     leave_processes()
@@ -116,7 +138,7 @@ def test_without_each_epoch_the_end_is_evaluated_wherever_it_is(toy_study, tmp_p
     trainer.train()
     records = read_records(tmp_path / "accuracy.jsonl")
     assert [record.step for record in records] == [0, last]
-    assert records[-1].correct["heldout"] == answered_correctly(trainer.model, trainer.processing_class, ASKED)
+    assert records[-1].answers["heldout"] == ask_facts(trainer.model, trainer.processing_class, ASKED)
 
 
 def test_callback_changes_nothing_in_the_training(toy_study, tmp_path):
@@ -185,7 +207,7 @@ def test_forgetting_is_the_peak_minus_the_end_of_each_fact():
     records = make_records(outcomes)
     assert forgetting(records).tolist() == [0, 1, 0]
     turned = [
-        record._replace(correct={name: dict(reversed(correct.items())) for name, correct in record.correct.items()})
+        record._replace(answers={name: dict(reversed(rows.items())) for name, rows in record.answers.items()})
         for record in records
     ]
     assert forgetting(turned).tolist() == [0, 1, 0]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from trl_selfdistill.files import read_json
-from trl_selfdistill.studies.fact_accuracy import answered_correctly, read_records
+from trl_selfdistill.studies.fact_accuracy import ask_facts, read_records
 from trl_selfdistill.studies.facts.table import read_facts
 from trl_selfdistill.studies.results import read_result
 from trl_selfdistill.studies.runs import StudySetup, Variant, train_variant
@@ -27,9 +27,9 @@ def test_checkpoints_load_and_answer_as_recorded(toy_study, name):
     folder = toy_study.output / name
     assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("_*"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    recorded = read_records(folder / "accuracy.jsonl")[-1].correct
+    recorded = read_records(folder / "accuracy.jsonl")[-1].answers
     for split, facts in load_mix(toy_study.output / "mix").items():
-        assert answered_correctly(model, tokenizer, facts) == recorded[split]
+        assert ask_facts(model, tokenizer, facts) == recorded[split]
 
 
 def test_variants_start_from_stage1_and_are_evaluated_each_epoch(toy_study):
@@ -37,7 +37,8 @@ def test_variants_start_from_stage1_and_are_evaluated_each_epoch(toy_study):
     for name in VARIANTS:
         result = read_result(toy_study.output / name)
         assert [record.epoch for record in result.records] == [0.0, 1.0, 2.0]
-        assert result.records[0].correct == stage1[-1].correct and result.base == stage1[0]
+        assert result.before == result.records[0] and result.before.answers == stage1[-1].answers
+    assert len(stage1) == 1 and read_result(toy_study.output / "stage1").before is None
 
 
 def test_the_frozen_variant_trained_the_attention_only(toy_study):
@@ -63,7 +64,7 @@ def test_report_holds_the_numbers_of_the_records(toy_study):
         assert row[1] == f"{heldout[0]:.3f} / {max(heldout):.3f} / {heldout[-1]:.3f}"
         assert results[name]["heldout_curve"] == heldout
         assert row[2].startswith(f"{max(heldout) - heldout[-1]:.3f} [")
-        assert float(row[6]) == pytest.approx(results[name]["seconds_per_step"], abs=0.006)
+        assert float(row[7]) == pytest.approx(results[name]["seconds_per_step"], abs=0.006)
     assert report[report.index("| variant") :].split("\n\n![")[0] in toy_study.stdout
     figure = (toy_study.output / "curves.png").read_bytes()
     assert Image.open(toy_study.output / "curves.png").format == "PNG"

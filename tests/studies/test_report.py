@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from study_records import fading_outcomes, make_records, write_result
 
+from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.hub.markdown import format_interval
 from trl_selfdistill.studies.results import plot_curves, read_result, render_findings, render_table
 from trl_selfdistill.studies.stages import report_stage
@@ -37,9 +38,23 @@ def test_table_holds_the_numbers_of_the_records(folders):
     assert [row[1] for row in rows] == [f"0.900 / 1.000 / {end}" for end in ("0.700", "0.975", "0.725")]
     assert [row[2][:6] for row in rows] == ["0.300 ", "0.025 ", "0.275 "]
     assert rows[0][3] == "-" and rows[1][3].startswith("-0.275 [-0.") and rows[2][3].startswith("-0.025 [-0.")
-    assert rows[0][4:] == ["0.850", "1.000", "1.25", "5.0 M (25%)"]
+    assert [row[4] for row in rows] == ["0.225 / 0.075", "0.013 / 0.013", "0.200 / 0.075"]
+    assert rows[0][5:] == ["0.850", "1.000", "1.25", "5.0 M (25%)"]
     for result, row in zip(results, rows, strict=True):
         assert row[2] == format_interval(result.forgetting())
+
+
+def test_hallucination_rates_are_those_of_the_metric(folders):
+    for result in read(folders):
+        texts = [[answer.text for answer in record.answers["heldout"].values()] for record in result.records]
+        scores = score_hallucinations(texts[-1], ["Peru"] * 80, baseline_predictions=texts[0])
+        rates = result.hallucination_rates()
+        assert len(rates) == 3 and rates == {name: scores[name] for name in rates} | {
+            name: result.summary()[name] for name in rates
+        }
+    assert result.name == "frozen" and 0 < rates["induced_hallucination_rate"] < rates["hallucination_rate"]
+    alone = result._replace(training=result.training | {"started_from": None})
+    assert alone.hallucination_rates()["induced_hallucination_rate"] is None
 
 
 def test_findings_follow_from_the_intervals(folders):
@@ -53,7 +68,7 @@ def test_findings_follow_from_the_intervals(folders):
 def test_a_run_without_a_timed_step_has_no_seconds(tmp_path):
     records = make_records(fading_outcomes(10, [1.0, 0.5]))
     results = read([write_result(tmp_path / "sft", records, seconds_per_step=None)])
-    assert cells(render_table(results))[2][6] == "-"
+    assert cells(render_table(results))[2][7] == "-"
 
 
 @pytest.mark.parametrize("missing", ["accuracy.jsonl", "training.json"])
@@ -78,7 +93,7 @@ HOSTILE = "a|b <script>alert(1)</script>\n| c | $\\frac{$"
 def test_no_name_breaks_the_table_or_the_figure(folders, tmp_path):
     results = [result._replace(name=f"{HOSTILE}{i}") for i, result in enumerate(read(folders))]
     rows = cells(render_table(results))
-    assert [len(row) for row in rows] == [8] * 5
+    assert [len(row) for row in rows] == [9] * 5
     assert "<script>" not in render_table(results) + render_findings(results)
     assert len(render_findings(results).splitlines()) == 2
     plot_curves(results, tmp_path / "curves.png")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_selfdistill.slick.slick import annotate_facts
-from trl_selfdistill.studies.fact_accuracy import answered_correctly
+from trl_selfdistill.studies.fact_accuracy import ask_facts
 from trl_selfdistill.studies.facts.geonames import geonames_facts, known_place_names
 from trl_selfdistill.studies.models import load_model_and_tokenizer
 from trl_selfdistill.studies.small_llama import SmallLlamaSettings, pretrain_small_llama
@@ -36,8 +36,8 @@ def learnt(facts, tmp_path_factory):
 
 
 def test_the_saved_model_knows_its_facts_zero_shot_and_few_shot(facts, learnt):
-    outcomes = answered_correctly(*learnt, facts).values()
-    assert sum(outcomes) / len(outcomes) >= SETTINGS.target_accuracy
+    outcomes = [answer.outcome for answer in ask_facts(*learnt, facts).values()]
+    assert outcomes.count("correct") / len(outcomes) >= SETTINGS.target_accuracy
     annotated = annotate_facts(facts, *learnt, "quick")
     assert annotated["slick_category"][:].count("HighlyKnown") / len(annotated) >= 0.8
 

@@ -3,10 +3,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from ..files import read_json
 from ..hallucination.intervals import mean_interval
+from ..hallucination.metric import RATES
 from ..hub.environment import describe_environment
 from ..hub.markdown import format_interval, markdown_table
 from ..hub.model_card import method_of, update_model_card, weights_sha256
@@ -15,11 +14,12 @@ from .results import VariantResult, render_findings, render_table
 from .stage import RUN_FILE
 
 
-# Name and type of each metric, its split, and whether right answers count or wrong ones
+# Name and type of each metric, its split, and the outcome of which it is the share
 _METRICS = (
-    ("Stability ↑", "factual_stability", "heldout", True),
-    ("Plasticity ↑", "factual_plasticity", "new", True),
-    ("Hallucination rate ↓", "hallucination_rate", "heldout", False),
+    ("Stability ↑", "factual_stability", "heldout", RATES["accuracy"]),
+    ("Plasticity ↑", "factual_plasticity", "new", RATES["accuracy"]),
+    ("Hallucination rate ↓", "hallucination_rate", "heldout", RATES["hallucination_rate"]),
+    ("Abstention rate", "abstention_rate", "heldout", RATES["abstention_rate"]),
 )
 
 
@@ -43,22 +43,23 @@ def write_model_card(variant: VariantResult, variants: list[VariantResult], fold
         "table": render_table(variants),
         "findings": render_findings(variants),
         "num_facts": variant.summary()["num_facts"],
+        "has_before": variant.before is not None,
         "has_figure": (folder / "curves.png").is_file(),
     }
     return update_model_card(folder, training=training, results=results)
 
 
 def render_metrics(variant: VariantResult, variants: list[VariantResult]) -> str:
-    """The metrics at the end of a variant, of the base model and of plain SFT, and the differences, fact by fact."""
-    others = {"the base model": variant.base}
+    """The metrics at the end of a variant, before it and of plain SFT, and the differences, fact by fact."""
+    others = {} if variant.before is None else {"before": variant.before}
     if sft := [other for other in variants if method_of(other.training) == "sft" and other is not variant]:
         others["plain SFT"] = sft[0].records[-1]
     header = ["fraction in [0, 1], 95 % interval", "this model", *others]
     header += [f"difference from {name}" for name in others]
     rows = []
-    for name, _, split, count_right in _METRICS:
-        ours = _outcomes(variant.records[-1], split, count_right)
-        theirs = [_outcomes(record, split, count_right) for record in others.values()]
+    for name, _, split, outcome in _METRICS:
+        ours = variant.records[-1].outcomes(split, outcome)
+        theirs = [record.outcomes(split, outcome) for record in others.values()]
         rates = [format_interval(mean_interval(values.astype(bool))) for values in (ours, *theirs)]
         rows.append([name, *rates, *(format_interval(mean_interval(ours - values), signed=True) for values in theirs)])
     return markdown_table(header, rows)
@@ -73,13 +74,8 @@ def _eval_results(end: AccuracyRecord) -> list[dict]:
             "dataset_name": "Held-out HighlyKnown facts" if split == "heldout" else "New facts",
             "dataset_split": split,
             "metric_type": metric,
-            "metric_name": name[:-2],
-            "metric_value": round(float(_outcomes(end, split, count_right).mean()), 4),
+            "metric_name": name.rstrip(" ↑↓"),
+            "metric_value": round(float(end.outcomes(split, outcome).mean()), 4),
         }
-        for name, metric, split, count_right in _METRICS
+        for name, metric, split, outcome in _METRICS
     ]
-
-
-def _outcomes(record: AccuracyRecord, split: str, count_right: bool) -> np.ndarray:
-    """1 for each fact that counts, else 0, in the order of the facts' ids."""
-    return record.outcomes(split) if count_right else 1 - record.outcomes(split)

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which facts a model answers correctly, zero-shot and greedily, how that changes in training, and what is forgotten.
-
-Greedy decoding needs no generation: an answer is what it gives if every one of its tokens, and the token that ends
-it, is the argmax (see [`~trl_selfdistill.slick.likelihood.score_answers`]).
-"""
+"""What a model answers to questions, zero-shot and greedily, how that changes in training, and what is forgotten."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..files import read_jsonl, write_jsonl
-from ..slick.likelihood import score_answers
-from ..slick.process_sharding import map_in_parallel, on_main_process
+from ..hallucination.answer_outcome import Outcome
+from ..hallucination.metric import RATES, score_hallucinations
+from ..slick.process_sharding import on_main_process
 from ..slick.prompts import question_prompt
-from ..trainers.hallucination_callback import log_beside_training
+from ..trainers.hallucination_callback import answers_in_training, log_beside_training, predict_answers_in_parallel
 
 
-_CHUNK_SIZE = 256  # facts that one process asks together, where there are several
+class FactAnswer(NamedTuple):
+    """What a model answered, and whether that is `"correct"`, `"abstained"` or `"hallucinated"`."""
+
+    outcome: Outcome
+    text: str
 
 
 class AccuracyRecord(NamedTuple):
@@ -30,21 +30,21 @@ class AccuracyRecord(NamedTuple):
     Args:
         step (`int`): Optimizer steps done.
         epoch (`float`): Epochs done.
-        correct (`dict[str, dict[str, bool]]`): For each set of facts, `fact_id` -> whether it was answered correctly.
+        answers (`dict[str, dict[str, FactAnswer]]`): For each set of facts, `fact_id` -> what was answered.
     """
 
     step: int
     epoch: float
-    correct: dict[str, dict[str, bool]]
+    answers: dict[str, dict[str, FactAnswer]]
 
     def accuracy(self, name: str) -> float:
         """Share of the facts of set `name` that were answered correctly, in [0, 1]."""
         return float(self.outcomes(name).mean())
 
-    def outcomes(self, name: str) -> np.ndarray:
-        """Right (1) or wrong (0) for each fact of set `name`, of shape `(num_facts,)`, in the order of the ids."""
-        correct = self.correct[name]
-        return np.array([correct[fact_id] for fact_id in sorted(correct)], dtype=np.float64)
+    def outcomes(self, name: str, outcome: Outcome = "correct") -> np.ndarray:
+        """Whether (1 or 0) each fact of set `name` had the outcome: shape `(num_facts,)`, in the order of the ids."""
+        answers = self.answers[name]
+        return np.array([answers[fact_id].outcome == outcome for fact_id in sorted(answers)], dtype=np.float64)
 
 
 def forgetting(records: list[AccuracyRecord]) -> np.ndarray:
@@ -59,50 +59,41 @@ def forgetting(records: list[AccuracyRecord]) -> np.ndarray:
     return peak.outcomes("heldout") - records[-1].outcomes("heldout")
 
 
-def answered_correctly(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Dataset,
-    batch_size: int = 64,
-    in_parallel: bool = False,
-) -> dict[str, bool]:
+def ask_facts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Dataset, **settings
+) -> dict[str, FactAnswer]:
     """
-    Asks `model` every fact's question without exemplars.
+    Asks `model` every fact's question without exemplars. A collective, in which each process asks a share.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to ask.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         facts (`Dataset`): The facts.
-        batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
-        in_parallel (`bool`, *optional*, defaults to `False`): Whether each process of a distributed launch, with the
-            whole model, asks a share. Then it is a collective, and all get the same result.
+        settings: Other arguments of [`~trl_selfdistill.slick.generation.predict_answers`].
 
     Returns:
-        `dict[str, bool]`: `fact_id` -> whether greedy decoding gives the answer or an alias of it, and ends there.
+        `dict[str, FactAnswer]`: `fact_id` -> its answer.
     """
+    return _judged(facts, predict_answers_in_parallel(model, tokenizer, _prompts(facts), **settings))
 
-    def ask(chunk: list[dict]) -> dict[str, bool]:
-        prompts = [question_prompt(fact["question"]) for fact in chunk]
-        accepted = [[fact["answer"], *fact["aliases"]] for fact in chunk]
-        scores = score_answers(model, tokenizer, prompts, accepted, greedy_only=True, batch_size=batch_size)
-        return {fact["fact_id"]: score.is_greedy for fact, score in zip(chunk, scores, strict=True)}
 
-    # The chunks, and so the batches, do not depend on the number of processes
-    rows = facts.to_list()
-    chunks = [rows[begin : begin + _CHUNK_SIZE] for begin in range(0, len(rows), _CHUNK_SIZE)]
-    correct = {}
-    for outcomes in map_in_parallel(ask, chunks) if in_parallel else map(ask, chunks):
-        correct |= outcomes
-    return correct
+def _prompts(facts: Dataset) -> list[str]:
+    return [question_prompt(question) for question in facts["question"]]
+
+
+def _judged(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
+    """The answers with the verdicts of the metric."""
+    accepted = [[answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True)]
+    examples = score_hallucinations(answers, accepted, detailed=True)["examples"]
+    judged = [FactAnswer(example["outcome"], example["prediction"]) for example in examples]
+    return dict(zip(facts["fact_id"], judged, strict=True))
 
 
 class FactAccuracyCallback(TrainerCallback):
     """
-    Asks sets of facts before the first step and at the end of every epoch, logs `eval_<set>_accuracy` to the
-    trainer's reporters and adds an [`AccuracyRecord`] to a JSONL file.
-
-    Under DDP each process asks a share of the facts. Where the weights are sharded (FSDP, DeepSpeed), every process
-    asks all, as a forward pass is a collective there.
+    Asks sets of facts before the first step and at the end of every epoch, logs `eval_<set>_accuracy`,
+    `eval_<set>_hallucination_rate` and `eval_<set>_abstention_rate` to the trainer's reporters and adds an
+    [`AccuracyRecord`] to a JSONL file.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer whose model is evaluated. Add the callback to it.
@@ -110,18 +101,27 @@ class FactAccuracyCallback(TrainerCallback):
         path (`Path`): File of the records. A run that starts without any evaluates before its first step. A resumed
             one drops those of the steps that it repeats, and makes up for one that is missing.
         each_epoch (`bool`, *optional*, defaults to `True`): Whether to evaluate after every epoch, or the last only.
+        before (`bool`, *optional*, defaults to `True`): Whether to evaluate before the first step.
     """
 
-    def __init__(self, trainer: Trainer, fact_sets: dict[str, Dataset], path: Path, each_epoch: bool = True):
+    def __init__(
+        self,
+        trainer: Trainer,
+        fact_sets: dict[str, Dataset],
+        path: Path,
+        each_epoch: bool = True,
+        before: bool = True,
+    ):
         self.trainer = trainer
         self.fact_sets = fact_sets
         self.path = path
         self.each_epoch = each_epoch
+        self.before = before
 
     def on_train_begin(self, args, state, control, **kwargs):
         last = on_main_process(lambda: self._drop_records_after(state.global_step))
         if state.global_step == 0:
-            due = last is None
+            due = self.before and last is None
         else:  # killed between a checkpoint and the evaluation that followed it
             is_end = state.global_step >= state.max_steps
             at_epoch_end = abs(state.epoch - round(state.epoch)) < 1e-6
@@ -142,18 +142,19 @@ class FactAccuracyCallback(TrainerCallback):
             self._ask(state)
 
     def _ask(self, state) -> None:
-        tokenizer = self.trainer.processing_class
-        sharded = self.trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        # One autocast around all forward passes: each by itself would cast all of the weights anew
-        with self.trainer.accelerator.autocast():
-            correct = {
-                name: answered_correctly(self.trainer.model, tokenizer, facts, in_parallel=not sharded)
-                for name, facts in self.fact_sets.items()
-            }
-        record = AccuracyRecord(state.global_step, round(state.epoch or 0.0, 6), correct)
+        answers = {
+            name: _judged(facts, answers_in_training(self.trainer, _prompts(facts)))
+            for name, facts in self.fact_sets.items()
+        }
+        record = AccuracyRecord(state.global_step, round(state.epoch or 0.0, 6), answers)
         if state.is_world_process_zero:
             write_records(self.path, [*read_records(self.path), record])
-        log_beside_training(self.trainer, {f"eval_{name}_accuracy": record.accuracy(name) for name in correct})
+        rates = {
+            f"eval_{name}_{rate}": float(record.outcomes(name, outcome).mean())
+            for name in answers
+            for rate, outcome in RATES.items()
+        }
+        log_beside_training(self.trainer, rates)
 
 
 def write_records(path: Path, records: list[AccuracyRecord]) -> None:
@@ -162,5 +163,12 @@ def write_records(path: Path, records: list[AccuracyRecord]) -> None:
 
 
 def read_records(path: Path) -> list[AccuracyRecord]:
-    """Reads a file of records."""
-    return [AccuracyRecord(**record) for record in read_jsonl(path)]
+    """Reads a file of records; a `ValueError` if an earlier version wrote it, which kept no answers."""
+    records = []
+    for record in read_jsonl(path):
+        if "answers" not in record:
+            raise ValueError(f"{path}: an earlier version wrote it, without the answers. Move or delete its folder.")
+        sets = record.pop("answers").items()
+        answers = {name: {fact_id: FactAnswer(*answer) for fact_id, answer in rows.items()} for name, rows in sets}
+        records.append(AccuracyRecord(**record, answers=answers))
+    return records

@@ -12,8 +12,6 @@ from .stage import run_arguments
 
 
 RECORDS_FILE = "accuracy.jsonl"
-# The evaluation before a chain of stages; its first stage has it in its own records
-BASE_RECORDS_FILE = "base_accuracy.jsonl"
 TRAINING_FILE = "training.json"
 DRIFT_FILE = "drift.jsonl"
 OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # colours that colour-blind readers can tell apart
@@ -28,14 +26,12 @@ class VariantResult(NamedTuple):
         name (`str`): The folder's name.
         records (`list[AccuracyRecord]`): The run's evaluations, from before the first step to the end.
         training (`dict`): Content of `training.json`: settings, cost, the trainer's log.
-        base (`AccuracyRecord`): The evaluation of the base model, before any training of the study.
         drift (`list[dict]`, *optional*): Lines of `drift.jsonl`, empty without a drift probe.
     """
 
     name: str
     records: list[AccuracyRecord]
     training: dict
-    base: AccuracyRecord
     drift: list[dict] = []
 
     @property
@@ -48,13 +44,34 @@ class VariantResult(NamedTuple):
         """Its name for readers, as Markdown: a folder may have any name."""
         return escape_markdown(self.title)
 
+    @property
+    def before(self) -> AccuracyRecord | None:
+        """
+        The evaluation of the model that the run started from, `None` if that had not learnt the format of the
+        questions in a run of its own: its answers tell little about what it knew.
+        """
+        return self.records[0] if self.training["started_from"] else None
+
+    def hallucination_rates(self) -> dict[str, float | None]:
+        """
+        On the held-out facts at the end, the metric's `hallucination_rate` and `abstention_rate`, and of the facts
+        that were right before, `induced_hallucination_rate`; `None` if there were none.
+        """
+        hallucinated, abstained = (self.records[-1].outcomes("heldout", o) for o in ("hallucinated", "abstained"))
+        known = hallucinated[:0] if self.before is None else hallucinated[self.before.outcomes("heldout") > 0]
+        return {
+            "hallucination_rate": float(hallucinated.mean()),
+            "abstention_rate": float(abstained.mean()),
+            "induced_hallucination_rate": float(known.mean()) if known.size else None,
+        }
+
     def forgetting(self) -> Interval:
         """Peak minus final held-out accuracy (see [`~trl_selfdistill.studies.fact_accuracy.forgetting`])."""
         return mean_interval(forgetting(self.records))
 
     def forgetting_difference(self, baseline: "VariantResult") -> Interval:
         """Its forgetting minus that of `baseline`, fact by fact, which must be the same: below 0, it forgets less."""
-        if self.records[0].correct["heldout"].keys() != baseline.records[0].correct["heldout"].keys():
+        if self.records[0].answers["heldout"].keys() != baseline.records[0].answers["heldout"].keys():
             raise ValueError(
                 f"{self.name} and {baseline.name} were asked different held-out facts. Train both on the same mix."
             )
@@ -70,7 +87,8 @@ class VariantResult(NamedTuple):
             "forgetting": self.forgetting()._asdict(),
             "new_learnt": self.records[-1].accuracy("new"),
             "known_after": self.records[-1].accuracy("known"),
-            "num_facts": {name: len(correct) for name, correct in self.records[-1].correct.items()},
+            **self.hallucination_rates(),
+            "num_facts": {name: len(answers) for name, answers in self.records[-1].answers.items()},
             "epochs": [record.epoch for record in self.records],
             "heldout_curve": heldout,
             "new_curve": [record.accuracy("new") for record in self.records],
@@ -84,21 +102,15 @@ def read_result(folder: Path) -> VariantResult:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no finished run: {file} is missing. Train the variant first.")
     run_arguments(folder)  # a folder of version 0.1.0 is refused
-    records, base, drift = read_records(folder / RECORDS_FILE), folder / BASE_RECORDS_FILE, folder / DRIFT_FILE
-    return VariantResult(
-        folder.name,
-        records,
-        read_json(folder / TRAINING_FILE),
-        read_records(base)[0] if base.is_file() else records[0],
-        read_jsonl(drift) if drift.is_file() else [],
-    )
+    drift = read_jsonl(folder / DRIFT_FILE) if (folder / DRIFT_FILE).is_file() else []
+    return VariantResult(folder.name, read_records(folder / RECORDS_FILE), read_json(folder / TRAINING_FILE), drift)
 
 
 def render_table(results: list[VariantResult]) -> str:
     """A Markdown table with a row for each variant. The first is the baseline that the others are compared with."""
     baseline = results[0]
     header = ["variant", "held-out before / peak / after", "forgetting [95 % CI]"]
-    header += [f"difference from {baseline.label} [95 % CI]"]
+    header += [f"difference from {baseline.label} [95 % CI]", "hallucinated / abstained"]
     header += ["new learnt", "Known", "s / step", "trainable parameters"]
     differences = [format_interval(other.forgetting_difference(baseline), signed=True) for other in results[1:]]
     rows = []
@@ -110,6 +122,7 @@ def render_table(results: list[VariantResult]) -> str:
                 f"{s['heldout_before']:.3f} / {s['heldout_peak']:.3f} / {s['heldout_after']:.3f}",
                 format_interval(result.forgetting()),
                 difference,
+                f"{s['hallucination_rate']:.3f} / {s['abstention_rate']:.3f}",
                 f"{s['new_learnt']:.3f}",
                 f"{s['known_after']:.3f}",
                 "-" if s["seconds_per_step"] is None else f"{s['seconds_per_step']:.2f}",
@@ -150,7 +163,7 @@ def plot_curves(results: list[VariantResult], path: Path) -> None:
             label = result.title.replace("$", r"\$")  # between dollars, matplotlib sets formulas
             values = [record.accuracy(name) for record in result.records]
             axis.plot([record.epoch for record in result.records], values, label=label)
-        num_facts = len(results[0].records[-1].correct[name])
+        num_facts = len(results[0].records[-1].answers[name])
         axis.set(title=f"{heading} (n = {num_facts})", xlabel="epochs", ylabel="accuracy (exact match)")
     axes[0].legend(frameon=False)
     model = (results[0].training["origin"] or "a local model").split("/")[-1]

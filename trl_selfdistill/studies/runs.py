@@ -23,7 +23,7 @@ from ..trainers.trainer_card import count_categories, describe_training
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
-from .results import BASE_RECORDS_FILE, RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
+from .results import RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
 
@@ -115,13 +115,14 @@ def train_variant(
     *,
     num_steps: int | None = None,
     each_epoch: bool = True,
+    before: bool = True,
     keep_model: bool = True,
     earlier: Path | None = None,
 ) -> VariantResult:
     """
     Trains a variant unless `folder` already holds its result. A killed run goes on from its last complete checkpoint.
 
-    The folder gets `accuracy.jsonl` (which facts were right, from before the first step to the end), `training.json`
+    The folder gets `accuracy.jsonl` (what was answered, from before the first step to the end), `training.json`
     (settings, cost, the trainer's log) and, with `keep_model`, the model and its card.
 
     Args:
@@ -131,6 +132,7 @@ def train_variant(
         facts (`Callable[[Path], RunFacts]`): Makes the facts, if the run has to be made. It may write into its folder.
         num_steps (`int`, *optional*): Optimizer steps. By default the epochs of the configuration decide.
         each_epoch (`bool`, *optional*, defaults to `True`): Whether to ask after each epoch, or at the end only.
+        before (`bool`, *optional*, defaults to `True`): Whether to ask before the first step.
         keep_model (`bool`, *optional*, defaults to `True`): Whether to keep the model that training ends with.
         earlier (`Path`, *optional*): Folder of the run that `setup.start` comes from, with the same facts asked. Its
             last evaluation is the first one here.
@@ -150,7 +152,7 @@ def train_variant(
         "config": {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT},
         "adapter": adapter_arguments(setup.model_args),
         "about": {"variant": variant.name, **variant.about},
-        "each_epoch": each_epoch,
+        "asked": {"before": before, "each_epoch": each_epoch},
         "keep_model": keep_model,
         **identity,
     }
@@ -163,8 +165,8 @@ def train_variant(
         if earlier is not None and checkpoint is None and trainer.is_world_process_zero():
             last = read_records(earlier / RECORDS_FILE)[-1]
             write_records(partial / RECORDS_FILE, [last._replace(step=0, epoch=0.0)])
-            write_records(partial / BASE_RECORDS_FILE, [read_result(earlier).base])
-        trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, partial / RECORDS_FILE, each_epoch))
+        records = partial / RECORDS_FILE
+        trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, records, each_epoch, before))
         if variant.prepare is not None:
             variant.prepare(trainer, partial)
         times = StepTimes()
@@ -212,6 +214,7 @@ def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: 
         "label": variant.label,
         "about": variant.about,
         "origin": _origin(setup.start),
+        "started_from": Path(setup.start).name if (Path(setup.start) / TRAINING_FILE).is_file() else None,
         "mix": run_arguments(setup.mix),
         "splits": [*trained_on],
         "composition": count_categories(trained_on),

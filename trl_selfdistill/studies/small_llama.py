@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from accelerate import PartialState
@@ -24,8 +25,8 @@ from transformers import (
     get_scheduler,
 )
 
+from ..slick.likelihood import score_answers
 from ..slick.prompts import answer_completion, few_shot_prompt, question_prompt
-from .fact_accuracy import answered_correctly
 
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ def _train(model: LlamaForCausalLM, tokenizer, facts: Dataset, settings: SmallLl
     schedule = get_scheduler(
         "cosine_with_min_lr", optimizer, num_steps // 50, num_steps, scheduler_specific_kwargs={"min_lr_rate": 0.1}
     )
+    prompts = [question_prompt(question) for question in facts["question"]]
+    accepted = [[answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True)]
     accuracy = 0.0
     for epoch, documents in enumerate(epochs, start=1):
         model.train()
@@ -134,8 +137,8 @@ def _train(model: LlamaForCausalLM, tokenizer, facts: Dataset, settings: SmallLl
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        outcomes = answered_correctly(model.eval(), tokenizer, facts, batch_size=256).values()
-        accuracy = sum(outcomes) / len(outcomes)
+        scores = score_answers(model, tokenizer, prompts, accepted, greedy_only=True, batch_size=256)
+        accuracy = fmean(score.is_greedy for score in scores)
         logger.info(f"small Llama: {accuracy:.1%} of the facts after {epoch} epochs")
         if accuracy >= settings.target_accuracy:
             break

@@ -204,7 +204,10 @@ def _stage1_stage(arguments: Stage1Arguments, setup: StudySetup, folder: Path) -
     changes = {"num_train_epochs": 1, "learning_rate": arguments.stage1_learning_rate}
     config = copy_config(SFTConfig, setup.config, per_device_train_batch_size=8, **changes)
     variant = Variant("stage1", "Stage 1")
-    train_variant(variant, setup._replace(config=config), folder, lambda partial: facts_of_mix(setup.mix, ("known",)))
+    # The base is not asked: it has not learnt the format, and what it knows SLiCK has found out
+    asked = {"before": False}
+    setup = setup._replace(config=config)
+    train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix, ("known",)), **asked)
     return folder
 
 

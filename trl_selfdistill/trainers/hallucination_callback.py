@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often a model hallucinates while it trains: it answers sets of questions, on all processes at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
@@ -40,6 +42,42 @@ def predict_answers_in_parallel(
         answers = predict_answers(model, tokenizer, [prompts[i] for i in rows], **settings)
         answered = dict(gather_object([(i, answer) for i, [answer] in zip(rows, answers, strict=True)]))
     return [answered[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def kept_casts(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Inside, on a CPU, autocast casts frozen weights once, as it does those that are trained, and not in each forward
+    pass, of which generation makes one a token. Without gradients only.
+    """
+    frozen = [
+        p for p in model.parameters() if p.device.type == "cpu" and p.is_floating_point() and not p.requires_grad
+    ]
+    for parameter in frozen:
+        parameter.requires_grad = True  # autocast keeps the casts of these alone
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
+
+
+def answers_in_training(trainer: Trainer, prompts: Sequence[str], **settings) -> list[str]:
+    """
+    The greedy answers of a trainer's model, in its precision. A collective.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer. Under DDP, FSDP2 and ZeRO-3 each process asks a share.
+        prompts (`Sequence[str]`): The prompts, the same on every process.
+        settings: Other arguments of [`~trl_selfdistill.slick.generation.predict_answers`].
+    """
+    accelerator = trainer.accelerator
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    settings["synced_gpus"] = sharded and accelerator.num_processes > 1
+    model = accelerator.unwrap_model(trainer.model_wrapped)
+    # One around all forward passes: each by itself would cast all of the weights
+    with accelerator.autocast(), kept_casts(model):
+        return predict_answers_in_parallel(model, trainer.processing_class, prompts, **settings)
 
 
 class HallucinationEvalCallback(TrainerCallback):
@@ -124,22 +162,12 @@ class HallucinationEvalCallback(TrainerCallback):
         for name, rows in self.eval_sets.items():
             aliases = rows["aliases"] if "aliases" in rows.column_names else [[]] * len(rows)
             references = [[answer, *(forms or [])] for answer, forms in zip(rows["answer"], aliases, strict=True)]
-            scores = score_hallucinations(self._answer(rows["question"]), references, **self.answer_rules)
+            prompts = [self.prompt_function(question) for question in rows["question"]]
+            answers = answers_in_training(self.trainer, prompts, **self.settings)
+            scores = score_hallucinations(answers, references, **self.answer_rules)
             metrics |= {f"eval_{name}_{rate}": scores[rate] for rate in RATES}
             accuracies = [log.get(f"eval_{name}_accuracy", 0.0) for log in (*state.log_history, metrics)]
             metrics[f"eval_{name}_forgetting"] = max(accuracies) - scores["accuracy"]
         if metrics:
             log_beside_training(self.trainer, metrics)
         return metrics
-
-    def _answer(self, questions: Sequence[str]) -> list[str]:
-        accelerator = self.trainer.accelerator
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        with accelerator.autocast():  # one around all forward passes: each by itself would cast all of the weights
-            return predict_answers_in_parallel(
-                accelerator.unwrap_model(self.trainer.model_wrapped),
-                self.trainer.processing_class,
-                [self.prompt_function(question) for question in questions],
-                synced_gpus=sharded and accelerator.num_processes > 1,
-                **self.settings,
-            )

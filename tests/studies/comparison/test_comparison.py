@@ -6,12 +6,14 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_model, made_once
 from datasets import Dataset
 from PIL import Image
 from sft_runs import TOKENIZER, trainer
+from study_records import answered
 from toy_study import STUDY_FLAGS, run_script, runs_of
 from trl import SFTTrainer
 
@@ -71,7 +73,7 @@ def test_the_report_holds_what_the_runs_recorded(finished):
 def test_all_variants_start_alike_and_make_as_many_steps(finished):
     results = [result for variant in VARIANTS for result in results_of(finished, variant)]
     assert {result.training["num_steps"] for result in results} == {8}
-    assert all(result.records[0].correct == results[0].records[0].correct for result in results)
+    assert all(result.records[0].answers == results[0].records[0].answers for result in results)
     logs = [result.training["log_history"] for result in results_of(finished, "sft")]
     assert logs[0] != logs[1] != logs[2]  # seeds matter
     for variant in VARIANTS:  # only SFT is asked after each epoch, and kept
@@ -84,16 +86,14 @@ def test_all_variants_start_alike_and_make_as_many_steps(finished):
 
 def test_the_facts_that_choose_when_to_stop_are_not_those_that_judge(finished):
     heldout = set(load_mix(finished / "mix")["heldout"]["fact_id"])
-    correct = results_of(finished, "sft")[0].records[-1].correct
-    judging, choosing = correct["heldout"].keys(), correct["validation"].keys()
+    answers = results_of(finished, "sft")[0].records[-1].answers
+    judging, choosing = answers["heldout"].keys(), answers["validation"].keys()
     assert not judging & choosing and judging | choosing == heldout
-
-    def right(number: int) -> dict[str, bool]:
-        return {str(i): i < number for i in range(9)}
 
     # Before training is no choice; the judging facts would choose the last; of equals the first
     points = [(9, 0), (5, 1), (8, 2), (8, 3), (1, 9)]
-    records = [AccuracyRecord(0, 0, {"validation": right(n), "heldout": right(other)}) for n, other in points]
+    sets = [{"validation": right, "heldout": other} for right, other in points]
+    records = [AccuracyRecord(0, 0, {k: answered(k, np.arange(9) < n) for k, n in asked.items()}) for asked in sets]
     assert best_epoch(records) is records[2]
 
 
@@ -102,7 +102,7 @@ def test_wise_ft_goes_from_the_start_to_sft(finished):
         folder = finished / "runs" / result.name.replace("sft", "wise_ft")
         start, middle, end = read_records(folder / "accuracy.jsonl")
         assert [start.epoch, middle.epoch, end.epoch] == [0.0, 0.5, 1.0]
-        assert start.correct == result.records[0].correct and end.correct == result.records[-1].correct
+        assert start.answers == result.records[0].answers and end.answers == result.records[-1].answers
 
 
 def test_other_mixing_weights_and_further_l2_weights_train_nothing_again(toy_study, finished, tmp_path):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from study_records import answered
 
 from trl_selfdistill.studies.fact_accuracy import AccuracyRecord
 from trl_selfdistill.studies.mechanism.report import plot_mechanism, render_mechanism_report, summarise
@@ -18,13 +19,12 @@ LAYER = "drift_cosine/layer_1/last_subject_token"
 
 def result(variant: MechanismVariant, seed: int) -> VariantResult:
     """A run after which a tenth of the facts is lost, and a hundredth more for each further seed."""
-    before = {f"fact/{i}": True for i in range(100)}
-    after = {fact: i >= 10 + seed for i, fact in enumerate(before)}
-    new = {"new": {f"new{seed}/{i}": i < 8 for i in range(10)}} if variant.num_facts else {}
+    before, after = answered("fact", [True] * 100), answered("fact", np.arange(100) >= 10 + seed)
+    new = {"new": answered(f"new{seed}", np.arange(10) < 8)} if variant.num_facts else {}
     records = [AccuracyRecord(0, 0.0, {"heldout": before, **new}), AccuracyRecord(5, 1.0, {"heldout": after, **new})]
     training = {"num_steps": 5, "seconds_per_step": 0.5, "rows_per_step": 8}
     drift = [{"step": step, "epoch": step / 5, LAYER: step * (1 + seed)} for step in (0, 5)] if variant.probe else []
-    return VariantResult(variant.name, records, training, records[0], drift)
+    return VariantResult(variant.name, records, training, drift)
 
 
 @pytest.mark.parametrize(("num_seeds", "beside"), [(1, " (one seed)"), (2, " (two seeds)"), (3, "")])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import read_jsonl, write_jsonl
 from ...slick.prompts import question_prompt
-from ..fact_accuracy import AccuracyRecord, answered_correctly, read_records, write_records
+from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
 from ..facts.table import fold_name, read_facts
 from ..models import load_model_and_tokenizer
 from ..own_answers import own_answers
@@ -148,11 +148,8 @@ def _wise_ft(
                 for name, parameter in model.named_parameters():
                     parameter.copy_(torch.lerp(start[name], tuned[name], weight))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
-                correct = {
-                    name: answered_correctly(model, tokenizer, facts, in_parallel=True)
-                    for name, facts in asked.items()
-                }
-            records.append(AccuracyRecord(0, weight, correct))
+                answers = {name: ask_facts(model, tokenizer, facts) for name, facts in asked.items()}
+            records.append(AccuracyRecord(0, weight, answers))
         if PartialState().is_main_process:
             write_records(partial / RECORDS_FILE, records)
 

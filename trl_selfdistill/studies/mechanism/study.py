@@ -91,7 +91,7 @@ def results_of(study: MechanismArguments, runs: dict[MechanismVariant, list[Vari
 def new_learnt(results: list[VariantResult]) -> float | None:
     """Share of the synthetic facts asked that were answered at the end, a mean over seeds; `None` without any."""
     last = [result.records[-1] for result in results]
-    return fmean(record.accuracy("new") for record in last) if "new" in last[0].correct else None
+    return fmean(record.accuracy("new") for record in last) if "new" in last[0].answers else None
 
 
 def _facts_of(
