@@ -12,9 +12,26 @@ from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
 from trl import TrlParser
 
+from .precision import choose_precision
+
+
+logger = logging.getLogger(__name__)
+
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the paragraphs of the description, and adds the defaults."""
+
+
+class _Parser(TrlParser):
+    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would."""
+
+    precision: tuple[int, str] | None = None  # level and message, for the log
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, others = super().parse_known_args(args, namespace)
+        if hasattr(namespace, "bf16"):
+            self.precision = choose_precision(namespace)
+        return namespace, others
 
 
 def expand_preset(flags: list[str], presets: dict[str, Path]) -> list[str]:
@@ -44,12 +61,14 @@ def run_script(
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
     disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
     usage = "%(prog)s [--config FILE.yaml] [flags]\n\nEvery flag may stand in the YAML file too, without its dashes; "
-    parser = TrlParser(
+    parser = _Parser(
         dataclass_types, usage=usage + "flags win.", description=description.strip(), formatter_class=_HelpFormatter
     )
     arguments = parser.parse_args_and_config(expand_preset(sys.argv[1:], presets or {}))
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if parser.precision is not None and state.is_main_process:
+        logger.log(*parser.precision)
     try:
         main(*arguments)
         state.destroy_process_group()  # its threads may outlive the interpreter, which then aborts

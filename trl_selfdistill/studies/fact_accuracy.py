@@ -98,7 +98,7 @@ def answered_correctly(
 
 class FactAccuracyCallback(TrainerCallback):
     """
-    Asks sets of facts before the first step and at the end of every epoch, logs `eval_<set>_accuracy` to the
+    Asks sets of facts before the first step, at the ends of epochs and at the end, logs `eval_<set>_accuracy` to the
     trainer's reporters and adds an [`AccuracyRecord`] to a JSONL file.
 
     Under DDP each process asks a share of the facts. Where the weights are sharded (FSDP, DeepSpeed), every process
@@ -109,14 +109,14 @@ class FactAccuracyCallback(TrainerCallback):
         fact_sets (`dict[str, Dataset]`): Sets of facts by name.
         path (`Path`): File of the records. A run that starts without any evaluates before its first step. A resumed
             one drops those of the steps that it repeats, and makes up for one that is missing.
-        each_epoch (`bool`, *optional*, defaults to `True`): Whether to evaluate after every epoch, or the last only.
+        eval_epochs (`int`, *optional*, defaults to `1`): Epochs from one evaluation to the next; 0: the end only.
     """
 
-    def __init__(self, trainer: Trainer, fact_sets: dict[str, Dataset], path: Path, each_epoch: bool = True):
+    def __init__(self, trainer: Trainer, fact_sets: dict[str, Dataset], path: Path, eval_epochs: int = 1):
         self.trainer = trainer
         self.fact_sets = fact_sets
         self.path = path
-        self.each_epoch = each_epoch
+        self.eval_epochs = eval_epochs
 
     def on_train_begin(self, args, state, control, **kwargs):
         last = on_main_process(lambda: self._drop_records_after(state.global_step))
@@ -124,8 +124,7 @@ class FactAccuracyCallback(TrainerCallback):
             due = last is None
         else:  # killed between a checkpoint and the evaluation that followed it
             is_end = state.global_step >= state.max_steps
-            at_epoch_end = abs(state.epoch - round(state.epoch)) < 1e-6
-            due = last != state.global_step and (is_end or (self.each_epoch and at_epoch_end))
+            due = last != state.global_step and (is_end or self._is_due(state.epoch))
         if due:
             self._ask(state)
 
@@ -138,8 +137,11 @@ class FactAccuracyCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Not in `on_train_end`: the reporters close their logs there
-        if self.each_epoch or control.should_training_stop:
+        if self._is_due(state.epoch) or control.should_training_stop:
             self._ask(state)
+
+    def _is_due(self, epoch: float) -> bool:
+        return self.eval_epochs > 0 and round(epoch, 6) % self.eval_epochs == 0
 
     def _ask(self, state) -> None:
         tokenizer = self.trainer.processing_class
