@@ -50,8 +50,7 @@ def test_commands_are_taken(command, monkeypatch, capsys):
     presets = {"mechanism_study.py": "mechanism", "compare_methods.py": "compare"}
     configs = {path.stem.partition("_")[2]: path for path in SCRIPTS.glob(f"configs/{presets.get(name)}_*.yaml")}
     flags = command_line.expand_preset(flags, configs)
-    trains = "--config" in flags or "sft" in name
-    parser.parse_args_and_config([*flags, *(["--use_cpu", "true"] if trains else [])])  # bf16 elsewhere needs a GPU
+    parser.parse_args_and_config(flags)
 
 
 @pytest.mark.parametrize("document", TEXTS)

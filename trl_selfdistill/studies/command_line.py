@@ -22,7 +22,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """Keeps the paragraphs of the description, and adds the defaults."""
 
 
-class _Parser(TrlParser):
+class ScriptParser(TrlParser):
     """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would."""
 
     precision: tuple[int, str] | None = None  # level and message, for the log
@@ -61,7 +61,7 @@ def run_script(
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
     disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
     usage = "%(prog)s [--config FILE.yaml] [flags]\n\nEvery flag may stand in the YAML file too, without its dashes; "
-    parser = _Parser(
+    parser = ScriptParser(
         dataclass_types, usage=usage + "flags win.", description=description.strip(), formatter_class=_HelpFormatter
     )
     arguments = parser.parse_args_and_config(expand_preset(sys.argv[1:], presets or {}))

@@ -230,7 +230,7 @@ def report_stage(folders: list[Path], output: Path) -> str:
     baseline, names = results[0], [result.name for result in results]
     if len(set(names)) < len(names):
         raise ValueError(f"Variants are told apart by the names of their folders, got {names}. Rename some of them.")
-    text = f"{render_table(results)}\n\n{render_findings(results)}\n"
+    text = f"{render_table(results)}\n\n{render_findings(results)}\n\nPrecision: {baseline.training['precision']}.\n"
     numbers = {result.name: result.summary() | {"forgetting_difference": None} for result in results}
     for result in results[1:]:
         numbers[result.name]["forgetting_difference"] = result.forgetting_difference(baseline)._asdict()
@@ -238,8 +238,7 @@ def report_stage(folders: list[Path], output: Path) -> str:
     write_json(output / "results.json", numbers)
     origin = escape_markdown(baseline.training["origin"] or "a local model")
     plot_curves(results, output / "curves.png")
-    precision = f"Precision: {baseline.training['precision']}."
-    report = f"# {origin}: what fine-tuning made it forget\n\n{text}\n{precision}\n\n![Curves](curves.png)\n"
+    report = f"# {origin}: what fine-tuning made it forget\n\n{text}\n![Curves](curves.png)\n"
     (output / "report.md").write_text(report, encoding="utf-8")
     for result, folder in zip(results, folders, strict=True):
         shutil.copyfile(output / "curves.png", folder / "curves.png")
