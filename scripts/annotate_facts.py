@@ -11,7 +11,7 @@ served as exemplars in the prompts. Interrupted, it goes on with the same comman
         --model_name_or_path embedded --fact_relations P17 P36 --max_facts_per_relation 500
 
     trl-selfdistill annotate --output_dir outputs/study \\
-        --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 --facts my_facts.csv --slick_preset gekhman2024
+        --model_name_or_path Qwen/Qwen2.5-1.5B --facts my_facts.csv --slick_preset gekhman2024
 """
 
 from collections import Counter
@@ -34,7 +34,10 @@ class AnnotationArguments:
     _argument_group_name = "run"
 
     output_dir: str = field(default="outputs/study", metadata={"help": "Folder of `facts` and `annotated`."})
-    bf16: bool = field(default=False, metadata={"help": "Whether to ask in bf16 autocast rather than float32."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to ask in bf16 autocast. By default where the device computes bf16 natively."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the exemplars and of the samples."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code of the checkpoint."})
 

@@ -9,7 +9,7 @@ overall, by relation and, for annotated facts, by SLiCK category).
     trl-selfdistill evaluate --model_name_or_path outputs/study/selfdistill \\
         --facts outputs/study/mix/heldout.jsonl --output_dir outputs/evaluation
 
-    trl-selfdistill evaluate --model_name_or_path Qwen/Qwen2.5-1.5B --bf16 \\
+    trl-selfdistill evaluate --model_name_or_path Qwen/Qwen2.5-1.5B \\
         --facts my_facts.csv --batch_size 256 --output_dir outputs/evaluation
 """
 
@@ -41,7 +41,10 @@ class EvaluationArguments:
     facts_split: str = field(default="train", metadata={"help": "Split of a dataset to read the facts from."})
     batch_size: int = field(default=64, metadata={"help": "Sequences in one forward pass."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer, in tokens."})
-    bf16: bool = field(default=False, metadata={"help": "Whether to ask in bf16 autocast rather than float32."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to ask in bf16 autocast. By default where the device computes bf16 natively."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code of the checkpoint."})
     output_dir: str = field(
         default="outputs/evaluation", metadata={"help": "Folder of `predictions.jsonl` and `accuracy.json`."}

@@ -22,6 +22,8 @@ from trl import SFTTrainer
 
 from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.facts.table import read_facts
+from trl_selfdistill.studies.progress import announce_plan
 from trl_selfdistill.studies.publishing import publish_command
 from trl_selfdistill.studies.results import VARIANT_LABELS
 from trl_selfdistill.studies.runs import Variant, train_variant
@@ -42,7 +44,14 @@ class QuickstartArguments:
         metadata={"help": "Variants of stage 2, among sft, selfdistill and frozen, the report's baseline first."},
     )
 
+    eval_epochs: int = field(
+        default=1,
+        metadata={"help": "Epochs from one evaluation of a variant to the next. 0: before it and at its end only."},
+    )
+
     def __post_init__(self):
+        if self.eval_epochs < 0:
+            raise ValueError(f"`eval_epochs` must be 0 or more, got {self.eval_epochs}.")
         if not self.variants or set(self.variants) - {*TRAINERS}:
             raise ValueError(f"`variants` may hold sft, selfdistill and frozen, got {self.variants}.")
 
@@ -50,7 +59,12 @@ class QuickstartArguments:
 def main(study: QuickstartArguments, *shared) -> None:
     """Runs the stages in their order and writes the report."""
     # 1. What does the model know? Known, new and held-out facts, and the format: the start of every variant
-    setup = prepare_study(*shared)
+    model_args, _, slick, mix, *_, config = shared
+
+    def announce(model: str, facts: Path) -> None:
+        announce_plan(model, read_facts(facts), study.variants, study.eval_epochs, model_args, slick, mix, config)
+
+    setup = prepare_study(*shared, announce=announce)
     output = Path(setup.config.output_dir)
 
     # 2. The variants, on the same data with the same seed and steps. Only `frozen` freezes groups
@@ -60,7 +74,8 @@ def main(study: QuickstartArguments, *shared) -> None:
     folders = [output / name for name in study.variants]
     for name, folder in zip(study.variants, folders, strict=True):
         variant = Variant(name, VARIANT_LABELS[name], TRAINERS[name], changes.get(name, {}))
-        train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix), earlier=Path(setup.start))
+        options = {"eval_epochs": study.eval_epochs, "earlier": Path(setup.start)}
+        train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix), **options)
 
     # 3. The report
     if PartialState().is_main_process:

@@ -53,8 +53,7 @@ def test_commands_are_taken(command, monkeypatch, capsys):
         assert not [flag for flag in flags if flag.startswith("--") and flag not in text]
         return
     parser = parser_of(name, monkeypatch)
-    trains = "--config" in flags or "sft" in name
-    parser.parse_args_and_config([*flags, *(["--use_cpu", "true"] if trains else [])])  # bf16 elsewhere needs a GPU
+    parser.parse_args_and_config(flags)
 
 
 @pytest.mark.parametrize("document", TEXTS)

@@ -12,7 +12,6 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from toy_study import SCRIPTS, STUDY_FLAGS, run_script
 from transformers import AutoModelForCausalLM
-from trl import TrlParser
 
 from trl_selfdistill.files import read_json, read_jsonl
 from trl_selfdistill.hallucination import RATES
@@ -43,12 +42,12 @@ def training_flags(**changes) -> list[str]:
     return flags + [text for name, value in changes.items() for text in (f"--{name}", str(value))]
 
 
-def parser_of(name: str, monkeypatch) -> TrlParser:
+def parser_of(name: str, monkeypatch) -> command_line.ScriptParser:
     """A parser of what a script parses."""
     calls = []
     monkeypatch.setattr(command_line, "run_script", lambda *arguments: calls.append(arguments))
     runpy.run_path(str(SCRIPTS / name), run_name="__main__")
-    return TrlParser(calls[0][1])
+    return command_line.ScriptParser(calls[0][1])
 
 
 @pytest.mark.parametrize("name", STAGE_SCRIPTS)
@@ -67,13 +66,13 @@ def test_presets_are_files_that_parse(script, monkeypatch):
     for name in ("default", "small_llama", "paper", "tiny"):
         file = SCRIPTS / f"configs/{script}_{name}.yaml"
         parser = parser_of(file_name, monkeypatch)  # a new one: it keeps the values of a file as its defaults
-        *_, config = parser.parse_args_and_config(["--config", str(file), "--bf16", "false"])
+        *_, config = parser.parse_args_and_config(["--config", str(file)])
         assert config.output_dir.startswith("outputs/")
 
 
 def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     given = ["--model_name_or_path", toy_study.model, "--facts", toy_study.facts]
-    run_script("annotate_facts.py", "--output_dir", tmp_path, *given, *SLICK, "--seed", 42)
+    run_script("annotate_facts.py", "--output_dir", tmp_path, *given, *SLICK, "--seed", 42, "--bf16", "false")
     annotated, mix = tmp_path / "annotated" / "facts.jsonl", tmp_path / "mix"
     run_script("build_training_mix.py", "--annotated", annotated, "--output_dir", mix, *MIX, "--seed", 42)
     stage1 = training_flags(num_train_epochs=1, learning_rate=1e-3, kl_weight=0, splits="known")

@@ -35,6 +35,8 @@ COUNTRIES = ["Norway", "Peru", "France", "Japan", "Austria"]
 SCORE = SlickSettings(num_prompts=3, num_shots=2, num_samples=4, temperature=1.0, top_k=None)
 GENERATE = replace(SCORE, method="generate")
 SETTINGS = pytest.mark.parametrize("settings", [SCORE, GENERATE], ids=["score", "generate"])
+HIGHLY_KNOWN = replace(SCORE, only_highly_known=True)
+SHARED = {"score": SCORE, "generate": GENERATE, "highly known": HIGHLY_KNOWN}
 
 
 def build_facts() -> Dataset:
@@ -118,6 +120,20 @@ def test_columns_come_from_all_prompts_of_a_fact(settings, tokenizer):
 
 
 @SETTINGS
+def test_only_highly_known_facts(settings, monkeypatch):
+    """Those that the whole annotation finds, and no fact is asked again after a wrong answer."""
+    asked, ask = Counter(), slick._ask
+    monkeypatch.setattr(slick, "_ask", lambda m, t, prompts, *rest: asked.update(prompts) or ask(m, t, prompts, *rest))
+    whole = Dataset.from_dict(annotate(settings))
+    expected = whole.filter(lambda row: row["slick_category"] == "HighlyKnown").remove_columns(SLICK_COLUMNS[1:3])
+    num_questions = asked.total()
+    asked.clear()
+    assert annotate(replace(settings, only_highly_known=True)) == expected.to_dict()
+    assert 0 < len(expected) < len(whole)
+    assert len(whole) < asked.total() < num_questions
+
+
+@pytest.mark.parametrize("settings", [SCORE, GENERATE, HIGHLY_KNOWN], ids=["score", "generate", "highly known"])
 def test_interrupted_run_goes_on(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(slick, "_CHUNK_SIZE", {"score": 4, "generate": 4})
     expected = annotate(settings, tmp_path / "whole.jsonl")
@@ -174,12 +190,12 @@ def test_progress_file_cut_off_anywhere(tmp_path):
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(slick, "_CHUNK_SIZE", {"score": 28, "generate": 4})
     run_in_two_processes(__file__, str(tmp_path))
-    for settings in (SCORE, GENERATE):
+    for name, settings in SHARED.items():
         expected = annotate(settings, tmp_path / "one.jsonl")
-        results = [read_json(tmp_path / f"{settings.method}-{rank}.json") for rank in range(2)]
+        results = [read_json(tmp_path / f"{name}-{rank}.json") for rank in range(2)]
         assert results[0] == results[1] == json.loads(json.dumps(expected))
         # One process continues what two began, to the same file
-        two, one = tmp_path / f"{settings.method}.jsonl", tmp_path / "one.jsonl"
+        two, one = tmp_path / f"{name}.jsonl", tmp_path / "one.jsonl"
         assert two.read_bytes() == one.read_bytes()
         two.write_bytes(b"".join(two.read_bytes().splitlines(keepends=True)[:3]))
         assert annotate(settings, two) == expected and two.read_bytes() == one.read_bytes()
@@ -189,9 +205,9 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
 def annotate_on_this_process(folder: Path) -> None:
     rank = PartialState(cpu=True).process_index
     slick._CHUNK_SIZE = {"score": 28, "generate": 4}
-    for settings in (SCORE, GENERATE):
-        result = annotate(settings, folder / f"{settings.method}.jsonl")
-        write_json(folder / f"{settings.method}-{rank}.json", result)
+    for name, settings in SHARED.items():
+        result = annotate(settings, folder / f"{name}.jsonl")
+        write_json(folder / f"{name}-{rank}.json", result)
     leave_processes()
 
 

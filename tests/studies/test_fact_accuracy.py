@@ -61,14 +61,14 @@ def test_generation_agrees_with_scoring(trained, facts, batch_size):
 ASKED = toy_facts().select(range(0, 80, 10))
 
 
-def make_trainer(model, folder, path, each_epoch=True, **config) -> SFTTrainer:
+def make_trainer(model, folder, path, eval_epochs=1, **config) -> SFTTrainer:
     model, tokenizer = load_model_and_tokenizer(model)
     dataset = Dataset.from_dict({"prompt": ["Q: a\nA:"] * 8, "completion": [" b"] * 8})
     settings = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 1e-2}
     settings |= {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     config = SFTConfig(folder, **{**settings, **config})
     trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
-    trainer.add_callback(FactAccuracyCallback(trainer, {"heldout": ASKED}, path, each_epoch=each_epoch))
+    trainer.add_callback(FactAccuracyCallback(trainer, {"heldout": ASKED}, path, eval_epochs=eval_epochs))
     return trainer
 
 
@@ -133,8 +133,8 @@ def two_process_program(model: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("config", "last"), [({}, 4), ({"max_steps": 3}, 3)])
-def test_without_each_epoch_the_end_is_evaluated_wherever_it_is(toy_study, tmp_path, config, last):
-    trainer = make_trainer(toy_study.model, tmp_path, tmp_path / "accuracy.jsonl", each_epoch=False, **config)
+def test_without_eval_epochs_the_end_is_evaluated_wherever_it_is(toy_study, tmp_path, config, last):
+    trainer = make_trainer(toy_study.model, tmp_path, tmp_path / "accuracy.jsonl", eval_epochs=0, **config)
     trainer.train()
     records = read_records(tmp_path / "accuracy.jsonl")
     assert [record.step for record in records] == [0, last]
@@ -173,13 +173,13 @@ def test_callback_drops_the_records_of_steps_that_are_done_again(toy_study, tmp_
 
 
 @pytest.mark.parametrize(
-    ("each_epoch", "killed_at", "steps"), [(True, 4, [0, 2, 4]), (False, 4, [0, 4]), (True, 2, [0, 2, 4])]
+    ("eval_epochs", "killed_at", "steps"), [(1, 4, [0, 2, 4]), (0, 4, [0, 4]), (2, 4, [0, 4]), (1, 2, [0, 2, 4])]
 )
 def test_what_was_killed_between_its_last_checkpoint_and_its_evaluation_is_evaluated(
-    toy_study, tmp_path, monkeypatch, each_epoch, killed_at, steps
+    toy_study, tmp_path, monkeypatch, eval_epochs, killed_at, steps
 ):
     path = tmp_path / "accuracy.jsonl"
-    expected = make_trainer(toy_study.model, tmp_path, tmp_path / "whole.jsonl", each_epoch)
+    expected = make_trainer(toy_study.model, tmp_path, tmp_path / "whole.jsonl", eval_epochs)
     expected.train()
 
     def evaluate(self, state):
@@ -193,9 +193,9 @@ def test_what_was_killed_between_its_last_checkpoint_and_its_evaluation_is_evalu
     with monkeypatch.context() as patch:
         patch.setattr(FactAccuracyCallback, "_ask", evaluate)
         with pytest.raises(KeyboardInterrupt):
-            make_trainer(toy_study.model, tmp_path, path, each_epoch, **saving).train()
+            make_trainer(toy_study.model, tmp_path, path, eval_epochs, **saving).train()
     assert [record.step for record in read_records(path)] == [step for step in steps if step < killed_at]
-    resumed = make_trainer(toy_study.model, tmp_path, path, each_epoch, **saving)
+    resumed = make_trainer(toy_study.model, tmp_path, path, eval_epochs, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{killed_at}"))
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [record.step for record in read_records(path)] == steps

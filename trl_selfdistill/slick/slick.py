@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import logging
 import math
 import os
 import random
@@ -15,23 +16,26 @@ from typing import Literal, NamedTuple
 
 from accelerate import PartialState
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hallucination.categories import SlickCategory
 from ..hallucination.exact_match import exact_match
+from ..progress import Progress
 from .generation import predict_answers
 from .likelihood import score_answers
 from .process_sharding import ProgressFile, map_in_parallel
 from .prompts import answer_completion, few_shot_prompt
 
 
+logger = logging.getLogger(__name__)
+
 # Facts of one relation and prompt that are asked together: what an interruption loses
 _CHUNK_SIZE = {"score": 256, "generate": 64}
 _MAX_SHARE = 0.1  # of the facts of a relation, as exemplars are lost for training and evaluation
 _LIKELY = 0.5  # probability of a right sample from which a fact is WeaklyKnown without drawing
 _REQUIRED_COLUMNS = ["fact_id", "relation", "question", "answer", "aliases"]
-SLICK_COLUMNS = ("p_correct_greedy", "p_correct_sampled", "p_any_sample_correct", "slick_category")
+_SAMPLING_COLUMNS = ("p_correct_sampled", "p_any_sample_correct")
+SLICK_COLUMNS = ("p_correct_greedy", *_SAMPLING_COLUMNS, "slick_category")
 
 
 def slick_category(p_correct_greedy: float, p_correct_sampled: float) -> SlickCategory:
@@ -63,6 +67,8 @@ class SlickSettings:
         top_k (`int`, *optional*, defaults to `40`): Number of most likely tokens to sample from; `None` for all.
         method (`str`, *optional*, defaults to `"score"`):
             `"score"` computes the probabilities of the right answers, `"generate"` draws answers (docs/slick.md).
+        only_highly_known (`bool`, *optional*, defaults to `False`):
+            Whether to find the HighlyKnown facts alone: a fact is asked greedily until one answer is wrong.
         seed (`int`, *optional*, defaults to `0`): Seed of the choice of exemplars and of the sampling.
     """
 
@@ -72,6 +78,7 @@ class SlickSettings:
     temperature: float = 0.5
     top_k: int | None = 40
     method: Literal["score", "generate"] = "score"
+    only_highly_known: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -169,6 +176,8 @@ def annotate_facts(
     - `slick_category`: a [`~trl_selfdistill.hallucination.categories.SlickCategory`]. With `"score"`, a fact without
       a right greedy answer is WeaklyKnown if drawing the samples would more likely than not give a right one.
 
+    With `only_highly_known`, facts of the other categories are left out, and so are the columns about samples.
+
     The facts that serve as exemplars ([`reserve_exemplars`]) are left out, so that nothing from a prompt is trained or
     evaluated on. In a distributed launch this is a collective: each process, with the whole model, asks a share of the
     facts, and all get the same table.
@@ -207,18 +216,27 @@ def annotate_facts(
         forms = [accepted[row] for row in unit.rows]
         return _ask(model, tokenizer, prompts, forms, settings, batch_size, unit.name)
 
-    units = _units(asked["relation"][:], settings)
-    todo = [unit for unit in units if unit.name not in work.results]
-    n = PartialState().num_processes
-    rounds = [todo[i : i + n] for i in range(0, len(todo), n)]  # a unit for each process, then all are in the file
-    for together in tqdm(rounds, desc="SLiCK", disable=not PartialState().is_main_process):
-        for unit, outcomes in zip(together, map_in_parallel(ask, together), strict=True):
-            work.append(unit.name, outcomes)
-    outcomes_of_facts: list[list[tuple[bool, float]]] = [[] for _ in accepted]  # one for each prompt
-    for unit in units:
-        for row, outcome in zip(unit.rows, work.results[unit.name], strict=True):
-            outcomes_of_facts[row].append(outcome)
-    return _add_columns(asked, outcomes_of_facts, settings)
+    relations, n = asked["relation"][:], PartialState().num_processes
+    outcomes: dict[int, list] = {row: [] for row in range(len(asked))}  # of each fact, one for each prompt
+    with Progress(desc="SLiCK", unit="question", total=1, disable=not PartialState().is_main_process) as bar:
+        for prompt in range(settings.num_prompts):
+            units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
+            todo = [unit for unit in units if unit.name not in work.results]
+            later_prompts = settings.num_prompts - prompt - 1
+            bar.total = bar.n + sum(len(unit.rows) for unit in todo) + len(outcomes) * later_prompts
+            for begin in range(0, len(todo), n):  # a unit for each process, then all are in the file
+                together = todo[begin : begin + n]
+                for unit, results in zip(together, map_in_parallel(ask, together), strict=True):
+                    work.append(unit.name, results)
+                    bar.update(len(results))
+            for unit in units:
+                for row, result in zip(unit.rows, work.results[unit.name], strict=True):
+                    outcomes[row].append(result)
+            if settings.only_highly_known:
+                outcomes = {row: results for row, results in outcomes.items() if results[-1][0]}
+    if settings.only_highly_known:
+        logger.info(f"SLiCK: {len(outcomes)} of {len(asked)} facts are HighlyKnown, and the others are left out.")
+    return _add_columns(asked.select([*outcomes]), [*outcomes.values()], settings)
 
 
 def _identity(facts: Dataset, model: PreTrainedModel, settings: SlickSettings, batch_size: int) -> dict:
@@ -229,13 +247,13 @@ def _identity(facts: Dataset, model: PreTrainedModel, settings: SlickSettings, b
     return {"settings": asdict(settings), "facts": table_hash, "model": weights_hash, "batch_size": batch_size}
 
 
-def _units(relations: Sequence[str], settings: SlickSettings) -> list[_Unit]:
-    size, units = _CHUNK_SIZE[settings.method], []
+def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> list[_Unit]:
+    """Pieces of at most `size` of `rows`, each of one relation."""
+    units = []
     for relation in dict.fromkeys(relations):
-        rows = [row for row, other in enumerate(relations) if other == relation]
-        for prompt in range(settings.num_prompts):
-            for begin in range(0, len(rows), size):
-                units.append(_Unit(f"{relation}/{prompt}/{begin}", relation, prompt, rows[begin : begin + size]))
+        own = [row for row in rows if relations[row] == relation]
+        for begin in range(0, len(own), size):
+            units.append(_Unit(f"{relation}/{prompt}/{begin}", relation, prompt, own[begin : begin + size]))
     return units
 
 
@@ -243,6 +261,7 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
     """For each prompt `[whether the greedy answer is right, fraction or probability of right samples]`."""
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "batch_size": batch_size}
     if settings.method == "score":
+        sampling |= {"greedy_only": settings.only_highly_known}
         return [list(score) for score in score_answers(model, tokenizer, prompts, accepted, **sampling)]
     # An answer that is longer than every right one is wrong however it ends; the rest is for articles and full stops
     completions = [answer_completion(form) for forms in accepted for form in forms]
@@ -251,6 +270,8 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
     seed = random.Random(f"{settings.seed}/{unit}").getrandbits(32)
     sampling |= {"num_samples": settings.num_samples, "max_new_tokens": longest, "seed": seed}
     greedy = predict_answers(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=longest)
+    if settings.only_highly_known:
+        return [[exact_match(answer, forms), 0.0] for [answer], forms in zip(greedy, accepted, strict=True)]
     sampled = predict_answers(model, tokenizer, prompts, **sampling)
     outcomes = []
     for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True):
@@ -270,6 +291,7 @@ def _add_columns(asked: Dataset, outcomes_of_facts: list[list], settings: SlickS
         category = slick_category(p_greedy, p_sampled if p_any >= _LIKELY else 0.0)
         rows.append((p_greedy, p_sampled, p_any, str(category)))
     asked = asked.remove_columns([name for name in SLICK_COLUMNS if name in asked.column_names])
-    for name, values in zip(SLICK_COLUMNS, zip(*rows, strict=True), strict=True):
-        asked = asked.add_column(name, list(values))
+    for i, name in enumerate(SLICK_COLUMNS):
+        if not (settings.only_highly_known and name in _SAMPLING_COLUMNS):
+            asked = asked.add_column(name, [row[i] for row in rows])
     return asked

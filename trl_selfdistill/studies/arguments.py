@@ -49,11 +49,19 @@ class SlickArguments:
     )
     slick_num_prompts: int | None = field(default=None, metadata={"help": "Few-shot prompts for each fact."})
     slick_num_shots: int | None = field(default=None, metadata={"help": "Solved exemplars in each prompt."})
+    slick_only_highly_known: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to find the HighlyKnown facts alone, in a quarter of the time: a mix with invented new "
+            "facts needs no others. The mix cannot tell then how many of a relation's facts are Known."
+        },
+    )
     slick_batch_size: int = field(default=64, metadata={"help": "Sequences in one forward pass of the annotation."})
 
     def settings(self, seed: int) -> SlickSettings:
         """The preset with what was set instead."""
         given = {"num_prompts": self.slick_num_prompts, "num_shots": self.slick_num_shots}
+        given |= {"only_highly_known": self.slick_only_highly_known}
         return replace(PRESETS[self.slick_preset], seed=seed, **{k: v for k, v in given.items() if v is not None})
 
 

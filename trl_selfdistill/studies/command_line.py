@@ -11,9 +11,26 @@ from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
 from trl import TrlParser
 
+from .precision import choose_precision
+
+
+logger = logging.getLogger(__name__)
+
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the paragraphs of the description, and adds the defaults."""
+
+
+class ScriptParser(TrlParser):
+    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would."""
+
+    precision: tuple[int, str] | None = None  # level and message, for the log
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, others = super().parse_known_args(args, namespace)
+        if hasattr(namespace, "bf16"):
+            self.precision = choose_precision(namespace)
+        return namespace, others
 
 
 def run_script(main: Callable, dataclass_types: Iterable[type], description: str) -> None:
@@ -30,7 +47,7 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
     disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
     usage = "%(prog)s [--config FILE.yaml] [flags]\n\nEvery flag may stand in the YAML file too, without its dashes; "
-    parser = TrlParser(
+    parser = ScriptParser(
         dataclass_types, usage=usage + "flags win.", description=description.strip(), formatter_class=_HelpFormatter
     )
     try:
@@ -40,6 +57,8 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs: not
     # told, it takes each of several for the only one
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if parser.precision is not None and state.is_main_process:
+        logger.log(*parser.precision)
     try:
         main(*arguments)
         state.destroy_process_group()  # its threads may outlive the interpreter, which then aborts

@@ -91,7 +91,7 @@ def _judged(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
 
 class FactAccuracyCallback(TrainerCallback):
     """
-    Asks sets of facts before the first step and at the end of every epoch, logs `eval_<set>_accuracy`,
+    Asks sets of facts before the first step, at the ends of epochs and at the end, logs `eval_<set>_accuracy`,
     `eval_<set>_hallucination_rate` and `eval_<set>_abstention_rate` to the trainer's reporters and adds an
     [`AccuracyRecord`] to a JSONL file.
 
@@ -100,7 +100,7 @@ class FactAccuracyCallback(TrainerCallback):
         fact_sets (`dict[str, Dataset]`): Sets of facts by name.
         path (`Path`): File of the records. A run that starts without any evaluates before its first step. A resumed
             one drops those of the steps that it repeats, and makes up for one that is missing.
-        each_epoch (`bool`, *optional*, defaults to `True`): Whether to evaluate after every epoch, or the last only.
+        eval_epochs (`int`, *optional*, defaults to `1`): Epochs from one evaluation to the next; 0: the end only.
         before (`bool`, *optional*, defaults to `True`): Whether to evaluate before the first step.
     """
 
@@ -109,13 +109,13 @@ class FactAccuracyCallback(TrainerCallback):
         trainer: Trainer,
         fact_sets: dict[str, Dataset],
         path: Path,
-        each_epoch: bool = True,
+        eval_epochs: int = 1,
         before: bool = True,
     ):
         self.trainer = trainer
         self.fact_sets = fact_sets
         self.path = path
-        self.each_epoch = each_epoch
+        self.eval_epochs = eval_epochs
         self.before = before
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -124,8 +124,7 @@ class FactAccuracyCallback(TrainerCallback):
             due = self.before and last is None
         else:  # killed between a checkpoint and the evaluation that followed it
             is_end = state.global_step >= state.max_steps
-            at_epoch_end = abs(state.epoch - round(state.epoch)) < 1e-6
-            due = last != state.global_step and (is_end or (self.each_epoch and at_epoch_end))
+            due = last != state.global_step and (is_end or self._is_due(state.epoch))
         if due:
             self._ask(state)
 
@@ -138,8 +137,11 @@ class FactAccuracyCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Not in `on_train_end`: the reporters close their logs there
-        if self.each_epoch or control.should_training_stop:
+        if self._is_due(state.epoch) or control.should_training_stop:
             self._ask(state)
+
+    def _is_due(self, epoch: float) -> bool:
+        return self.eval_epochs > 0 and round(epoch, 6) % self.eval_epochs == 0
 
     def _ask(self, state) -> None:
         answers = {

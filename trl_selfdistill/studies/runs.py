@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from ..files import read_json, write_json
@@ -23,6 +23,7 @@ from ..trainers.trainer_card import count_categories, describe_training
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
+from .progress import RunProgress
 from .results import RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
@@ -30,7 +31,7 @@ from .stage import run_arguments, run_stage
 _CONFIGS = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer: FrozenGroupsSFTConfig}
 # What does not change the weights that a training run ends with
 _WITHOUT_EFFECT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "hub_token"}
-_WITHOUT_EFFECT |= {"project", "teacher_cache_dir"}
+_WITHOUT_EFFECT |= {"project", "teacher_cache_dir", "use_cpu"}  # a study may be moved to another device
 
 
 class Variant(NamedTuple):
@@ -114,7 +115,7 @@ def train_variant(
     facts: Callable[[Path], RunFacts],
     *,
     num_steps: int | None = None,
-    each_epoch: bool = True,
+    eval_epochs: int = 1,
     before: bool = True,
     keep_model: bool = True,
     earlier: Path | None = None,
@@ -131,7 +132,7 @@ def train_variant(
         folder (`Path`): Where the result goes.
         facts (`Callable[[Path], RunFacts]`): Makes the facts, if the run has to be made. It may write into its folder.
         num_steps (`int`, *optional*): Optimizer steps. By default the epochs of the configuration decide.
-        each_epoch (`bool`, *optional*, defaults to `True`): Whether to ask after each epoch, or at the end only.
+        eval_epochs (`int`, *optional*, defaults to `1`): Epochs from one evaluation to the next; 0: the end only.
         before (`bool`, *optional*, defaults to `True`): Whether to ask before the first step.
         keep_model (`bool`, *optional*, defaults to `True`): Whether to keep the model that training ends with.
         earlier (`Path`, *optional*): Folder of the run that `setup.start` comes from, with the same facts asked. Its
@@ -152,7 +153,7 @@ def train_variant(
         "config": {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT},
         "adapter": adapter_arguments(setup.model_args),
         "about": {"variant": variant.name, **variant.about},
-        "asked": {"before": before, "each_epoch": each_epoch},
+        "asked": {"before": before, "eval_epochs": eval_epochs},
         "keep_model": keep_model,
         **identity,
     }
@@ -166,9 +167,11 @@ def train_variant(
             last = read_records(earlier / RECORDS_FILE)[-1]
             write_records(partial / RECORDS_FILE, [last._replace(step=0, epoch=0.0)])
         records = partial / RECORDS_FILE
-        trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, records, each_epoch, before))
+        trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, records, eval_epochs, before))
         if variant.prepare is not None:
             variant.prepare(trainer, partial)
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(RunProgress(folder.name))
         times = StepTimes()
         trainer.add_callback(times)
         with label_positions_only():  # in every run, so that their seconds a step can be compared

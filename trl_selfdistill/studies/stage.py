@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from ..files import read_json, write_json
 from ..hub.environment import describe_environment
+from ..progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def run_stage(
             write_json(partial / RUN_FILE, {**run, "seconds": round(time.monotonic() - started, 1)})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        logger.info(f"{folder.name}: done in {Progress.format_interval(time.monotonic() - started)}.")
     state.wait_for_everyone()
     return folder
 

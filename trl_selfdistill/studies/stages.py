@@ -6,6 +6,7 @@ facts -> model -> annotated -> mix -> stage1 -> one folder for each run (see `ru
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def prepare_study(
     small_llama: SmallLlamaSettings,
     stage1_args: Stage1Arguments,
     config: SelfDistillSFTConfig,
+    announce: Callable[[str, Path], None] | None = None,
 ) -> StudySetup:
     """
     The stages before the runs of a study, in folders below `config.output_dir`: what the model knows, what it is
@@ -60,17 +62,26 @@ def prepare_study(
     Args:
         model_args, facts_args, slick_args, mix_settings, small_llama, stage1_args, config:
             One of each of [`STUDY_ARGUMENTS`].
+        announce (`Callable[[str, Path], None]`, *optional*): Called with the model and the file of its facts, when
+            they are there and before anything takes long.
 
     Raises:
-        ValueError: If the model is quantised and no adapter is trained.
+        ValueError: If the model is quantised and no adapter is trained, or the mix needs facts that SLiCK leaves out.
     """
     if get_quantization_config(model_args) is not None and not model_args.use_peft:
         raise ValueError(
             "`load_in_4bit` and `load_in_8bit` need `use_peft`: quantised weights cannot be trained, an adapter can."
         )
+    if slick_args.slick_only_highly_known and mix_settings.new_facts == "real":
+        raise ValueError(
+            "`new_facts='real'` are facts that SLiCK finds to be Unknown, and with `slick_only_highly_known` it looks "
+            "for HighlyKnown ones only. Set `slick_only_highly_known` to false, or `new_facts` to 'invented'."
+        )
     output = Path(config.output_dir)
     facts = facts_stage(facts_args, output / "facts")
     model, label = model_stage(model_args.model_name_or_path, output / "model", facts, small_llama)
+    if announce is not None:
+        announce(model, facts)
     annotated = annotate_stage(model, model_args, facts, slick_args, output / "annotated", config)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
     setup = StudySetup(model, mix, config, model_args, annotated, label)
@@ -222,7 +233,7 @@ def report_stage(folders: list[Path], output: Path) -> str:
     baseline, names = results[0], [result.name for result in results]
     if len(set(names)) < len(names):
         raise ValueError(f"Variants are told apart by the names of their folders, got {names}. Rename some of them.")
-    text = f"{render_table(results)}\n\n{render_findings(results)}\n"
+    text = f"{render_table(results)}\n\n{render_findings(results)}\n\nPrecision: {baseline.training['precision']}.\n"
     numbers = {result.name: result.summary() | {"forgetting_difference": None} for result in results}
     for result in results[1:]:
         numbers[result.name]["forgetting_difference"] = result.forgetting_difference(baseline)._asdict()

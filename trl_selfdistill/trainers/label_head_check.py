@@ -50,7 +50,9 @@ def check_label_head(model: torch.nn.Module, accelerator: Accelerator, name: str
 
 def _head_logits(model: PreTrainedModel, states: LabelStates) -> tuple[torch.Tensor, float]:
     """The logits at the label positions, and the precision of the coarsest number on the way to them."""
-    head = lm_head_of(model).map_tensors(lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+    head = lm_head_of(model).map_tensors(
+        lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    )
     device, hidden_states = head.weight.device, states.hidden_states.to(head.weight.device)
     dtypes = {hidden_states.dtype, head.weight.dtype}
     if torch.is_autocast_enabled(device.type):

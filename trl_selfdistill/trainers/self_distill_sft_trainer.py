@@ -202,7 +202,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if not sft_metrics:  # its own pass has recorded them
             return
         # Without a mask: padding-free, one row of real tokens
-        num_input_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        num_input_tokens = (
+            inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        )
         means = torch.stack([ce_kl.entropy, ce_kl.top1_accuracy]).float()
         counts = torch.stack([ce_kl.num_tokens, torch.as_tensor(num_input_tokens, device=means.device)])
         local = torch.cat([means * counts[0], counts]).unsqueeze(0)

@@ -60,7 +60,7 @@ def compare_variants(args: ComparisonArguments, setup: StudySetup, folder: Path)
                 folder / f"{variant.name}-seed{seed}",
                 lambda _: facts,
                 num_steps=num_steps,
-                each_epoch=is_sft,  # the best of its epochs is a variant by itself
+                eval_epochs=int(is_sft),  # the best of its epochs is a variant by itself
                 keep_model=is_sft,  # for WiSE-FT
             )
             for seed in args.seeds

@@ -157,7 +157,7 @@ def _run(
     )
     num_steps = steps_of_epochs(num_rows, setup.config)
     run_folder = folder / f"{variant.name}-seed{seed}"
-    return train_variant(trained, setup, run_folder, facts, num_steps=num_steps, each_epoch=False, keep_model=False)
+    return train_variant(trained, setup, run_folder, facts, num_steps=num_steps, eval_epochs=0, keep_model=False)
 
 
 def _rows(stream: IterableDataset) -> Iterator[dict]:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which precision a program computes: what its device does natively, unless it is told otherwise."""
+
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers.utils import is_torch_bf16_gpu_available
+
+from .stage import run_arguments
+
+
+def has_native_bf16(device_type: str) -> bool:
+    """
+    Whether a device multiplies bf16 matrices itself, at least as fast as fp32 ones.
+
+    CUDA devices do from compute capability 8.0 on. Of a CPU oneDNN says so, which multiplies there; on AVX-512 without
+    BF16 it says so, too, and emulates, so that newer versions of torch are asked for the instructions as well. MPS
+    counts as one that does not: Metal emulates bf16 on its first generations.
+
+    Args:
+        device_type (`str`): `"cpu"`, `"cuda"`, `"mps"` or another one of torch.
+    """
+    if device_type == "cpu":
+        instructions = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
+        has_instructions = any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        is_built = torch.backends.mkldnn.is_available()
+        return is_built and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_instructions
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type != "mps" and is_torch_bf16_gpu_available()
+
+
+def choose_precision(arguments: Namespace) -> tuple[int, str]:
+    """
+    Sets `bf16` where it is not set, and `use_cpu` on a machine without an accelerator, and returns what to log of it.
+
+    A folder of results keeps the precision that it began with, so that what is compared was computed alike: a study
+    that is moved to another machine goes on as it was.
+
+    Args:
+        arguments (`argparse.Namespace`): Parsed flags, with `bf16` (`None` if it is not set) and `output_dir`.
+
+    Returns:
+        `tuple[int, str]`: Level and message.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    on_cpu = getattr(arguments, "use_cpu", False) or parse_flag_from_env("ACCELERATE_USE_CPU") or accelerator is None
+    if hasattr(arguments, "use_cpu"):
+        arguments.use_cpu = on_cpu
+    device = "cpu" if on_cpu else accelerator.type
+    native, fp16 = has_native_bf16(device), getattr(arguments, "fp16", False)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if arguments.bf16 is not None or fp16:
+        reason = "as asked for"
+    elif launched != "no":
+        arguments.bf16, reason = launched == "bf16", f"as accelerate launch was told with --mixed_precision {launched}"
+    elif (recorded := _recorded_bf16(arguments.output_dir)) is not None:
+        arguments.bf16, reason = recorded, f"like what {arguments.output_dir} holds"
+    else:
+        arguments.bf16, reason = native, f"the fastest that this device ({device}) computes natively"
+    name = "bf16 autocast" if arguments.bf16 else "fp16 autocast" if fp16 or launched == "fp16" else "fp32"
+    message = f"Precision: {name}, {reason}. --bf16 true or false overrules it."
+    if not arguments.bf16 or native:
+        return logging.INFO, message
+    return logging.WARNING, (
+        f"{message} This device ({device}) emulates bf16: on a CPU with AVX2 only, a training step was measured to "
+        "take XX times as long as in fp32."
+    )
+
+
+def _recorded_bf16(folder: str | None) -> bool | None:
+    """Whether the stages in `folder`, or the one that wrote it, were run in bf16; `None` if there are none."""
+    for stage in ("", "annotated", "annotated.partial"):
+        arguments = run_arguments(Path(folder or "", stage))
+        recorded = arguments.get("bf16", arguments.get("config", {}).get("bf16"))
+        if recorded is not None:
+            return recorded
+    return None

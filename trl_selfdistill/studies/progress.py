@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study is about to do, how long that takes on this machine, and how far a run is."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import ProgressCallback
+from trl import ModelConfig, SFTConfig
+
+from ..progress import Progress
+from .arguments import SlickArguments
+from .fact_accuracy import ask_facts
+from .models import load_model_and_tokenizer
+from .training_mix import MixSettings
+
+
+logger = logging.getLogger(__name__)
+
+_TRIAL_SIZE = 64  # facts
+# Measured on two cores, in units of an answer without exemplars: a question of SLiCK, and a row of training
+_QUESTION_COST = 1.5
+_ROW_COSTS = {"sft": 5.5, "selfdistill": 7, "frozen": 4}
+_LATER_PROMPTS = 0.25  # of the facts get them, where only HighlyKnown ones are looked for
+
+
+class RunProgress(ProgressCallback):
+    """transformers' bar of a training run, as a [`~trl_selfdistill.progress.Progress`] with a name."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = Progress(
+                desc=self.name, unit="step", total=state.max_steps, initial=state.global_step, dynamic_ncols=True
+            )
+        self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            shown = {name: value for name, value in logs.items() if name == "loss" or name.endswith("accuracy")}
+            self.training_bar.set_postfix(shown, refresh=False)
+
+
+def announce_plan(
+    model: str,
+    facts: Dataset,
+    variants: list[str],
+    eval_epochs: int,
+    model_args: ModelConfig,
+    slick: SlickArguments,
+    mix: MixSettings,
+    config: SFTConfig,
+) -> None:
+    """
+    Logs the stages that have no folder yet, with estimates of their times from a trial on some of the facts.
+
+    Args:
+        model (`str`): Hub id or folder of the model.
+        facts (`Dataset`): The facts that it will be asked.
+        variants (`list[str]`): The runs after stage 1.
+        eval_epochs (`int`): Epochs of a run from one evaluation to the next; 0: the end only.
+        model_args, slick, mix, config: What the study was told.
+    """
+    left = [name for name in ("annotated", "stage1", *variants) if not Path(config.output_dir, name).is_dir()]
+    if not left or not PartialState().is_main_process:
+        return
+    times = [time.perf_counter()]
+    loaded, tokenizer = load_model_and_tokenizer(model, model_args, config.trust_remote_code)
+    loaded.to(PartialState().device)
+    sample = facts.shuffle(seed=config.seed).select(range(min(_TRIAL_SIZE, len(facts))))
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=bool(config.bf16)):
+        for facts_asked in (sample.select([0]), sample):  # first what is slow only once
+            times.append(time.perf_counter())
+            ask_facts(loaded, tokenizer, facts_asked)
+    loading, answer = times[1] - times[0], (time.perf_counter() - times[2]) / len(sample)
+
+    settings, epochs = slick.settings(config.seed), config.num_train_epochs
+    later = (settings.num_prompts - 1) * (_LATER_PROMPTS if settings.only_highly_known else 1)
+    rows = {"stage1": mix.num_known, **dict.fromkeys(variants, epochs * (mix.num_known + mix.num_new))}
+    evaluation = answer * (mix.num_known + mix.num_new + mix.num_heldout)
+    evaluations = {"stage1": 1, **dict.fromkeys(variants, -(-epochs // eval_epochs) if eval_epochs else 1)}
+    plan = {"annotated": loading + answer * _QUESTION_COST * len(facts) * (1 + later)}
+    for name, num_rows in rows.items():
+        training = answer * _ROW_COSTS.get(name, _ROW_COSTS["sft"]) * num_rows
+        plan[name] = 4 * loading + training + evaluation * evaluations[name]
+    stages = ", ".join(f"{name} {Progress.format_interval(plan[name])}" for name in left)
+    total = Progress.format_interval(sum(plan[name] for name in left))
+    logger.info(f"Plan, with estimated times: {stages}; {total} in all.")
