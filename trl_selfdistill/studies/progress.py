@@ -12,8 +12,9 @@ from transformers import ProgressCallback
 from trl import ModelConfig, SFTConfig
 
 from ..progress import Progress
+from ..slick.generation import predict_answers
+from ..slick.prompts import question_prompt
 from .arguments import SlickArguments
-from .fact_accuracy import ask_facts
 from .models import load_model_and_tokenizer
 from .training_mix import MixSettings
 
@@ -77,7 +78,7 @@ def announce_plan(
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=bool(config.bf16)):
         for facts_asked in (sample.select([0]), sample):  # first what is slow only once
             times.append(time.perf_counter())
-            ask_facts(loaded, tokenizer, facts_asked)
+            predict_answers(loaded, tokenizer, [question_prompt(question) for question in facts_asked["question"]])
     loading, answer = times[1] - times[0], (time.perf_counter() - times[2]) / len(sample)
 
     settings, epochs = slick.settings(config.seed), config.num_train_epochs
