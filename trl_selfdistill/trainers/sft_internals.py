@@ -51,7 +51,7 @@ class HookedSFTTrainer(SFTTrainer):
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
-    _summed_step: int | None = None
+    summed_step: int | None = None
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
     def __init_subclass__(cls, **kwargs):
@@ -73,7 +73,7 @@ class HookedSFTTrainer(SFTTrainer):
 
     def log_step_sums(self, **values: float) -> None:
         """Adds what a micro-batch contributes to sums over its step. The trainer logs their mean over the steps."""
-        is_new, self._summed_step = self._summed_step != self.state.global_step, self.state.global_step
+        is_new, self.summed_step = self.summed_step != self.state.global_step, self.state.global_step
         for name, value in values.items():
             sums = self._metrics["train"][name]
             if is_new or not sums:
