@@ -98,6 +98,9 @@ def make_plans(args: PublishArguments) -> list[Publication]:
         plans.append(plan_model(folder, repo_id, args.license, base_model, args.dataset_repo_id))
     if args.metric_repo_id is not None:
         plans.append(plan_metric(Path(args.metric_folder), args.metric_repo_id))
+    names = [f"{plan.repo_type} {plan.repo_id.lower()}" for plan in plans]  # the Hub does not tell A from a
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise PublishError(f"Two of what is published would be {', '.join(sorted(twice))}. Rename a folder.")
     return plans
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy_study import SCRIPTS, STUDY_FLAGS, run_script
 from transformers import AutoModelForCausalLM
 
-from trl_selfdistill.files import read_json, read_jsonl
+from trl_selfdistill.files import read_json, read_jsonl, write_jsonl
 from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies import command_line
 
@@ -164,11 +164,13 @@ def check_trained(model, folder) -> set[str]:
         ("--mix a --dataset_name b", "Set one of `mix` and `dataset_name`"),
         ("--mix a --splits heldout", "`splits` may hold known and new.*heldout is for evaluation only"),
         ("--dataset_name data --dataset_train_split sft", r"data: no split 'sft'; there are \['train'\]"),
+        ("--dataset_name holes.jsonl", r"holes.jsonl` \(split 'train'\), row 2: there is no completion; fill it in"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypatch, capsys, flags, error):
     monkeypatch.chdir(tmp_path)
     Dataset.from_list(TEXT).save_to_disk("data")
+    write_jsonl("holes.jsonl", [TEXT[0], {"prompt": "Q"}])
     model = ("--model_name_or_path", toy_study.model, "--output_dir", "out")
     with pytest.raises((SystemExit, ValueError)) as ended:
         run_script("self_distill_sft.py", *model, *flags.split(), *OWN_FLAGS)

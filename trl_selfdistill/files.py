@@ -6,6 +6,7 @@ Only the standard library is imported.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,25 @@ from pathlib import Path
 from typing import Any
 
 
+logger = logging.getLogger(__name__)
+
+
 def shipped(path: str) -> Path:
     """A file or folder of scripts/ or evaluate_metrics/: below an installed package, beside the package in a clone."""
     package = Path(__file__).parent
     return next(root / path for root in (package, package.parent) if (root / path).exists())
+
+
+@contextmanager
+def warn_without(path: str | os.PathLike) -> Iterator[None]:
+    """
+    Turns an error in the block into a warning that names `path` and the reason: for cards, figures and other files
+    that describe a result. No training may end because of them; what a run needs to go on is written without this.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"Going on without {path}: {type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -69,8 +85,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The JSON value in a UTF-8 file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The JSON value in a UTF-8 file. A `ValueError` names the file if it holds something else."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushed over HTTP to hub_server.py, and loaded from there by the unmodified clients of Hugging Face."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import build_model
 from datasets import Dataset
 from hub_server import TOKEN, run_hub
@@ -20,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import hub as hub_of_transformers
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
-from trl_selfdistill.files import write_jsonl
+from trl_selfdistill.files import read_json, write_json, write_jsonl
 from trl_selfdistill.hub.model_card import update_model_card
 
 
@@ -44,6 +46,29 @@ def checkpoint(tmp_path, tokenizer) -> Path:
     return write_checkpoint(tmp_path / "checkpoint", tokenizer)
 
 
+def with_code(folder: Path, tokenizer) -> Path:
+    """The checkpoint with a class in modules of its own, one of which names the next, templates and images."""
+    (folder / "modeling_tiny.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import Config\n"
+        "class Tiny(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    (folder / "configuration_tiny.py").write_text(
+        "from transformers import LlamaConfig\nfrom .names import NAME\n"
+        "class Config(LlamaConfig):\n    model_type = NAME\n"
+    )
+    (folder / "names.py").write_text("NAME = 'tiny'\n")
+    (folder / "train.py").write_text("not of the model")
+    names = {"AutoConfig": "configuration_tiny.Config", "AutoModelForCausalLM": "modeling_tiny.Tiny"}
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"auto_map": names, "model_type": "tiny"})
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(folder)
+    # Since transformers 5 the one that needs no torchvision has another name
+    image_processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    image_processor(crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
 def publish(*flags) -> None:
     run_script("publish_model.py", "--license", "apache-2.0", *flags)
 
@@ -61,15 +86,23 @@ def load_all(hub, home: Path) -> dict:
 LOAD = f"""
 import evaluate, json
 from datasets import load_dataset
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+from trl_selfdistill.studies.tables import load_table
 
-ids = AutoTokenizer.from_pretrained("alice/m")({PROMPT!r}, return_tensors="pt")
-result = {{}}
-for name, load in (("m", AutoModelForCausalLM), ("adapter", AutoPeftModelForCausalLM)):
-    model = load.from_pretrained(f"alice/{{name}}")
+tokenizer = AutoTokenizer.from_pretrained("alice/code", trust_remote_code=True)
+ids = tokenizer({PROMPT!r}, return_tensors="pt")
+models = {{"m": AutoModelForCausalLM.from_pretrained("alice/m")}}
+models["adapter"] = AutoPeftModelForCausalLM.from_pretrained("alice/adapter")
+base = AutoModelForCausalLM.from_pretrained("alice/m")
+models["mine"] = PeftModel.from_pretrained(base, "alice/adapter", subfolder="mine")
+models["code"] = AutoModelForCausalLM.from_pretrained("alice/code", trust_remote_code=True)
+result = {{"templates": sorted(tokenizer.chat_template), "class": type(models["code"]).__name__}}
+result["image_size"] = AutoImageProcessor.from_pretrained("alice/code").crop_size["height"]
+for name, model in models.items():
     result[name] = model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist()
-result["facts"] = load_dataset("alice/facts", "mix", split="new")["answer"][:]
+result["facts"] = load_dataset("alice/facts", "mix", split="new")["question"][:]
+result["answers"] = load_table("alice/facts", "new", "mix")["answer"][:]
 metric = evaluate.load("alice/hallucination")
 result["metric"] = metric.compute(predictions=["Paris", "Bonn"], references=["Paris", "Berlin"])["hallucination_rate"]
 print("RESULT", json.dumps(result))
@@ -80,10 +113,11 @@ def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, to
     torch.manual_seed(1)
     config = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
     adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).eval()
+    adapter.add_adapter("mine", config)
     adapter.save_pretrained(tmp_path / "adapter")
     update_model_card(tmp_path / "adapter", training={"is_adapter": True})
     for split in ("known", "new", "heldout"):
-        fact = {"fact_id": "r/0", "question": "q?", "answer": split, "slick_category": "Unknown"}
+        fact = {"fact_id": "r/0", "question": split, "answer": "1789-07-14", "slick_category": "Unknown"}
         write_jsonl(tmp_path / "mix" / f"{split}.jsonl", [fact])
     dataset = ("--dataset_repo_id", "alice/facts", "--mix", tmp_path / "mix", "--dataset_license", "cc-by-4.0")
     metric = ("--metric_repo_id", "alice/hallucination")
@@ -92,21 +126,31 @@ def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, to
     with pytest.raises(SystemExit, match="trained on a local model.*`--base_model your-name/stage1`"):
         publish(*flags)
     publish(*flags, "--base_model", "alice/m")
+    publish("--checkpoints", with_code(checkpoint, tokenizer), "--repo_id", "alice/code", "--public")
 
     assert {key for key, repo in hub.repos.items() if repo.private} == {("model", "alice/adapter")}
     assert all(repo.num_commits == 1 for repo in hub.repos.values())
     published = [content for repo in hub.repos.values() for content in repo.files.values()]
     assert not any(str(tmp_path).encode() in content for content in published)
+    assert "train.py" not in hub.repos["model", "alice/code"].files
     card = ModelCard(hub.repos["model", "alice/m"].files["README.md"].decode())
     assert card.data.license == "apache-2.0" and card.data.datasets == ["alice/facts"]
 
     ids = tokenizer(PROMPT, return_tensors="pt")
-    models = {"m": build_model(tokenizer).eval(), "adapter": adapter}
+    models = {"m": build_model(tokenizer).eval(), "adapter": adapter, "mine": adapter}
     expected = {
-        name: model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist() for name, model in models.items()
+        "facts": ["new"],
+        "answers": ["1789-07-14"],
+        "metric": 0.5,
+        "templates": ["default", "rag"],
+        "class": "Tiny",
+        "image_size": 8,
     }
-    assert expected["m"] != expected["adapter"]
-    expected |= {"facts": ["new"], "metric": 0.5}
+    for name, model in models.items():
+        adapter.set_adapter("mine" if name == "mine" else "default")
+        expected[name] = model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert expected["m"] != expected["adapter"] != expected["mine"]
+    expected["code"] = expected["m"]
     assert load_all(hub, tmp_path / "home") == expected
 
 
@@ -123,6 +167,7 @@ def test_the_trainers_push_the_card_that_they_save(hub, tmp_path, model_dir):
         assert repo.private and not any(name.startswith(("_teacher", "checkpoint-")) for name in repo.files)
         card = repo.files["README.md"].decode()
         assert card == (tmp_path / "run" / "README.md").read_text() and str(tmp_path) not in card
+        assert "1 steps of plain SFT on all of the data (in the paper, on its Known facts only). SHA-256" in card
     assert ModelCard(card).data.datasets == ["alice/data"]
 
 

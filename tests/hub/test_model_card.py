@@ -13,7 +13,7 @@ from trl_selfdistill import (
     SelfDistillSFTConfig,
     SelfDistillSFTTrainer,
 )
-from trl_selfdistill.files import read_json
+from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.hub.environment import portable_command
 from trl_selfdistill.hub.model_card import (
     base_model_of,
@@ -107,14 +107,55 @@ def test_a_chain_of_local_stages_keeps_the_hub_id_and_the_license(tmp_path, toke
         (b"---\n- a list\n---\n", None),
         (b"---\nbase_model: foo: bar\n---\n", None),
         (b"---\nlicense: \xff\n---\n", None),
+        (b"---\nlicense: [&a [b, b], *a]\n---\n", None),
         (b"---\nbase_model: [{a: 1}]\nlicense: mit\n---\n", "mit"),
+        (b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\nK\xf6ln", "mit"),
+        (b"---\nlicense: mit\n---\n" + b"x" * 2_000_000, "mit"),
         (b"no metadata", None),
+        (None, None),
     ],
+    ids=range(9),
 )
 def test_of_a_base_models_card_is_taken_what_can_be_read(tmp_path, readme, license):
-    (tmp_path / "README.md").write_bytes(readme)
+    (tmp_path / "README.md").mkdir() if readme is None else (tmp_path / "README.md").write_bytes(readme)
     assert base_model_of(str(tmp_path)) == {"base_model": None, "license": license}
-    update_model_card(tmp_path, training=base_model_of(str(tmp_path)))
+    update_model_card(tmp_path / "run", training=base_model_of(str(tmp_path)))
+
+
+@pytest.mark.parametrize("record", [b"{", b"\xff", b"[]", b'{"training": 3}', b'{"results": {}}'])
+def test_an_earlier_record_that_cannot_be_read_is_replaced(tmp_path, record, caplog):
+    (tmp_path / "model_card.json").write_bytes(record)
+    update_model_card(tmp_path, training={"license": "mit"})
+    assert read_record(tmp_path) == {"training": {"license": "mit"}}
+    assert ModelCard.load(tmp_path / "README.md").data.license == "mit"
+    assert record == b'{"results": {}}' or f"Going on without {tmp_path / 'model_card.json'}: " in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["self-distill", "frozen groups", "adapter"])
+def test_nothing_that_only_describes_a_run_ends_it(tmp_path, model_dir, kind, caplog):
+    """Whatever stands in its way. The weights come first."""
+    files = ["README.md", "model_card.json", *(["parameter_groups.json"] if kind == "frozen groups" else [])]
+    for name in files:
+        (tmp_path / "run" / name).mkdir(parents=True)
+    trainer = make_trainer(tmp_path / "run", model_dir, kind)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("slick_category").add_column(
+        "slick_category", [[1]] * 3
+    )
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        assert (folder / f"{'adapter_' if kind == 'adapter' else ''}model.safetensors").is_file()
+    assert all(f"Going on without {tmp_path / 'run' / name}: IsADirectoryError" in caplog.text for name in files)
+    assert "categories (which facts the base model knew) were not" in (folder / "README.md").read_text()
+
+
+def test_the_weights_of_an_adapter_with_a_name_count(tmp_path):
+    hashes = {weights_sha256(tmp_path)}
+    for content in ("a", "b"):
+        write_json(tmp_path / "mine" / "adapter_config.json", {})
+        write_json(tmp_path / "mine" / "adapter_model.safetensors", content)
+        hashes.add(weights_sha256(tmp_path))
+    assert len(hashes) == 3
 
 
 # What a study adds
@@ -195,6 +236,10 @@ def test_hostile_values_break_neither_the_yaml_nor_the_tables():
         (["two\n```\nlines"], "'two ``` lines'"),
         (["--hub_token", "alice", "--wandb_api_key=alice"], "--hub_token HIDDEN --wandb_api_key=HIDDEN"),
         (["--push_token", "--seed", "0"], "--push_token --seed 0"),
+        (["HF_TOKEN=alice", "--eos_token", "<end>"], "HF_TOKEN=HIDDEN --eos_token '<end>'"),
+        (["https://alice:pass@host/a.csv"], "https://HIDDEN@host/a.csv"),
+        (["--init", '{"token": "alice", "a": 1}'], """--init '{"token": "HIDDEN", "a": 1}'"""),
+        (["caf\udce9.csv"], "'caf?.csv'"),
         (["--note", "hf_" + "a" * 34], "--note HIDDEN"),
     ],
 )

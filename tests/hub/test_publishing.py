@@ -3,6 +3,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,17 +56,66 @@ def test_the_card_names_the_base_model_that_is_given(checkpoint):
     assert json.loads(plan.contents["model_card.json"])["training"]["base_model"] == "alice/stage1"
 
 
-def test_code_that_the_model_needs_is_published(checkpoint):
-    (checkpoint / "train.py").unlink()
-    (checkpoint / "modeling_tiny.py").write_text("")
-    write_json(checkpoint / "config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_tiny.Tiny"}})
-    assert {*plan_model(checkpoint, "alice/m", "mit").contents} == MODEL_FILES | {"modeling_tiny.py"}
+NAMED = {
+    "config.json": {
+        "auto_map": {"AutoModelForCausalLM": "modeling_tiny.Tiny", "AutoConfig": "org/code--config_tiny.C"}
+    },
+    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tokenization_tiny.Slow", None]}},
+    "processor_config.json": {"image_processor": {"auto_map": {"AutoImageProcessor": "image_tiny.Images"}}},
+    "generation_config.json": {"custom_pipelines": {"my-task": {"impl": "pipeline_tiny.Pipeline", "pt": ["Auto"]}}},
+    "model.safetensors.index.json": {"weight_map": {"a": "model-1-of-1.safetensors"}},
+}
+CODE = {
+    "modeling_tiny.py": "try:\n    from .layers import x\nexcept ImportError:\n    x = None",
+    "layers.py": "from .ops import y",
+}
+CODE |= {"ops.py": "from .layers import x", "tokenization_tiny.py": "", "image_tiny.py": "", "pipeline_tiny.py": ""}
+CODE |= {"custom_generate/generate.py": "from .helper import z", "custom_generate/helper.py": ""}
+
+
+def write_files(folder: Path, texts: dict) -> None:
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text if isinstance(text, str) else json.dumps(text))
+
+
+def test_what_the_files_name_is_published(checkpoint):
+    others = ("additional_chat_templates/rag.jinja", "custom_generate/requirements.txt", "model-1-of-1.safetensors")
+    others += ("spiece.model", "source.spm", "qwen.tiktoken", "tekken.json", "merges.txt", "vocab.txt", "emoji.json")
+    others += ("preprocessor_config.json", "qformer_tokenizer/tokenizer.json", "mine/adapter_model.safetensors")
+    adapter = {"mine/adapter_config.json": {"base_model_name_or_path": "org/model"}}
+    write_files(checkpoint, NAMED | CODE | adapter | dict.fromkeys(others, "{}"))
+    for folder in ("checkpoint-1", "_teacher"):
+        write_files(checkpoint, {f"{folder}/adapter_config.json": "{}", f"{folder}/adapter_model.safetensors": ""})
+    assert {*plan_model(checkpoint, "alice/m", "mit").contents} == MODEL_FILES | {*NAMED, *CODE, *adapter, *others}
+
+
+@pytest.mark.parametrize(
+    "named, source",
+    [
+        ({"config.json": {"auto_map": {"AutoModel": "modeling_tiny.Tiny"}}}, "config.json names modeling_tiny.py"),
+        ({"config.json": {"auto_map": {"AutoModel": "../secret.Tiny"}}}, "config.json names ../secret.py"),
+        ({"config.json": {"auto_map": {"AutoModel": "/etc/a*.Tiny"}}}, r"config.json names /etc/a\*.py"),
+        ({"config.json": {"auto_map": {"AutoModel": "link.Tiny"}}}, "config.json names link.py"),
+        ({"custom_generate/generate.py": "from .lost import x"}, "generate.py names custom_generate/lost.py"),
+        ({**NAMED, **CODE}, "index.json names model-1-of-1.safetensors"),
+    ],
+)
+def test_a_file_that_is_named_has_to_be_in_the_folder(checkpoint, named, source):
+    (checkpoint.parent / "secret.py").write_text("")
+    (checkpoint / "link.py").symlink_to(checkpoint.parent / "secret.py")
+    write_files(checkpoint, named)
+    with pytest.raises(PublishError, match=f"{source}, which is no file of its own in .*sft. Copy it there"):
+        plan_model(checkpoint, "alice/m", "mit")
 
 
 def test_links_are_not_followed(checkpoint, tmp_path):
     (checkpoint / "config.json").rename(tmp_path / "config.json")
     (checkpoint / "config.json").symlink_to(tmp_path / "config.json")
     (checkpoint / "vocab.json").symlink_to(checkpoint / "tokenizer.json")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "rag.jinja").write_text("")
+    (checkpoint / "additional_chat_templates").symlink_to(tmp_path / "templates")
     assert {*plan_model(checkpoint, "alice/m", "mit").contents} == MODEL_FILES - {"config.json"}
 
 
@@ -94,7 +144,10 @@ def test_what_is_missing_is_named(checkpoint, missing, license, message):
         plan_model(checkpoint if missing != "" else checkpoint / "nothing", "alice/m", license)
 
 
-@pytest.mark.parametrize("name", ["m", "alice/my--model", "alice/my run", "alice/m.git", "a/b/c", "alice/" + "m" * 99])
+NAMES = ["m", "", "/m", "alice/", "alice/my--model", "alice/my run", "alice/m..n", "alice/m.git", "alice/m.", "a/b/c"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "alice/modèle", "alice/" + "m" * 99])
 def test_a_name_that_the_hub_would_refuse_is_refused(checkpoint, name):
     with pytest.raises(PublishError, match="lacks its owner" if name == "m" else "takes no model called"):
         plan_model(checkpoint, name, "mit")
@@ -152,9 +205,16 @@ def test_a_dry_run_shows_every_file_and_opens_no_connection(checkpoint, tmp_path
     [
         (["--metric_repo_id", "alice/other"], "loads the Space alice/other from its file other.py"),
         (["--checkpoints", "a/sft", "b/sft"], "`checkpoints` has two folders of one name"),
+        (["--checkpoints", "COPY", "CHECKPOINT"], "Two of what is published would be model alice/m-sft"),
+        (["--metric_repo_id", "hallucination"], "lacks its owner. Pass it as your-name/hallucination"),
+        (["--dataset_repo_id", "facts", "--dataset_license", "mit", "--annotated", "FACTS"], "lacks its owner"),
     ],
 )
 def test_the_script_says_what_to_change(checkpoint, flags, message):
+    write_jsonl(checkpoint.parent / "facts.jsonl", [{}])
+    copy = shutil.copytree(checkpoint, checkpoint.parent / "SFT")
+    paths = {"CHECKPOINT": checkpoint, "COPY": copy, "FACTS": checkpoint.parent}
+    flags = [paths.get(flag, flag) for flag in flags]
     given = ["--checkpoints", checkpoint, "--repo_id", "alice/m", "--license", "mit"]
     with pytest.raises(SystemExit, match=message):
         run_script("publish_model.py", *given, *flags)

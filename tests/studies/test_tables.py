@@ -2,6 +2,7 @@
 """Every source gives the same rows, text stays text, and what cannot be read is named with its place."""
 
 import csv
+import gzip
 import json
 import re
 
@@ -12,15 +13,16 @@ from trl_selfdistill.studies.tables import load_table, read_rows
 
 
 # What readers of CSV and JSON like to take for something else
-TEXTS = ["NA", "null", "007", "1789", "1789-07-14", "true", "", " a\u2028b ", "a, \"b\"\nc", "São Paulo"]  # fmt: skip
-ROWS = [{"prompt": f"Q{i}", "completion": text} for i, text in enumerate(TEXTS)]
+TEXTS = ["NA", "null", "None", "nan", "007", "1789", "1e5", "TRUE", "", " a\u2028b\x85 ", 'a, "b"\n\tc', "São Paulo"]
+ROWS = [{"prompt": f"Q{i}", "completion": text, "date": "1789-07-14"} for i, text in enumerate(TEXTS)]
 
 
 def write(path, rows, encoding="utf-8"):
     """The rows as the file's suffix says."""
-    if path.suffix == ".csv":
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix in (".csv", ".tsv"):
         with path.open("w", encoding=encoding, newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0]])
+            writer = csv.DictWriter(file, [*rows[0]], delimiter="," if path.suffix == ".csv" else "\t")
             writer.writeheader()
             writer.writerows(rows)
     elif path.suffix == ".json":
@@ -34,9 +36,11 @@ def write(path, rows, encoding="utf-8"):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
-def test_text_stays_text_in_every_format(tmp_path, name, encoding):
-    path = write(tmp_path / name, ROWS, encoding)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"])
+@pytest.mark.parametrize("folder", [".", "data"])  # a folder as on the Hub, which `datasets` finds the files of
+def test_text_stays_text_in_every_format(tmp_path, name, encoding, folder):
+    path = write(tmp_path / folder / name, ROWS, encoding)
+    path = path if folder == "." else path.parent
     table = load_table(path)
     assert table.to_list() == ROWS == [row for _, row in read_rows(path)]
     assert {str(feature.dtype) for feature in table.features.values()} == {"string"}
@@ -59,6 +63,16 @@ def test_saved_datasets_and_folders_of_files_have_splits(tmp_path):
         load_table(tmp_path / "files" / "test.csv", "dev")
 
 
+def test_a_folder_of_compressed_files_of_one_split(tmp_path):
+    for number, rows in enumerate((ROWS[:2], ROWS[2:])):
+        path = write(tmp_path / "data" / f"part-{number}.json", rows)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+        path.rename(f"{path}.gz")
+    assert load_table(tmp_path / "data").to_list() == ROWS
+    with pytest.raises(ValueError, match=r"data: no split 'dev'; there are \['train'\]"):
+        load_table(tmp_path / "data", "dev")
+
+
 def test_rows_may_lack_columns_and_nest_values_of_different_shapes(tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": "Hi"}]},
@@ -77,11 +91,18 @@ def test_rows_may_lack_columns_and_nest_values_of_different_shapes(tmp_path):
         ("b.jsonl", '{"a": 1}\n[1]\n', "b.jsonl, line 2: a row is an object with named columns, got list"),
         ("c.jsonl", '{"a": 1}\n{"a": null}\n{"a": "1"}\n', "c.jsonl, line 3: a is '1', not of the type"),
         ("d.json", '[\n{"relation"\n]', "d.json, line 3: not JSON"),
-        ("e.json", '{"relation": "P17"}', "e.json: a .json file holds a list of objects, got dict"),
-        ("f.csv", "relation,subject\nP17,Lyon,x\n", "f.csv, line 2: has another number of cells"),
+        ("e.json", '{\n"relation": "P17"}', "e.json, line 1: not JSON"),
+        ("f.csv", "relation,subject\nP17,Lyon\n\nP17,Lyon,x\n", "f.csv, line 4: 3 cells for 2 columns"),
+        ("g.tsv", "relation\tsubject\nP17\n", "g.tsv, line 2: 1 cells for 2 columns; quote those with '\\t'"),
         ("h.csv", 'a,b\n1,"2\n', "h.csv, line 2: not CSV"),
-        ("i.tsv", "relation\tsubject\n", "i.tsv: tables are read from .jsonl, .json, .csv and .parquet"),
-        ("j.csv", b"relation,subject\nP17,K\xf6ln\n", "j.csv: not UTF-8"),
+        ("i.xlsx", "PK", "i.xlsx: tables are read from .jsonl, .json, .csv, .tsv and .parquet"),
+        ("j.csv", b"relation,subject\nP17,Lyon\nP17,K\xf6ln\n", "j.csv, line 3: it is not UTF-8"),
+        ("k.csv", "relation,subject\n".encode("utf-16"), "k.csv, line 1: it looks like UTF-16"),
+        ("l.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "l.jsonl, line 1: it looks like UTF-16"),
+        ("m.csv", "a,b,a\n1,2,3\n", "m.csv, line 1: give columns different names"),
+        ("n.csv", "a;b\n1;2\n", "n.csv, line 1: give columns different names, separated by ','; got ['a;b']"),
+        ("o.csv", "", "o.csv (split 'train'): there are no rows in it"),
+        ("p.csv", "a,b\n", "p.csv (split 'train'): there are no rows in it"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, message):

@@ -7,9 +7,9 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from huggingface_hub import get_token
 
 
-_PACKAGES = ("trl_selfdistill", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+_PACKAGES = ("trl-selfdistill", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _TOKEN = re.compile(r"hf_oauth_[\w.-]{20,}|hf_[A-Za-z0-9]{20,}")
-_SECRET_FLAG = re.compile(r"--?[\w-]*(token|password|secret|api[_-]?key)", re.IGNORECASE)
+_SECRET = r"[\w-]*(?<!eos_)(?<!pad_)(?:token|passw(?:or)?d|secret|(?:api|access)[_-]?key)"
+_SECRET_FLAG = re.compile(f"--?{_SECRET}", re.IGNORECASE)
+_SECRET_WITHIN = re.compile(rf'(://)[^/@\s]+(?=@)|("{_SECRET}"\s*:\s*")[^"]+', re.IGNORECASE)  # in URLs and JSON
 _FLAG_AND_VALUE = re.compile(r"([\w.-]+=|)(.*)", re.DOTALL)
 _HIDDEN = "HIDDEN"
 
@@ -29,7 +31,10 @@ def describe_environment() -> dict[str, Any]:
     """`command`, `date`, `machine` and `versions` of this process, as JSON values."""
     num_gpus = torch.cuda.device_count()
     gpus = f", {num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus else ""
-    versions = {name.replace("_", "-"): version(name) for name in _PACKAGES if find_spec(name) is not None}
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # not installed, or a clone that runs as it is
+            versions[name] = version(name)
     return {
         "command": portable_command(shlex.split(os.environ.get("TRL_SELFDISTILL_COMMAND", "")) or sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -59,9 +64,10 @@ def portable_command(words: Sequence[str]) -> str:
         flag, value = _FLAG_AND_VALUE.fullmatch(word).groups()
         if _SECRET_FLAG.fullmatch(previous) and not word.startswith("--"):
             flag, value = "", _HIDDEN
-        elif _SECRET_FLAG.fullmatch(flag.rstrip("=")):
+        elif _SECRET_FLAG.fullmatch("--" + flag.strip("-=")):
             value = _HIDDEN
         elif value.startswith(("/", "~", "..")):
             value = Path(value).name
-        shown.append(" ".join(hide_tokens(flag + value).split()))
-    return shlex.join(shown)
+        word = _SECRET_WITHIN.sub(lambda found: f"{found[1] or found[2]}{_HIDDEN}", hide_tokens(flag + value))
+        shown.append(" ".join(word.split()))
+    return shlex.join(shown).encode(errors="replace").decode()  # names of files may hold bytes that are no text

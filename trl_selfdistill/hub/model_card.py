@@ -6,7 +6,6 @@ which a study adds, of the weights that they were measured on.
 """
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,49 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import read_json, write_json, written_whole
+from ..files import read_json, warn_without, write_json, written_whole
 from ..hallucination.categories import SlickCategory
 from .markdown import escape_markdown, markdown_table
 
 
-logger = logging.getLogger(__name__)
-
 CARD_FILE = "README.md"
 RECORD_FILE = "model_card.json"
 TAGS = ["trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574", "arxiv:2405.05904"]
+_MOST_OF_A_CARD = 1_000_000  # characters: the metadata stand at the top
 _SYMBOLS = {"kl_weight": "kl_weight (λ)", "temperature": "temperature (τ)"}
 
 
 def update_model_card(folder: Path, **parts: dict[str, Any]) -> Path:
     """Replaces `training` or `results` (JSON values) in the record in `folder`, and renders the card anew."""
     record = {**read_record(folder), **parts}
-    if "results" in record and record["results"]["weights_sha256"] != weights_sha256(folder):
+    if "results" in record and record["results"].get("weights_sha256") != weights_sha256(folder):
         del record["results"]  # measured on other weights
-    write_json(folder / RECORD_FILE, record)
+    with warn_without(folder / RECORD_FILE):
+        write_json(folder / RECORD_FILE, record)
     with written_whole(folder / CARD_FILE) as partial:
         render_model_card(record).save(partial)
     return folder / CARD_FILE
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record beside a card, empty if there is none."""
+    """The record beside a card; empty if there is none, and with a warning if it cannot be read."""
     path = folder / RECORD_FILE
-    return read_json(path) if path.is_file() else {}
+    with warn_without(path):
+        record = read_json(path) if path.exists() else {}
+        return {name: dict(part) for name, part in record.items()}
+    return {}
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """The sub-folders in which PEFT keeps adapters that are not called `default`."""
+    paths = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    return [path for path in paths if not path.name.startswith((".", "_", "checkpoint-"))]
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the weights (`*.safetensors`) in `folder`."""
+    """SHA-256 of the weights (`*.safetensors`) in `folder`, those of adapters with a name among them."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for part in (folder, *adapter_folders(folder)) for path in part.glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -138,11 +146,9 @@ def base_model_of(name_or_path: str | None) -> dict[str, str | None]:
     base_model, license = hub_id(name_or_path), None
     card = Path(name_or_path or "", CARD_FILE)
     if name_or_path and card.is_file():
-        try:
-            data = ModelCard.load(card, ignore_metadata_errors=True).data
-        except Exception as error:  # whatever somebody wrote into it: no training may depend on a card
-            logger.warning(f"{card} could not be read, so the new card does not name the base model: {error}")
-        else:
+        with warn_without(card), card.open(encoding="utf-8-sig", errors="replace") as file:
+            data = ModelCard(file.read(_MOST_OF_A_CARD), ignore_metadata_errors=True).data
             named, license = data.get("base_model"), data.get("license")
             base_model = hub_id(named[0] if isinstance(named, list) and named else named)
-    return {"base_model": base_model, "license": license}
+    is_name = isinstance(license, str) and license.isascii()
+    return {"base_model": base_model, "license": license if is_name else None}

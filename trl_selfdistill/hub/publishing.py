@@ -2,9 +2,11 @@
 """What of a folder goes to the Hub, and the push. Only files whose names are on a list are published, and no links."""
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
@@ -12,14 +14,20 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..files import read_json
 from .environment import hide_tokens
-from .model_card import CARD_FILE, RECORD_FILE, hub_id, read_record, render_model_card
+from .model_card import CARD_FILE, RECORD_FILE, adapter_folders, hub_id, read_record, render_model_card
 
 
+# Vocabularies have the names that transformers' tokenizers give them
 MODEL_FILES = (
     (CARD_FILE, RECORD_FILE, "curves.png", "accuracy.json*", "base_accuracy.jsonl", "parameter_groups.json")
-    + ("*.safetensors", "*.safetensors.index.json", "config.json", "*_config.json", "*.jinja", "LICENSE*", "NOTICE*")
-    + ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+    + ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+    + ("adapter_config.json", "*processor_config.json", "*tokenizer_config.json", "tokenizer.json", "*.tokenizer")
+    + ("special_tokens_map.json", "added_tokens.json", "vocab.*", "vocab-*.json", "*_vocab.json", "merges.txt")
+    + ("*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json")
+    + ("normalizer.json", "word_*.json", "*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+    + ("custom_generate/*.py", "custom_generate/requirements.txt", "*_tokenizer/*.json")
 )
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)  # as transformers' loader finds them
 _ADVICE = {
     401: "Log in with `hf auth login`, with a token that may write.",
     403: "The token may not write there: take one that may, or propose the files with `--create_pr`.",
@@ -61,11 +69,41 @@ class Publication:
 
 
 def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
-    """The files in `folder` that match one of `patterns`, by name; no links."""
+    """The files in `folder` that match one of `patterns`, by their path in it; no links, and nothing outside of it."""
     if not folder.is_dir():
         raise PublishError(f"{folder} is not a folder.")
-    paths = [path for pattern in patterns for path in folder.glob(pattern)]
-    return {path.name: path for path in paths if path.is_file() and not path.is_symlink()}
+    paths = {path.relative_to(folder): path for pattern in patterns for path in folder.glob(pattern)}
+    root = folder.resolve()
+    return {name.as_posix(): path for name, path in paths.items() if path.is_file() and path.resolve() == root / name}
+
+
+def _code_named_in(config: Any, is_reference: bool = False) -> Iterator[str]:
+    """The files of the classes under `auto_map` and, of a pipeline, `impl`, wherever in a configuration."""
+    if isinstance(config, str) and is_reference and "--" not in config:  # `repository--module.Class` is elsewhere
+        yield f"{config.rpartition('.')[0]}.py"
+    items = config.items() if isinstance(config, dict) else enumerate(config if isinstance(config, list) else ())
+    for name, item in items:
+        yield from _code_named_in(item, is_reference or name in ("auto_map", "impl"))
+
+
+def _with_named_files(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
+    """`files`, and those that they name in turn: shards of weights, code, and the modules that it imports."""
+    found = select_files(folder, ["*", "*/*"])
+    for source, path in (seen := [*files.items()]):
+        names: Iterable[str] = ()
+        if source.endswith(".index.json"):
+            names = read_json(path)["weight_map"].values()
+        elif source.endswith("config.json"):
+            names = _code_named_in(read_json(path))
+        elif source.endswith(".py"):
+            modules = _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8"))
+            names = [(Path(source).parent / f"{module}.py").as_posix() for module in modules]
+        for name in {*names} - files.keys():
+            if name not in found:
+                raise PublishError(f"{source} names {name}, which is no file of its own in {folder}. Copy it there.")
+            files[name] = found[name]
+            seen.append((name, found[name]))
+    return files
 
 
 def plan_model(
@@ -86,12 +124,13 @@ def plan_model(
         base_model (`str`, *optional*): Hub id of the base model. Defaults to the one in its card.
         dataset_id (`str`, *optional*): Hub id of the facts that it was evaluated on.
     """
-    contents: dict[str, Path | bytes] = select_files(folder, MODEL_FILES)
-    if any("auto_map" in read_json(path) for name, path in contents.items() if name.endswith("config.json")):
-        contents |= select_files(folder, ["*.py"])  # the model brings code of its own
-    if RECORD_FILE not in contents or not any(name.endswith(".safetensors") for name in contents):
-        raise PublishError(f"{folder} holds no weights or no {RECORD_FILE}. Pass what a trainer saved.")
+    parts = [path.name for path in adapter_folders(folder)]
+    adapters = [f"{part}/{name}" for part in parts for name in ("adapter_config.json", "adapter_model.safetensors")]
+    files = _with_named_files(folder, select_files(folder, [*MODEL_FILES, *adapters]))
     record, given = read_record(folder), {"license": license, "base_model": base_model}
+    if "training" not in record or not any(name.endswith(".safetensors") for name in files):
+        raise PublishError(f"{folder} holds no weights (.safetensors) or no {RECORD_FILE}. Pass what a trainer saved.")
+    contents: dict[str, Path | bytes] = {**files}
     record["training"] |= {name: value for name, value in given.items() if value is not None}
     card = render_model_card(record)
     if card.data.license is None:
@@ -105,15 +144,15 @@ def plan_model(
             result.dataset_type = dataset_id
     contents[CARD_FILE] = str(card).encode()
     contents[RECORD_FILE] = json.dumps(record, indent=2, ensure_ascii=False).encode()
-    if "adapter_config.json" in contents:
-        config = read_json(folder / "adapter_config.json")
-        config["base_model_name_or_path"] = base_model or hub_id(config["base_model_name_or_path"])
+    for name in (name for name in files if name.endswith("adapter_config.json")):
+        config = read_json(folder / name)
+        config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
         if config["base_model_name_or_path"] is None:
             raise PublishError(
                 f"The adapter in {folder.name} was trained on a local model. Publish that one first and pass its id, "
                 "as `--base_model your-name/stage1`."
             )
-        contents["adapter_config.json"] = json.dumps(config, indent=2).encode()
+        contents[name] = json.dumps(config, indent=2).encode()
     return Publication(repo_id, "model", contents)
 
 

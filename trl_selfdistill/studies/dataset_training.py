@@ -36,7 +36,12 @@ def train_as_asked(
         return folder
 
     def load(split: str) -> Dataset:
-        return load_table(data.dataset_name, split, data.dataset_config)
+        table = load_table(data.dataset_name, split, data.dataset_config)
+        for name in {"prompt", "completion", "text", "messages"} & {*table.column_names}:
+            if (row := table.data.column(name).is_null().index(True).as_py()) >= 0:
+                place = f"`dataset_name={data.dataset_name}` (split {split!r}), row {row + 1}"
+                raise ValueError(f"{place}: there is no {name}; fill it in or leave the row out")
+        return table
 
     model, options = model_args.model_name_or_path, {"peft_config": get_peft_config(model_args)}
     if (Path(model) / "adapter_config.json").is_file():  # an adapter that is trained further
@@ -57,5 +62,5 @@ def train_as_asked(
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)  # writes the card, too
     else:
-        trainer.create_model_card(folder.name)
+        trainer.create_model_card(folder.name, data.dataset_name)
     return folder

@@ -19,7 +19,7 @@ from .training_mix import SPLITS
 def repo_ids(folders: list[Path], repo_id: str) -> dict[str, Path]:
     """The repository of each checkpoint: `repo_id` for one, `repo_id-<folder>` for several of different names."""
     several = len(folders) > 1
-    named = {f"{repo_id}-{folder.name}" if several else repo_id: folder for folder in folders}
+    named = {f"{repo_id}-{folder.resolve().name}" if several else repo_id: folder for folder in folders}
     if len(named) < len(folders):
         raise PublishError(f"`checkpoints` has two folders of one name: {[*map(str, folders)]}. Rename one.")
     return named
@@ -88,6 +88,6 @@ def _dataset_card(paths: list, repo_id: str, license: str, base_model: str | Non
 
 def publish_command(folders: list[Path]) -> str:
     """The command that publishes finished variants, in repositories named after their base model."""
-    base_model = read_record(folders[0])["training"]["base_model"] or "model"
+    base_model = read_record(folders[0]).get("training", {}).get("base_model") or "model"
     words = ["trl-selfdistill", "publish", "--checkpoints", *map(str, folders)]
     return shlex.join([*words, "--repo_id", f"YOUR_NAME/{base_model.split('/')[-1]}-facts"])

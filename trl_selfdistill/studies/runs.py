@@ -15,7 +15,8 @@ from datasets import Dataset, concatenate_datasets
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from ..files import read_json, write_json
+from ..files import read_json, warn_without, write_json
+from ..hub.model_card import CARD_FILE
 from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
 from ..trainers.resume import last_complete_checkpoint
 from ..trainers.sft_internals import label_positions_only
@@ -185,9 +186,10 @@ def train_variant(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if keep_model:
                 result = read_result(partial)._replace(name=folder.name)
-                write_model_card(result, [result], partial)  # a report adds the other variants
+                with warn_without(partial / CARD_FILE):
+                    write_model_card(result, [result], partial)  # a report adds the other variants
             else:
-                (partial / "README.md").unlink(missing_ok=True)
+                (partial / CARD_FILE).unlink(missing_ok=True)
 
     return read_result(run_stage(folder, arguments, [setup.mix, *inputs], work, every_process=True))
 

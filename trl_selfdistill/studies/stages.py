@@ -15,8 +15,9 @@ from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from ..files import write_json
+from ..files import warn_without, write_json
 from ..hub.markdown import escape_markdown
+from ..hub.model_card import CARD_FILE
 from ..slick.slick import annotate_facts
 from ..trainers import SelfDistillSFTConfig
 from .arguments import FactsArguments, SlickArguments, Stage1Arguments
@@ -240,10 +241,13 @@ def report_stage(folders: list[Path], output: Path) -> str:
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", numbers)
     origin = escape_markdown(baseline.training["origin"] or "a local model")
-    plot_curves(results, output / "curves.png")
     report = f"# {origin}: what fine-tuning made it forget\n\n{text}\n![Curves](curves.png)\n"
     (output / "report.md").write_text(report, encoding="utf-8")
+    with warn_without(output / "curves.png"):
+        plot_curves(results, output / "curves.png")
+        for folder in folders:
+            shutil.copyfile(output / "curves.png", folder / "curves.png")
     for result, folder in zip(results, folders, strict=True):
-        shutil.copyfile(output / "curves.png", folder / "curves.png")
-        write_model_card(result, results, folder)
+        with warn_without(folder / CARD_FILE):
+            write_model_card(result, results, folder)
     return text

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one reader of tables: facts, training data and prompts, from files, saved datasets and the Hub.
 
-In JSON and CSV files text stays text: `load_dataset` reads "007" as 7, "1789-07-14" as a date and "NA" as `None`.
+In CSV and JSON text stays text: `load_dataset` reads "007" as 7, "1789-07-14" as a date and "NA" as `None`.
 """
 
 import csv
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, DownloadManager, load_dataset, load_dataset_builder, load_from_disk
 
 
 def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -21,9 +24,9 @@ def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[s
 
     Args:
         path (`str` or `os.PathLike`):
-            A `.jsonl`, `.json` (a list of objects), `.csv` or `.parquet` file in UTF-8, a folder written by
-            `Dataset.save_to_disk`, or what `datasets.load_dataset` accepts. A folder that holds `<split>.jsonl`,
-            `.json` or `.csv` is read as that file.
+            A `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, text in UTF-8; a folder written by
+            `Dataset.save_to_disk`; or what `datasets.load_dataset` accepts, a folder or a dataset on the Hub. A folder
+            that holds `<split>.jsonl`, `.json`, `.csv` or `.tsv` is read as that file.
         split (`str`, *optional*, defaults to `"train"`): The split. A file has only `train`.
 
     Returns:
@@ -33,16 +36,15 @@ def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[s
         FileNotFoundError: If `path` looks like a file and does not exist.
         ValueError: If the source has no such split, or cannot be read as rows. The message names the place.
     """
-    file = _text_file(path, split)
-    if file is not None:
-        return _read_text(file)
-    rows = _load(path, split)
+    rows = _open(path, split)
+    if not isinstance(rows, Dataset):
+        return rows
     return ((f"{path} (split {split!r}), row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def load_table(name_or_path: str | os.PathLike, split: str = "train", config: str | None = None) -> Dataset:
     """
-    Loads the rows of [`read_rows`] as a `Dataset`. A JSON or CSV file is held in memory; Parquet is not.
+    Loads the rows of [`read_rows`] as a `Dataset`. CSV and JSON are held in memory; Parquet is not.
 
     Args:
         name_or_path (`str` or `os.PathLike`): As for [`read_rows`].
@@ -50,10 +52,13 @@ def load_table(name_or_path: str | os.PathLike, split: str = "train", config: st
         config (`str`, *optional*): The configuration of a dataset on the Hub.
 
     Raises:
-        ValueError: Beside those of [`read_rows`], if the values of a column have different types.
+        ValueError: Beside those of [`read_rows`], if a column has values of different types, or there is no row.
     """
-    file = _text_file(name_or_path, split)
-    return _load(name_or_path, split, config) if file is None else dataset_of_rows(_read_text(file))
+    rows = _open(name_or_path, split, config)
+    table = rows if isinstance(rows, Dataset) else dataset_of_rows(rows)
+    if not len(table):
+        raise ValueError(f"{name_or_path} (split {split!r}): there are no rows in it")
+    return table
 
 
 def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
@@ -74,80 +79,101 @@ def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
     return Dataset.from_dict(table, on_mixed_types="use_json")
 
 
-def _text_file(path: str | os.PathLike, split: str) -> Path | None:
-    """The JSON or CSV file that `path` stands for, `None` for what `datasets` reads."""
-    path = Path(path)
-    suffix, known = path.suffix.lower(), (*_READERS, ".parquet")
-    if path.is_dir():
-        return next(filter(Path.is_file, (path / f"{split}{ending}" for ending in _READERS)), None)
-    if not path.is_file():
-        if suffix in known:
-            raise FileNotFoundError(f"{path}: there is no such file; the current folder is {Path.cwd()}")
-        return None
-    if split != "train":
-        raise ValueError(f"{path}: a file has only the split 'train', got split={split!r}")
-    if suffix not in known:
-        raise ValueError(f"{path}: tables are read from {', '.join(_READERS)} and .parquet files; convert it")
-    return path if suffix in _READERS else None
-
-
-def _load(path: str | os.PathLike, split: str, config: str | None = None) -> Dataset:
+def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dataset | Iterator[tuple[str, Any]]:
+    """What keeps its types by itself as a `Dataset`, of CSV and JSON the rows, each with its place."""
     folder = Path(path)
-    if folder.is_file():
-        return load_dataset("parquet", data_files=os.fspath(path), split=split)
-    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in (*_PARSERS, ".parquet")):
+        return _open_file(folder, split)
+    for file in (folder / f"{split}{suffix}" for suffix in _PARSERS):
+        if file.is_file():
+            return _open_file(file, "train")
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        data = load_from_disk(folder)
+        return _choose(data if isinstance(data, DatasetDict) else {"train": data}, split, path)
+    builder = load_dataset_builder(os.fspath(path), config)
+    if builder.name not in ("csv", "json") or getattr(builder.config, "field", None):
         return load_dataset(os.fspath(path), config, split=split)
-    data = load_from_disk(folder)
-    splits = data if isinstance(data, DatasetDict) else {"train": data}
+    files = _choose({str(name): files for name, files in builder.config.data_files.items()}, split, path)
+    parse = partial(_parse_csv, delimiter=builder.config.sep) if builder.name == "csv" else _parse_json
+    copies = DownloadManager().download_and_extract(files)
+    return chain.from_iterable(_read_text(name, Path(copy), parse) for name, copy in zip(files, copies, strict=True))
+
+
+def _open_file(file: Path, split: str) -> Dataset | Iterator[tuple[str, Any]]:
+    suffix = file.suffix.lower()
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file; the current folder is {Path.cwd()}")
+    if split != "train":
+        raise ValueError(f"{file}: a file has only the split 'train', got split={split!r}")
+    if suffix == ".parquet":
+        return Dataset.from_parquet(os.fspath(file))
+    if suffix not in _PARSERS:
+        raise ValueError(f"{file}: tables are read from {', '.join(_PARSERS)} and .parquet files; convert it")
+    return _read_text(os.fspath(file), file, _PARSERS[suffix])
+
+
+def _choose(splits: dict[str, Any], split: str, path: str | os.PathLike) -> Any:
     if split not in splits:
         raise ValueError(f"{path}: no split {split!r}; there are {[*splits]}")
     return splits[split]
 
 
-def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
+def _read_text(name: str, file: Path, parse: Callable[[str, str], Iterator]) -> Iterator[tuple[str, Any]]:
+    content = file.read_bytes()
     try:
-        yield from _READERS[file.suffix.lower()](file)
+        text = content.decode("utf-8-sig")  # spreadsheets and Windows editors write a byte order mark
+        position = text.find("\0")  # never in CSV or JSON, in UTF-16 every other byte
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error}); save the file in UTF-8") from error
+        position = error.start
+    if position >= 0:
+        encoding = "it looks like UTF-16" if b"\0" in content else "it is not UTF-8"
+        line = content.count(b"\n", 0, position) + 1
+        raise ValueError(f"{name}, line {line}: {encoding}; save the file in UTF-8")
+    yield from parse(name, text)
 
 
-# utf-8-sig: spreadsheets and Windows editors write a byte order mark
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); write one object per line") from error
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error}); one object per line is .jsonl") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: a .json file holds a list of objects, got {type(rows).__name__}")
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+def _parse_jsonl(name: str, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON leaves U+2028 and its like within a text
+        if not line.strip():
+            continue
         try:
-            for row in reader:
-                place = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{place}: has another number of cells than the header; quote cells with commas")
-                yield place, row
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from error
+            yield f"{name}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not JSON ({error}); write one object per line") from error
+
+
+def _parse_json(name: str, text: str) -> Iterator[tuple[str, Any]]:
+    """A list of objects, or one object per line: on the Hub, both are called `.json`."""
+    if not text.lstrip().startswith("["):
+        yield from _parse_jsonl(name, text)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}, line {error.lineno}: not JSON ({error})") from error
+    yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parse_csv(name: str, text: str, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len({*header}) < len(header) or (len(header) == 1 and {*header[0]} & {*",;\t"}):
+            raise ValueError(f"{name}, line 1: give columns different names, separated by {delimiter!r}; got {header}")
+        for cells in filter(None, reader):
+            place = f"{name}, line {reader.line_num}"
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{place}: {len(cells)} cells for {len(header)} columns; quote those with {delimiter!r}"
+                )
+            yield place, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {reader.line_num}: not CSV ({error})") from error
 
 
 csv.field_size_limit(2**31 - 1)  # training data may hold whole documents
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+_PARSERS = {".jsonl": _parse_jsonl, ".json": _parse_json, ".csv": _parse_csv}
+_PARSERS |= {".tsv": partial(_parse_csv, delimiter="\t")}
 
 
 def read_tsv(package: str, name: str) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
-from ..files import write_json
+from ..files import warn_without, write_json
 from ..parameters.groups import GroupTable, freeze_selection
 from ..parameters.hashes import digest_groups, hash_parameters, verify_frozen
 from ..parameters.structure import keep_trainable
@@ -111,10 +111,13 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._frozen_check is not None:
             verify_frozen(self.model, self._frozen_check.expected)  # before the model is saved
-        if self.group_table is not None and self.args.should_save:
-            folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            write_json(folder / "parameter_groups.json", self.describe_groups())
         super().save_model(output_dir, _internal_call)
+
+    def on_save_model(self, folder: Path) -> None:
+        super().on_save_model(folder)
+        if self.group_table is not None:
+            with warn_without(folder / "parameter_groups.json"):
+                write_json(folder / "parameter_groups.json", self.describe_groups())
 
     def describe_groups(self) -> dict:
         """The groups asked for, and the counts of each group with the SHA-256 of its frozen parameters."""

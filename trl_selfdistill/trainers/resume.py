@@ -37,7 +37,7 @@ def _is_complete(checkpoint: str | os.PathLike) -> bool:
     """Whether `Trainer` finished a checkpoint: it writes `trainer_state.json` last."""
     try:
         read_json(Path(checkpoint) / TRAINER_STATE_NAME)
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return False
     return True
 

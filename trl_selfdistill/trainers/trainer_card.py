@@ -8,8 +8,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
+from ..files import warn_without
+from ..hallucination.categories import SlickCategory
 from ..hub.environment import describe_environment
-from ..hub.model_card import base_model_of, hub_id, read_record, update_model_card
+from ..hub.model_card import CARD_FILE, base_model_of, hub_id, read_record, update_model_card
 from ..parameters.structure import base_causal_lm
 from .sft_internals import get_config_model_id
 
@@ -38,17 +40,27 @@ class ModelCardMixin:
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir), dataset_name, tags)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Before the weights, PEFT would read and write a card, with the local path of the base. Ours comes after them
+        attributes = vars(self.accelerator.unwrap_model(self.model))
+        attributes["create_or_update_model_card"] = lambda output_dir: None
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            attributes.pop("create_or_update_model_card", None)  # a push saves within
+
     def on_save_model(self, folder: Path) -> None:
         super().on_save_model(folder)
-        self._write_card(folder)  # after PEFT, which writes a card of its own with the local path of the base
+        self._write_card(folder)
 
     def _write_card(self, folder: Path, dataset_name: str | None = None, tags: str | list[str] | None = None) -> None:
-        earlier = read_record(folder).get("training", {})
-        training = describe_training(self)
-        training["dataset_name"] = hub_id(dataset_name) or earlier.get("dataset_name")
-        training["tags"] = sorted({*earlier.get("tags", []), *([tags] if isinstance(tags, str) else tags or [])})
-        training["environment"] = describe_environment()
-        update_model_card(folder, training=training)
+        with warn_without(folder / CARD_FILE):
+            earlier = read_record(folder).get("training", {})
+            training = describe_training(self)
+            training["dataset_name"] = hub_id(dataset_name) or earlier.get("dataset_name")
+            training["tags"] = sorted({*earlier.get("tags", []), *([tags] if isinstance(tags, str) else tags or [])})
+            training["environment"] = describe_environment()
+            update_model_card(folder, training=training)
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:
@@ -80,7 +92,8 @@ def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
         return None
     steps, epochs = args.teacher_snapshot_steps, args.teacher_snapshot_epochs
     if steps or epochs:
-        identity = f"the model itself after {steps or epochs} {'steps' if steps else 'epochs'} of plain SFT"
+        identity = f"the model itself after {steps or epochs} {'steps' if steps else 'epochs'} of plain SFT on all "
+        identity += "of the data (in the paper, on its Known facts only)"
     else:
         model = trainer.model if trainer.teacher_model is None else trainer.teacher_model
         model = trainer.accelerator.unwrap_model(model)
@@ -92,9 +105,10 @@ def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
 
 
 def count_categories(splits: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """For each split that has a column `slick_category`, how many of its rows are of each category."""
-    return {
-        name: dict(Counter(str(category) for category in split["slick_category"] if category is not None))
+    """For each split whose column `slick_category` holds categories, how many of its rows are of each."""
+    counts = {
+        name: dict(Counter(str(value) for value in split["slick_category"] if str(value) in {*SlickCategory}))
         for name, split in splits.items()
         if isinstance(split, Dataset) and "slick_category" in split.column_names
     }
+    return {name: count for name, count in counts.items() if count}
