@@ -19,14 +19,13 @@ from trl.trainer import utils as trl_utils
 
 from trl_selfdistill import SelfDistillSFTConfig
 from trl_selfdistill.trainers.frozen_groups_sft_config import config_from
+from trl_selfdistill.trainers.label_head import label_hidden_states, lm_head_of
 from trl_selfdistill.trainers.sft_internals import (
     HookedSFTTrainer,
     add_label_head_forward,
     base_causal_lm,
     frozen_copy,
-    label_hidden_states,
     label_positions_only,
-    lm_head_of,
     without_unused_columns,
 )
 

@@ -4,10 +4,8 @@
 import copy
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
-from trl import SFTConfig
 
 from ..parameters.groups import GroupSelection
 from ..parameters.structure import named_tensors
@@ -18,16 +16,9 @@ if is_peft_available():
     from peft.tuners.tuners_utils import check_target_module_exists
 
 
-def skeleton(name_or_path: str, args: SFTConfig) -> PreTrainedModel:
-    """The modules of a model by name, without weights: only its config is read, as `args` say."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    kwargs = {name: kwargs[name] for name in ("trust_remote_code", "revision", "token", "cache_dir") if name in kwargs}
-    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs["trust_remote_code"])
-
-
-def restrict_peft_config(config: "PeftConfig", model: PreTrainedModel, selection: GroupSelection) -> "PeftConfig":
+def restrict_peft_config(
+    config: "PeftConfig", model: PreTrainedModel, selection: GroupSelection | None
+) -> "PeftConfig":
     """
     A copy of a PEFT config with adapters on the trainable groups alone. `target_modules` that are unset or
     `"all-linear"` become the linear modules of these groups, less `exclude_modules`.
@@ -35,12 +26,15 @@ def restrict_peft_config(config: "PeftConfig", model: PreTrainedModel, selection
     Args:
         config ([`~peft.PeftConfig`]): The config, which is not changed.
         model ([`~transformers.PreTrainedModel`]): The model that is to get the adapters.
-        selection ([`~trl_selfdistill.parameters.groups.GroupSelection`]): The groups to train.
+        selection ([`~trl_selfdistill.parameters.groups.GroupSelection`], *optional*): The groups to train; without
+            them the config is returned as it is.
 
     Raises:
         ValueError: If the config targets modules in frozen groups, its method has no `target_modules`, or no linear
             module is left to adapt.
     """
+    if selection is None:
+        return config
     if not hasattr(config, "target_modules"):
         raise ValueError(
             f"{selection} needs a PEFT method with `target_modules`, such as LoRA: {type(config).__name__} does not "

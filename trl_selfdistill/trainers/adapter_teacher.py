@@ -18,7 +18,8 @@ from ..losses import ModelSide
 from ..parameters.hashes import digest, hash_config, hash_model, hash_tensors
 from ..parameters.structure import keep_trainable
 from ..slick.generation import evaluation_mode
-from .sft_internals import label_hidden_states, use_adapter
+from .label_head import label_hidden_states
+from .sft_internals import use_adapter
 from .teachers import Teacher, frozen_head
 
 

@@ -82,8 +82,8 @@ class FrozenGroupsSFTConfig(SFTConfig):
 
 def check_options(config: TrainingArguments, config_class: type) -> None:
     """
-    Checks the options that `config_class` adds to its parent, and makes plain numbers and texts of them, as the command
-    line does. Groups are left to `GroupSelection`.
+    Checks the options that `config_class` adds to its parent, and makes plain numbers and texts of them, as the
+    command line does. Groups are left to `GroupSelection`.
 
     Raises:
         ValueError: If one is not of its type.

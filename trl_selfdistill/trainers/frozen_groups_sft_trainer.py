@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """SFT of some groups of parameters, the others proved unchanged (arXiv 2604.15574, section 3)."""
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback
-from trl import SFTTrainer
 
 from ..files import warn_without, write_json
 from ..parameters.groups import GroupTable, freeze_selection
 from ..parameters.hashes import digest_groups, hash_parameters, verify_frozen
 from ..parameters.structure import keep_trainable
-from .adapter_groups import refuse_adapters_elsewhere, restrict_peft_config, skeleton
+from .adapter_groups import refuse_adapters_elsewhere, restrict_peft_config
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, config_from
 from .resume import ExactResumeMixin
-from .sft_internals import HookedSFTTrainer
+from .sft_internals import HookedSFTTrainer, name_experts, peft_configs_made_by
 from .trainer_card import ModelCardMixin
 
 
@@ -56,15 +58,13 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
     def __init__(self, model: str | PreTrainedModel, args: FrozenGroupsSFTConfig | None = None, *positional, **kwargs):
         args = config_from(args, FrozenGroupsSFTConfig, model, self.method_name)
         selection = args.group_selection
-        # By name, so that `peft_config` is found wherever it was given
-        kwargs |= dict(zip(list(inspect.signature(SFTTrainer).parameters)[2:], positional, strict=False))
         self.group_table: GroupTable | None = None
         self._frozen_check: _FrozenCheck | None = None
-        if selection is not None and kwargs.get("peft_config") is not None and not hasattr(model, "peft_config"):
-            base = skeleton(model, args) if isinstance(model, str) else model
-            kwargs["peft_config"] = restrict_peft_config(kwargs["peft_config"], base, selection)
-        super().__init__(model, args, **kwargs)
+        # The model as `SFTTrainer` has loaded it: by name, with remote code, quantised, for images
+        with peft_configs_made_by(partial(restrict_peft_config, selection=selection)):
+            super().__init__(model, args, *positional, **kwargs)
         keep_trainable(self.model)
+        name_experts(self.model)
         if selection is None:
             return
         # After `SFTTrainer.__init__`, which may load the model, and resize the embeddings for a new chat template:
@@ -108,6 +108,12 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             rows = saved.get("groups", {})
             self._frozen_check.resumed = {group: row["frozen_sha256"] for group, row in rows.items()}
 
+    def evaluation_loop(self, *args, **kwargs):
+        # `bf16_full_eval` and `fp16_full_eval` round the weights themselves, which may be saved or trained on later
+        is_rounded = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+        with _unrounded_afterwards(self.model) if is_rounded else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._frozen_check is not None:
             verify_frozen(self.model, self._frozen_check.expected)  # before the model is saved
@@ -148,3 +154,18 @@ class _FrozenCheck(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         verify_frozen(model, self.expected)
+
+
+@contextmanager
+def _unrounded_afterwards(model: torch.nn.Module) -> Iterator[None]:
+    """Gives parameters and buffers back the numbers that they had before a cast of the model to another dtype."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, *named) for module in model.modules() for named in module.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            now = getattr(module, name)
+            setattr(module, name, now if now.dtype == buffer.dtype else buffer.to(now.device))

@@ -10,9 +10,9 @@ from ..parameters.structure import base_causal_lm
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
 from .frozen_groups_sft_config import config_from
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
-from .label_head_check import check_label_head
+from .label_head import check_label_head, student_ce_kl
 from .self_distill_sft_config import SelfDistillSFTConfig
-from .sft_internals import add_label_head_forward, frozen_copy, student_ce_kl
+from .sft_internals import add_label_head_forward, frozen_copy
 from .teacher_cache import CACHE_COLUMNS, precompute_teacher
 from .teacher_snapshot import TeacherSnapshotCallback
 from .teachers import ModelTeacher, Teacher, UntrainedStudent, check_teacher, load_teacher, refuse_adapter_on_head
@@ -172,7 +172,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if num_items_in_batch is not None:
             # It counts the tokens of every rank, and DDP averages the gradients over the ranks
             ranks = self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
-            loss, share = loss * ranks, ce_kl.num_tokens * ranks / num_items_in_batch
+            loss, share = loss * ranks, ce_kl.num_tokens * ranks / max(1, num_items_in_batch)
         elif mode == "train":
             share = 1 / self.current_gradient_accumulation_steps  # by which Trainer divides the loss then
         if aux_loss is not None and not own_ce:
@@ -188,7 +188,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         return (sft_loss + loss, outputs) if return_outputs else sft_loss + loss
 
     def _record_losses(self, mode: str, ce_and_kl: torch.Tensor) -> None:
-        """Keeps `ce_loss` and `kl_loss` so that they add up to the logged loss: summed and averaged as Trainer does."""
+        """Keeps `ce_loss` and `kl_loss` so that they add up to the loss that Trainer logs."""
         if mode == "train":
             ce_loss, kl_loss = self.accelerator.gather(ce_and_kl[None]).mean(0).tolist()
             self.log_step_sums(ce_loss=ce_loss, kl_loss=kl_loss)
@@ -202,11 +202,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if not sft_metrics:  # its own pass has recorded them
             return
         # Without a mask: padding-free, one row of real tokens
-        num_input_tokens = (
-            inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        )
+        num_input_tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         means = torch.stack([ce_kl.entropy, ce_kl.top1_accuracy]).float()
-        counts = torch.stack([ce_kl.num_tokens, torch.as_tensor(num_input_tokens, device=means.device)])
+        counts = torch.stack([ce_kl.num_tokens, num_input_tokens])
         local = torch.cat([means * counts[0], counts]).unsqueeze(0)
         *sums, num_tokens, num_input_tokens = self.accelerator.gather_for_metrics(local).sum(0).tolist()
         entropy, accuracy = (total / max(num_tokens, 1.0) for total in sums)

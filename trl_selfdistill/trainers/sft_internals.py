@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from ..losses import IGNORE_INDEX, CEKLOutput, LMHead, ModelSide, linear_ce_kl
+from ..losses import IGNORE_INDEX
 from ..parameters.structure import base_causal_lm
 from .tested_versions import private_names
 
@@ -28,6 +28,7 @@ from .tested_versions import private_names
 with private_names():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
     from trl.models.utils import prepare_deepspeed, prepare_fsdp
+    from trl.trainer import sft_trainer
     from trl.trainer import utils as trl_utils
     from trl.trainer.utils import create_model_from_path as create_model_from_path
     from trl.trainer.utils import get_config_model_id as get_config_model_id
@@ -39,10 +40,6 @@ with private_names():
         from trl.trainer.utils import _use_triton
 
 
-# Gemma; RecurrentGemma and xLSTM, whose names TRL does not know
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
 class HookedSFTTrainer(SFTTrainer):
     """
     `SFTTrainer` with public hooks in place of methods that transformers lets subclasses override by private names. An
@@ -51,7 +48,7 @@ class HookedSFTTrainer(SFTTrainer):
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
-    summed_step: int | None = None
+    summed_step: int | None = None  # that the last of the logged sums are of
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
     def __init_subclass__(cls, **kwargs):
@@ -187,24 +184,6 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator) -> torch.n
     return prepared
 
 
-def lm_head_of(model: PreTrainedModel) -> LMHead:
-    """
-    The LM head of a causal language model with the logit post-processing of its architecture, read from its config
-    under the names that TRL's `add_fused_lm_head` knows. FSDP2 shards stay shards: `linear_ce_kl` gathers them.
-    """
-    config = model.config.get_text_config()
-    logit_scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
-        if getattr(config, name, None) is not None:
-            logit_scale = getattr(config, name)
-    if getattr(config, "logits_scaling", None) is not None:
-        # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-        logit_scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    softcaps = [getattr(config, name, None) for name in _SOFTCAPS]
-    head = model.get_output_embeddings()
-    return LMHead(head.weight, head.bias, logit_scale, next(filter(None, softcaps), None))
-
-
 def add_label_head_forward(model: PreTrainedModel) -> None:
     """
     Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`.
@@ -241,56 +220,22 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def label_hidden_states(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """
-    The last hidden states of a model at the label positions of a batch, `(num_label_tokens, hidden_size)`.
-
-    Args:
-        model (`torch.nn.Module`): A model that [`add_label_head_forward`] was called on, wrapped or not.
-        inputs (`dict[str, torch.Tensor]`): Arguments of its forward, `labels` among them.
-    """
-    return model(**inputs, label_head=_hidden_states)
-
-
-def student_ce_kl(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], teacher: ModelSide, **options
-) -> tuple[CEKLOutput, torch.Tensor | None]:
-    """
-    The loss of the student on a batch, `ce_weight * CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, and the
-    MoE load-balancing loss, where router logits were asked for.
-
-    Args:
-        model (`torch.nn.Module`): The student, on which [`add_label_head_forward`] was called, wrapped or not.
-        inputs (`dict[str, torch.Tensor]`): Arguments of its forward, `labels` among them.
-        teacher ([`~trl_selfdistill.losses.ModelSide`]): What [`Teacher.targets`] returned for `inputs`.
-        options: `ce_weight`, `kl_weight`, `temperature` and `num_items_in_batch` of
-            [`~trl_selfdistill.losses.linear_ce_kl`].
-    """
-    return model(**inputs, label_head=functools.partial(_ce_kl, teacher=teacher, **options))
+@contextmanager
+def peft_configs_made_by(make: Callable[[Any, PreTrainedModel], Any]) -> Iterator[None]:
+    """Lets `SFTTrainer` put the adapter of `make(peft_config, model)` on the model that it has loaded."""
+    get_peft_model = getattr(sft_trainer, "get_peft_model", None)  # without PEFT there are no configs
+    sft_trainer.get_peft_model = lambda model, config, **options: get_peft_model(model, make(config, model), **options)
+    try:
+        yield
+    finally:
+        sft_trainer.get_peft_model = get_peft_model
 
 
-def _hidden_states(model: PreTrainedModel, states: LabelStates) -> torch.Tensor:
-    return states.hidden_states
-
-
-def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide, **options):
-    if len(states.hidden_states) != len(teacher.hidden_states):
-        raise ValueError(
-            f"The student has {len(states.hidden_states)} label positions and the teacher "
-            f"{len(teacher.hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) shifts the "
-            "positions: pass a `teacher_model` with the same adapter, or train another kind of adapter."
-        )
-    lm_head = lm_head_of(model)
-    device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
-    ce_kl = linear_ce_kl(
-        states.hidden_states.to(device),
-        lm_head,
-        teacher.hidden_states.to(device),
-        teacher.lm_head.map_tensors(lambda tensor: tensor.to(device)),
-        states.shift_labels.to(device),
-        **options,
-    )
-    return ce_kl, states.aux_loss
+def name_experts(model: PreTrainedModel) -> None:
+    """Lets TRL read `num_experts` of a mixture (Granite, Phi) whose config says `num_local_experts`, as Mixtral's."""
+    config = model.config.get_text_config()
+    if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
+        type(config).attribute_map = {**config.attribute_map, "num_experts": "num_local_experts"}
 
 
 @contextmanager

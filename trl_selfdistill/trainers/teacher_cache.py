@@ -40,7 +40,7 @@ _NAMES = ("input_ids", "position_ids", "token_type_ids")  # what a model may see
 _OTHER_INPUTS = (
     "The tokens, positions or labels of a batch are not those that the teacher was run on. With "
     "`precompute_teacher=True`, `data_collator` must make the same of a row each time, and keep the rows' order. Take "
-    "one that draws nothing at random, another `teacher_cache_dir` for another collator, or `precompute_teacher=False`."
+    "one that draws nothing at random, another `teacher_cache_dir` for another collator, or no `precompute_teacher`."
 )
 
 

@@ -18,15 +18,13 @@ from ..losses import LMHead, ModelSide
 from ..parameters.hashes import gathered, hash_model
 from ..parameters.structure import base_causal_lm
 from ..slick.generation import evaluation_mode
-from .label_head_check import check_label_head
+from .label_head import check_label_head, label_hidden_states, lm_head_of
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     add_label_head_forward,
     create_model_from_path,
     frozen_copy,
     get_config_model_id,
-    label_hidden_states,
-    lm_head_of,
     prepare_teacher,
 )
 
