@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `pip install` brings works from an empty folder: the wheel, the command, programs, configurations and metric."""
+"""What `pip install` brings works from an empty folder: the command, its programs and configurations, the metric."""
 
 import os
 import re

@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         text, path = f"{what}: a YAML file, or one of {', '.join(_configs(folder))}", partial(_config_path, folder)
         start.add_argument(*names, type=path, metavar="NAME|FILE", help=text)
     for name in ("num_processes", "num_machines", "num_cpu_threads_per_process"):
-        start.add_argument(f"--{name}", type=int, metavar="N")
+        start.add_argument(f"--{name}", type=_positive_integer, metavar="N")
     for name in ("machine_rank", "main_process_ip", "main_process_port", "gpu_ids"):
         start.add_argument(f"--{name}", metavar="X")
     parser = argparse.ArgumentParser(
@@ -93,6 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
         usage = f"{parser.prog} {name} [flags]\n       {parser.prog} {name} --help"
         commands.add_parser(name, usage=usage, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
     return parser
+
+
+def _positive_integer(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _configs(folder: str) -> dict[str, str]:
@@ -140,10 +146,7 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
         else:  # accelerate would start a single one on a CPU
             options["config_file"] = _config_path("scripts/accelerate_configs", "ddp" if num_gpus else "cpu")
     if "config_file" in options:
-        config = load_config_from_file(options["config_file"])
-        if config.use_cpu:  # which accelerate tells a single process only
-            os.environ["ACCELERATE_USE_CPU"] = "true"
-        _check_gpus(config, options, num_gpus)
+        _check_gpus(load_config_from_file(options["config_file"]), options, num_gpus)
     words = [f"--{name}={value}" for name, value in options.items()]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program, which says how to go on
     try:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-selfdistill`: what it says to wrong input, and how it starts and ends a program."""
+
+import os
+import re
+import signal
+
+import pytest
+import torch
+from accelerate.commands import config
+
+from trl_selfdistill import cli
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """No GPU and no configuration of the user; what the command sets is undone."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    monkeypatch.setattr(config, "default_config_file", str(tmp_path / "none.yaml"))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.parametrize(
+    ("line", "num_gpus", "message"),
+    [
+        ("anotate", 0, "invalid choice: 'anotate'.*annotate.*check-distributed"),
+        ("compare --config huge", 0, "'huge' is no file and none of compare_default, .*, quickstart"),
+        ("mix --config_file dp", 0, "'dp' is no file and none of cpu, ddp, deepspeed_zero2, deepspeed_zero3, fsdp2"),
+        ("study --config_file ddp", 0, "ddp.yaml starts 8 processes, one a GPU, and torch finds 0.*--config_file cpu"),
+        ("study --num_processes 3", 2, "ddp.yaml starts 3 processes.*finds 2 here. Set --num_processes 2"),
+        ("mix --accelerate_config fsdp2 --num_processes 4 --num_machines 2", 1, "2 processes.* Set --num_processes 2"),
+        ("mix --num_machines 0", 1, "--num_machines: invalid .*'0'"),
+    ],
+)
+def test_wrong_input_is_one_sentence(monkeypatch, capsys, line, num_gpus, message):
+    monkeypatch.setattr("sys.argv", ["trl-selfdistill", *line.split()])
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: num_gpus)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_a_missing_or_unsupported_requirement_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["trl-selfdistill", "report"])
+    required = ["torch>=2", "trl<0.1", "no-such-thing>=3; extra == 'study'", "nor-this; extra == 'dev'"]
+    monkeypatch.setattr(cli.metadata, "requires", lambda name: required)
+    with pytest.raises(SystemExit):
+        cli.main()
+    found = cli.metadata.version("trl")
+    message = f"report needs trl<0.1 (found {found}), no-such-thing>=3 (not installed). Run: pip install 'trl<0.1' "
+    assert f"{message}'no-such-thing>=3'\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("", 0),
+        ("sys.exit(7)", 7),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137),
+        ("os.kill(os.getppid(), signal.SIGINT); sys.exit(130)", 130),
+    ],
+)
+def test_a_program_has_all_cores_and_its_exit_status_is_the_command_s(tmp_path, capfd, end, status):
+    program = tmp_path / "program.py"
+    shown = "*sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['MALLOC_TRIM_THRESHOLD_']"
+    program.write_text(f"import os, signal, sys\nprint({shown}, flush=True)\n{end}\n")
+    assert cli._launch([str(program), "--num_known", "3"], {}) == status
+    assert capfd.readouterr().out.split() == ["--num_known", "3", str(torch.get_num_threads()), "8589934592"]
