@@ -62,7 +62,8 @@ def main(study: QuickstartArguments, *shared) -> None:
     model_args, _, slick, mix, *_, config = shared
 
     def announce(model: str, facts: Path) -> None:
-        announce_plan(model, read_facts(facts), study.variants, study.eval_epochs, model_args, slick, mix, config)
+        settings = (model_args, slick.settings(config.seed), mix, config)
+        announce_plan(model, read_facts(facts), study.variants, study.eval_epochs, *settings)
 
     setup = prepare_study(*shared, announce=announce)
     output = Path(setup.config.output_dir)

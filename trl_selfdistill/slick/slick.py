@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hallucination.categories import SlickCategory
 from ..hallucination.exact_match import exact_match
-from ..progress import Progress
 from .generation import predict_answers
 from .likelihood import score_answers
 from .process_sharding import ProgressFile, map_in_parallel
+from .progress import Progress
 from .prompts import answer_completion, few_shot_prompt
 
 

