@@ -114,11 +114,11 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
     """With a clock that goes one second for each fact that is asked, and stands still otherwise."""
     clock = [0.0]
 
-    def answer(model, tokenizer, facts):
-        clock[0] += len(facts)
+    def answer(model, tokenizer, prompts):
+        clock[0] += len(prompts)
 
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(progress, "answered_correctly", answer)
+    monkeypatch.setattr(progress, "predict_answers", answer)
     facts, mix = read_facts(toy_study.facts), MixSettings(num_known=10, num_new=20, num_heldout=30)
     config = SFTConfig(tmp_path, bf16=False, use_cpu=True, num_train_epochs=4)
 
@@ -131,7 +131,7 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
 
     seconds = {
         "annotated": 1.5 * 80 * 3,
-        "stage1": 5.5 * 10 + 2 * 60,
+        "stage1": 5.5 * 10 + 60,
         "sft": 5.5 * 120 + 120,
         "selfdistill": 7 * 120 + 120,
     }

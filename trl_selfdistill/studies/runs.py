@@ -171,8 +171,6 @@ def train_variant(
         trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, records, eval_epochs, before))
         if variant.prepare is not None:
             variant.prepare(trainer, partial)
-        if trainer.pop_callback(ProgressCallback):
-            trainer.add_callback(RunProgress(folder.name))
         times = StepTimes()
         trainer.add_callback(times)
         with label_positions_only():  # in every run, so that their seconds a step can be compared
@@ -202,13 +200,16 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
         num_rows = rows_per_step(config) * max(config.max_steps, 0)
         rows = variant.rows(known, new, num_rows, random.Random(config.seed))
     options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
-    return variant.trainer_class(
+    trainer = variant.trainer_class(
         model,
         config,
         train_dataset=rows,
         processing_class=tokenizer,
         **options | variant.trainer_arguments,
     )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(RunProgress(variant.name))
+    return trainer
 
 
 def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts) -> dict:
