@@ -2,7 +2,7 @@
 """
 Asks a checkpoint facts without exemplars, greedily, and counts the right answers.
 
-Input: a model and facts, such as a split of build_training_mix.py. Output, in --output_dir: predictions.jsonl (a line
+Input: a model and facts, such as a split of `mix`. Output, in --output_dir: predictions.jsonl (a line
 for each fact: fact_id, prediction, correct) and accuracy.json (the share of right answers overall, by relation and,
 for annotated facts, by SLiCK category).
 
