@@ -2,7 +2,7 @@
 """
 Chooses the training data out of annotated facts: Known facts, new ones, and held-out ones to measure forgetting on.
 
-Input: the annotated facts of annotate_facts.py. Output, in --output_dir: known.jsonl (HighlyKnown facts to train on),
+Input: the annotated facts of `annotate`. Output, in --output_dir: known.jsonl (HighlyKnown facts to train on),
 new.jsonl (facts that the model does not know: invented, or Unknown real ones) and heldout.jsonl (HighlyKnown facts of
 the same relations, never trained on), each with the columns prompt and completion, as SFTTrainer takes them.
 
@@ -29,7 +29,7 @@ class MixArguments:
 
     _argument_group_name = "run"
 
-    annotated: str = field(metadata={"help": "Annotated facts: the `annotated/facts.jsonl` of annotate_facts.py."})
+    annotated: str = field(metadata={"help": "Annotated facts: the `annotated/facts.jsonl` of `annotate`."})
     output_dir: str = field(default="outputs/study/mix", metadata={"help": "Folder of the splits."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice, the order and the invented facts."})
 

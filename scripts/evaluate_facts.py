@@ -2,9 +2,9 @@
 """
 Asks a checkpoint facts without exemplars, greedily, and counts the answers that are right, hallucinated or none.
 
-Input: a model and facts, such as a split of build_training_mix.py. Output, in --output_dir: predictions.jsonl (a line
-for each fact: fact_id, prediction, outcome) and accuracy.json (accuracy, hallucination rate and abstention rate
-overall, by relation and, for annotated facts, by SLiCK category).
+Input: a model and facts, such as a split of `mix`. Output, in --output_dir: predictions.jsonl (a line for each fact:
+fact_id, prediction, outcome) and accuracy.json (accuracy, hallucination rate and abstention rate overall, by relation
+and, for annotated facts, by SLiCK category).
 
     trl-selfdistill evaluate --model_name_or_path outputs/study/selfdistill \\
         --facts outputs/study/mix/heldout.jsonl --output_dir outputs/evaluation

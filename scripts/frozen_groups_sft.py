@@ -5,7 +5,7 @@ Trains some groups of parameters and freezes the others (FrozenGroupsSFTTrainer)
 The groups are embeddings, attention, mlp, norm and lm_head: name what to train (--trainable_groups) or what not to
 (--frozen_groups). Training the attention alone learns a task or a format, and hardly any new facts: old ones stay.
 
-Input: a model, and either --mix (a folder of build_training_mix.py) with the --splits to train on, or --dataset_name
+Input: a model, and either --mix (a folder of `mix`) with the --splits to train on, or --dataset_name
 (any dataset of SFTTrainer). Output, in --output_dir: the checkpoint and parameter_groups.json; with --mix also
 accuracy.jsonl (the answers to each split after each epoch) and training.json. With --mix an interrupted run
 goes on with the same command; with --dataset_name add --resume_from_checkpoint FOLDER.

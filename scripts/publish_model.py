@@ -48,8 +48,8 @@ class PublishArguments:
     dataset_repo_id: str | None = field(
         default=None, metadata={"help": "Publish the facts too, as your-name/my-facts (with annotated, mix or both)."}
     )
-    annotated: str | None = field(default=None, metadata={"help": "Folder of annotate_facts.py."})
-    mix: str | None = field(default=None, metadata={"help": "Folder of build_training_mix.py."})
+    annotated: str | None = field(default=None, metadata={"help": "Folder of `annotate`."})
+    mix: str | None = field(default=None, metadata={"help": "Folder of `mix`."})
     dataset_license: str | None = field(
         default=None, metadata={"help": "Licence of the facts (cc-by-4.0 where they are from GeoNames)."}
     )

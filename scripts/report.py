@@ -2,7 +2,7 @@
 """
 Compares trained variants: what each forgot, with its interval and the paired difference from the first of them.
 
-Input: folders that self_distill_sft.py or frozen_groups_sft.py trained with --mix, on the same mix and from the same
+Input: folders that `self-distill` or `frozen-groups` trained with --mix, on the same mix and from the same
 start; the first is the baseline. Output, in --output_dir: report.md, curves.png and results.json; and a model card in
 the folder of each variant. Variants called sft, selfdistill and frozen get their full names.
 

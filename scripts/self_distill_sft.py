@@ -4,7 +4,7 @@ Trains with self-distillation (SelfDistillSFTTrainer): SFT with a KL to a frozen
 
 With --kl_weight 0 it is plain SFT, as stage 1 (format learning) and the baseline need it.
 
-Input: a model, and either --mix (a folder of build_training_mix.py) with the --splits to train on, or --dataset_name
+Input: a model, and either --mix (a folder of `mix`) with the --splits to train on, or --dataset_name
 (any dataset of SFTTrainer). Output, in --output_dir: the checkpoint; with --mix also accuracy.jsonl (the answers to
 each split after each epoch) and training.json. With --mix an interrupted run goes on with the same command;
 with --dataset_name add --resume_from_checkpoint FOLDER.

@@ -51,11 +51,13 @@ def parser_of(name: str, monkeypatch) -> command_line.ScriptParser:
 
 
 @pytest.mark.parametrize("name", STAGE_SCRIPTS)
-def test_help_is_the_docstring_with_commands(name, capsys):
+def test_help_is_the_docstring_with_commands(name, monkeypatch, capsys):
     docstring = ast.get_docstring(ast.parse((SCRIPTS / name).read_text()))
+    monkeypatch.setenv("TRL_SELFDISTILL_COMMAND", "trl-selfdistill a-command --help")  # as cli.py sets it
     with pytest.raises(SystemExit) as ended:
         run_script(name, "--help")
     text = capsys.readouterr().out
+    assert text.startswith("usage: trl-selfdistill a-command [--config FILE.yaml]")
     assert ended.value.code == 0 and docstring in text and "\n  --output_dir" in text
     assert docstring.count("\n    trl-selfdistill ") >= 2  # tests/test_documents.py parses them
 

@@ -50,10 +50,12 @@ def main() -> int:
     if unmet := _unmet_requirements("study" if command in NEED_STUDY else ""):
         needed = ", ".join(f"{name} ({found})" for name, found in unmet.items())
         parser.error(f"{command} needs {needed}. Run: pip install {shlex.join(unmet)}")
+    words = sys.argv[1:]
+    words.remove(command)
+    os.environ["TRL_SELFDISTILL_COMMAND"] = shlex.join([parser.prog, command, *words])  # its usage, and for cards
     if {"-h", "--help"} & {*flags}:
-        sys.argv = [f"{parser.prog} {command}", "--help"]
+        sys.argv[1:] = ["--help"]
         runpy.run_path(script, run_name="__main__")
-    os.environ["TRL_SELFDISTILL_COMMAND"] = shlex.join([parser.prog, *sys.argv[1:]])  # for the cards
     try:
         return _launch([script, *(["--config", config] if config else []), *flags], options)
     except (ConnectionError, ImportError, ValueError) as error:  # accelerate's: the program has its own processes

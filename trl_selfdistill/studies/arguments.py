@@ -82,7 +82,7 @@ class TrainingDataArguments:
 
     mix: str | None = field(
         default=None,
-        metadata={"help": "Folder of build_training_mix.py, whose splits are evaluated after each epoch."},
+        metadata={"help": "Folder of `mix`, whose splits are evaluated after each epoch."},
     )
     splits: list[str] = field(
         default_factory=lambda: ["known", "new"],

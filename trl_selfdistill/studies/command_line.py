@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -48,7 +49,11 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
     usage = "%(prog)s [--config FILE.yaml] [flags]\n\nEvery flag may stand in the YAML file too, without its dashes; "
     parser = ScriptParser(
-        dataclass_types, usage=usage + "flags win.", description=description.strip(), formatter_class=_HelpFormatter
+        dataclass_types,
+        prog=" ".join(os.environ.get("TRL_SELFDISTILL_COMMAND", "").split()[:2]) or None,
+        usage=usage + "flags win.",
+        description=description.strip(),
+        formatter_class=_HelpFormatter,
     )
     try:
         arguments = parser.parse_args_and_config()

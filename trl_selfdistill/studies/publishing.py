@@ -38,8 +38,8 @@ def plan_dataset(
     Args:
         repo_id (`str`): The dataset's repository.
         license (`str`, *optional*): License of the facts. There is no default.
-        annotated (`Path`, *optional*): Folder of annotate_facts.py, with `facts.jsonl`.
-        mix (`Path`, *optional*): Folder of build_training_mix.py, with `known.jsonl`, `new.jsonl` and `heldout.jsonl`.
+        annotated (`Path`, *optional*): Folder of `annotate`, with `facts.jsonl`.
+        mix (`Path`, *optional*): Folder of `mix`, with `known.jsonl`, `new.jsonl` and `heldout.jsonl`.
         base_model (`str`, *optional*): Hub id of the model that was asked.
 
     Raises:
