@@ -46,7 +46,7 @@ def checkpoint(tmp_path, tokenizer) -> Path:
 
 
 def with_code(folder: Path, tokenizer) -> Path:
-    """The checkpoint with a class in modules of its own, one of which names the next, templates and a feature extractor."""
+    """The checkpoint with a class whose modules import each other, two templates and a feature extractor."""
     (folder / "modeling_tiny.py").write_text(
         "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import Config\n"
         "class Tiny(LlamaForCausalLM):\n    config_class = Config\n"
