@@ -15,25 +15,10 @@ from pathlib import Path
 from typing import Any
 
 
-logger = logging.getLogger(__name__)
-
-
 def shipped(path: str) -> Path:
     """A file or folder of scripts/ or evaluate_metrics/: below an installed package, beside the package in a clone."""
     package = Path(__file__).parent
     return next(root / path for root in (package, package.parent) if (root / path).exists())
-
-
-@contextmanager
-def warn_without(path: str | os.PathLike) -> Iterator[None]:
-    """
-    Turns an error in the block into a warning that names `path` and the reason: for cards, figures and other files
-    that describe a result. No training may end because of them; what a run needs to go on is written without this.
-    """
-    try:
-        yield
-    except Exception as error:
-        logger.warning(f"Going on without {path}: {type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -75,6 +60,18 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def warn_without(path: str | os.PathLike) -> Iterator[None]:
+    """
+    Turns an error in the block into a warning that names `path` and the reason: for cards, figures and other files
+    that describe a result. No training may end because of them; what a run needs to go on is written without this.
+    """
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).warning(f"Going on without {path}: {type(error).__name__}: {error}")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

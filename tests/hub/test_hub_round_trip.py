@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import build_model
 from datasets import Dataset
 from hub_server import TOKEN, run_hub
@@ -18,7 +17,7 @@ from huggingface_hub import ModelCard, constants, hf_api
 from peft import LoraConfig, get_peft_model
 from study_records import write_checkpoint
 from toy_study import run_script
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
 from transformers.utils import hub as hub_of_transformers
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -47,7 +46,7 @@ def checkpoint(tmp_path, tokenizer) -> Path:
 
 
 def with_code(folder: Path, tokenizer) -> Path:
-    """The checkpoint with a class in modules of its own, one of which names the next, templates and images."""
+    """The checkpoint with a class whose modules import each other, two templates and a feature extractor."""
     (folder / "modeling_tiny.py").write_text(
         "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import Config\n"
         "class Tiny(LlamaForCausalLM):\n    config_class = Config\n"
@@ -63,9 +62,7 @@ def with_code(folder: Path, tokenizer) -> Path:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ documents }}"}
     tokenizer.save_pretrained(folder)
-    # Since transformers 5 the one that needs no torchvision has another name
-    image_processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    image_processor(crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(folder)
     return folder
 
 
@@ -87,7 +84,7 @@ LOAD = f"""
 import evaluate, json
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer
 from trl_selfdistill.studies.tables import load_table
 
 tokenizer = AutoTokenizer.from_pretrained("alice/code", trust_remote_code=True)
@@ -98,7 +95,7 @@ base = AutoModelForCausalLM.from_pretrained("alice/m")
 models["mine"] = PeftModel.from_pretrained(base, "alice/adapter", subfolder="mine")
 models["code"] = AutoModelForCausalLM.from_pretrained("alice/code", trust_remote_code=True)
 result = {{"templates": sorted(tokenizer.chat_template), "class": type(models["code"]).__name__}}
-result["image_size"] = AutoImageProcessor.from_pretrained("alice/code").crop_size["height"]
+result["sampling_rate"] = AutoFeatureExtractor.from_pretrained("alice/code").sampling_rate
 for name, model in models.items():
     result[name] = model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist()
 result["facts"] = load_dataset("alice/facts", "mix", split="new")["question"][:]
@@ -144,7 +141,7 @@ def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, to
         "metric": 0.5,
         "templates": ["default", "rag"],
         "class": "Tiny",
-        "image_size": 8,
+        "sampling_rate": 8000,
     }
     for name, model in models.items():
         adapter.set_adapter("mine" if name == "mine" else "default")

@@ -87,6 +87,15 @@ def test_variants_that_cannot_be_compared_are_refused(folders, tmp_path):
         report_stage([folders[0], twin], tmp_path / "report")
 
 
+@pytest.mark.parametrize("file", ["report/curves.png", "selfdistill/README.md", "selfdistill/model_card.json"])
+def test_a_figure_or_a_card_that_cannot_be_written_keeps_nothing_else(folders, tmp_path, file, caplog):
+    (tmp_path / file).mkdir(parents=True)
+    report_stage(folders, tmp_path / "report")
+    assert f"Going on without {tmp_path / file}: IsADirectoryError" in caplog.text
+    written = [*("report/report.md", "report/results.json"), *(f"{folder.name}/README.md" for folder in folders)]
+    assert all((tmp_path / name).is_file() for name in {*written} - {file})
+
+
 HOSTILE = "a|b <script>alert(1)</script>\n| c | $\\frac{$"
 
 

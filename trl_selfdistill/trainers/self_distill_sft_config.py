@@ -49,7 +49,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             `output_dir/_teacher` for resuming) and continue with distillation. For models that are not sharded, full
             or with one adapter.
         teacher_snapshot_epochs (`float`, *optional*):
-            The same in epochs. `1.0` on the format's own data is stage 1 of the paper.
+            The same in epochs of the whole data. Stage 1 of the paper is an epoch of its Known facts only.
 
         > Parameters that control the teacher cache
 
