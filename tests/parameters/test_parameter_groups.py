@@ -135,9 +135,7 @@ def test_every_parameter_is_in_its_group(architecture):
     assert sum(row.parameters for row in table.values()) == sum(p.numel() for p in model.parameters())
 
 
-OTHERS = (
-    "bart bert codegen cohere2 falcon_h1 gemma3n_text gptj hrm_text jetmoe kimi_linear lfm2 longcat_flash "
-)
+OTHERS = "bart bert codegen cohere2 falcon_h1 gemma3n_text gptj hrm_text jetmoe kimi_linear lfm2 longcat_flash "
 OTHERS += "minimax nemotron_h olmoe persimmon prophetnet recurrent_gemma rembert rwkv xlm xlnet zamba2 zaya"
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from sft_runs import FACTS, TOKENIZER, architecture, logs, train, trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from two_processes import leave_processes, run_in_two_processes
+from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill.trainers.teachers import ModelTeacher
 
@@ -164,6 +164,7 @@ def fsdp2(tmp_path_factory):
     return folder
 
 
+@needs_fsdp2_on_cpu
 @pytest.mark.parametrize("name", FSDP2)
 def test_fsdp2_is_one_process_resumes_exactly_and_saves_whole_models(fsdp2, tmp_path, name):
     whole, resumed = (torch.load(fsdp2 / name / f"{part}.pt", weights_only=True) for part in ("whole", "resumed"))

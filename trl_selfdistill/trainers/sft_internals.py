@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import compare_versions
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
@@ -292,6 +293,11 @@ def label_positions_only() -> Iterator[None]:
         yield
     finally:
         trl_utils._use_triton = _use_triton
+
+
+def train_in_order(trainer: SFTTrainer) -> None:
+    """Lets a trainer take the rows as they stand. transformers 5.0 and older have no option for that."""
+    trainer._get_train_sampler = SequentialSampler
 
 
 def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
