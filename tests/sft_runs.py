@@ -6,6 +6,7 @@ import gc
 import re
 
 import torch
+import transformers
 from conftest import CITIES, build_model, build_tokenizer
 from datasets import Dataset
 from transformers import (
@@ -33,6 +34,8 @@ from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfD
 gc.freeze()
 
 TOKENIZER = build_tokenizer()
+# transformers 4 logs the loss with four digits: the tolerance of what is compared with it
+ROUNDING = 0.0 if transformers.__version__ >= "5" else 1e-4
 # Answers of uneven length, so that a mean over sequences is not a mean over tokens
 FACTS = [
     {"prompt": f"Q: {city}\nA:", "completion": f" {country}" * (1 + i % 3)}

@@ -7,7 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from accelerate import PartialState
+from packaging.version import Version
+
+
+needs_fsdp2_on_cpu = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"),
+    reason="FSDP2 of torch 2.6 needs a GPU: 'Stream' object has no attribute 'record_event'",
+)
 
 
 def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 200, **environment: object) -> None:

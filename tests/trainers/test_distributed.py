@@ -21,10 +21,10 @@ from conftest import build_model
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from sft_runs import FACTS, TOKENIZER, architecture, logs, train, trainer
+from sft_runs import FACTS, ROUNDING, TOKENIZER, architecture, logs, train, trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from two_processes import leave_processes, run_in_two_processes
+from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill.trainers.teachers import ModelTeacher
 
@@ -91,7 +91,7 @@ def test_ddp_is_one_process_with_twice_the_batch(ddp, name):
         torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=2e-5, msg=key)
     alone, together = (json.loads((folder / name / "logs.json").read_text()) for folder in ddp)
     for row, expected in zip(together[:-1], alone[:-1], strict=True):
-        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6 + ROUNDING)
     assert alone[1]["kl_loss"] >= 0
 
 
@@ -164,6 +164,7 @@ def fsdp2(tmp_path_factory):
     return folder
 
 
+@needs_fsdp2_on_cpu
 @pytest.mark.parametrize("name", FSDP2)
 def test_fsdp2_is_one_process_resumes_exactly_and_saves_whole_models(fsdp2, tmp_path, name):
     whole, resumed = (torch.load(fsdp2 / name / f"{part}.pt", weights_only=True) for part in ("whole", "resumed"))
@@ -177,7 +178,7 @@ def test_fsdp2_is_one_process_resumes_exactly_and_saves_whole_models(fsdp2, tmp_
     assert still == ({key for key in start if "self_attn" not in key} if "tied" not in name else set())
     for ours, theirs in zip(json.loads((fsdp2 / name / "whole.json").read_text()), logs(alone), strict=True):
         for key in {"loss", "ce_loss", "kl_loss"} & theirs.keys():
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=ROUNDING)
     if FSDP2[name][2] == "FULL_STATE_DICT":
         saved = load_file(fsdp2 / name / "whole/run/model.safetensors")
         assert all(torch.equal(saved[key], whole[key]) for key in saved.keys() & whole.keys())

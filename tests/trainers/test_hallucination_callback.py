@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
-from two_processes import leave_processes, run_in_two_processes
+from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill import HallucinationEvalCallback
 from trl_selfdistill.hallucination import score_hallucinations
@@ -171,6 +171,7 @@ def two_processes(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@needs_fsdp2_on_cpu
 def test_two_processes_log_what_one_does(two_processes, finished):
     for result in two_processes:
         assert result["processes"] == 2
@@ -178,6 +179,7 @@ def test_two_processes_log_what_one_does(two_processes, finished):
             assert [log[name] for log in result["log"] if name in log] == values(finished, name)
 
 
+@needs_fsdp2_on_cpu
 def test_sharded_weights_answer_as_whole_ones(two_processes):
     whole = [answer for [answer] in predict_answers(build_answering_model(TOKENIZER), TOKENIZER, PROMPTS)]
     assert len({*whole}) > 1

@@ -26,6 +26,7 @@ from trl_selfdistill.trainers.sft_internals import (
     base_causal_lm,
     frozen_copy,
     label_positions_only,
+    train_in_order,
     without_unused_columns,
 )
 
@@ -148,6 +149,15 @@ def test_the_hooks_are_called_where_transformers_saves(tmp_path):
     assert "note" in without_unused_columns(run, run.train_dataset).column_names
     run.train()
     assert called == [("checkpoint-3", []), ("checkpoint-3", True)]
+
+
+def test_rows_are_taken_in_order(tmp_path):
+    run = trainer(tmp_path)
+    train_in_order(run)
+    rows = list(run.train_dataset)
+    expected = [run.data_collator(rows[i : i + 2])["input_ids"] for i in range(0, len(rows), 2)]
+    for batch, ids in zip(run.get_train_dataloader(), expected, strict=True):
+        assert torch.equal(batch["input_ids"], ids)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import compare_versions
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
@@ -30,6 +31,7 @@ with private_names():
     from trl.models.utils import prepare_deepspeed, prepare_fsdp
     from trl.trainer import sft_trainer
     from trl.trainer import utils as trl_utils
+    from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head  # not used: tells TRL 1.15's loss
     from trl.trainer.utils import create_model_from_path as create_model_from_path
     from trl.trainer.utils import get_config_model_id as get_config_model_id
     from trl.trainer.utils import use_adapter as use_adapter
@@ -252,6 +254,11 @@ def label_positions_only() -> Iterator[None]:
         yield
     finally:
         trl_utils._use_triton = _use_triton
+
+
+def train_in_order(trainer: SFTTrainer) -> None:
+    """Lets a trainer take the rows as they stand. transformers 5.0 and older have no option for that."""
+    trainer._get_train_sampler = SequentialSampler
 
 
 def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:

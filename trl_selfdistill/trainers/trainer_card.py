@@ -17,7 +17,8 @@ from .sft_internals import get_config_model_id
 
 
 _SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
+    *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
+    *("weight_decay", "optim"),
     *("seed", "data_seed", "bf16", "max_length", "packing", "loss_type", "trainable_groups", "frozen_groups"),
     *("kl_weight", "temperature", "teacher_model_revision"),
 )

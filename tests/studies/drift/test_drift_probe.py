@@ -13,7 +13,7 @@ from peft import LoraConfig
 from sft_runs import FACTS, TOKENIZER, assert_same_weights, logs, trainer
 from torch.distributed.fsdp import fully_shard
 from trl import SFTTrainer
-from two_processes import leave_processes, run_in_two_processes
+from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill import SelfDistillSFTTrainer
 from trl_selfdistill.files import read_json, read_jsonl, write_json
@@ -97,7 +97,7 @@ def test_the_log_has_the_drift_from_the_first_model_and_a_resumed_run_goes_on_fr
 
 
 def test_the_best_model_is_not_taken_for_the_last_step(tmp_path):
-    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", save_strategy="best")
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", save_strategy="steps", save_steps=1)
     best |= dict(eval_strategy="steps", eval_steps=1, arguments=dict(eval_dataset=Dataset.from_list(FACTS)))
     trainer = run(tmp_path, {}, max_steps=3, **best)
     assert trainer.state.best_model_checkpoint and [*measured(trainer)] == [0, 2]
@@ -124,6 +124,7 @@ def states_and_run(folder: Path) -> None:
     torch.save(prompt_states(model, prompts, (1, 2), batch_size=2), folder / f"states{state.process_index}.pt")
 
 
+@needs_fsdp2_on_cpu
 def test_two_processes_measure_what_one_does(tmp_path):
     run_in_two_processes(__file__, tmp_path)
     prompts = DriftProbeCallback(trainer(tmp_path), HELD_OUT).prompts

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from ...losses import IGNORE_INDEX
 from ...slick.generation import evaluation_mode
 from ...trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
+from ...trainers.sft_internals import train_in_order
 from ..arguments import check_different
 from ..runs import Variant
 from .l2_to_start import L2ToStartSFTTrainer
@@ -85,7 +86,7 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
         args ([`ComparisonArguments`]): Which, and their settings.
         answers (`Dataset`, *optional*): The start model's own answers, rows of `prompt` and `completion`.
     """
-    attention, in_order = {"trainable_groups": ["attention"]}, {"train_sampling_strategy": "sequential"}
+    attention = {"trainable_groups": ["attention"]}
     lora_rate = {"learning_rate": args.lora_learning_rate}
     lora = LoraConfig(task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
     known_patch = f"KnownPatch, {100 * KNOWN_PATCH_RATIO:g} % of all rows, in the last {100 * KNOWN_PATCH_SHARE:g} %"
@@ -98,7 +99,7 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
         "frozen": [Variant("frozen", "Frozen groups (attention only)", FrozenGroupsSFTTrainer, attention)],
         "l2": _l2(args),
         "replay": [Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=_replay_rows)],
-        "known_patch": [Variant("known_patch", known_patch, changes=in_order, rows=_known_patch_rows)],
+        "known_patch": [Variant("known_patch", known_patch, rows=_known_patch_rows, prepare=_in_order)],
         "stm": [Variant("stm", stm, prepare=_mask_unlikely)],
         "selfdistill": _self_distillation(args),
         "rehearsal": _rehearsal(args, answers),
@@ -163,6 +164,10 @@ def _known_patch_rows(known: Dataset, new: Dataset, num_rows: int, generator: ra
     patch = order_new[num_rows - late :] + order_known
     generator.shuffle(patch)
     return concatenate_datasets([known, new]).select(order_new[: num_rows - late] + patch)
+
+
+def _in_order(trainer: Trainer, folder: Path) -> None:
+    train_in_order(trainer)
 
 
 def _cycled(items: range, number: int, generator: random.Random) -> list[int]:
