@@ -124,7 +124,7 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
     def plan() -> str:
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            arguments = (ModelConfig(), SlickSettings(num_prompts=3), mix, config)
+            arguments = (ModelConfig(), SlickSettings(num_prompts=3, only_highly_known=True), mix, config)
             progress.announce_plan(str(toy_study.model), facts, ["sft", "selfdistill"], 2, *arguments)
         return "".join(caplog.messages)
 
