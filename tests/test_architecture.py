@@ -104,8 +104,8 @@ def test_modules_import_each_other_without_cycles():
 
 def foreign_private_names(path: Path) -> set[str]:
     """
-    Names with an underscore in front that are TRL's, transformers' or PEFT's, not this package's: in what is imported,
-    as attributes, as text for `getattr`, and as methods and class attributes that override theirs.
+    Names with an underscore in front that are TRL's, transformers' or PEFT's, not this package's or torch's: in what
+    is imported, as attributes, as text for `getattr`, and as methods and class attributes that override theirs.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -114,6 +114,8 @@ def foreign_private_names(path: Path) -> set[str]:
             found |= {name for name in names if name.startswith("trl.") and name.count(".") > 1}
             found |= {name for name in names if any(map(is_private, name.split(".")))}
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in dir(NamedTuple("T", [])):
+            if ast.unparse(node).startswith("torch."):
+                continue
             if node.attr not in OWN_NAMES or is_foreign(node.attr):
                 found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_private(node.value):

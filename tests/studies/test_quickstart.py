@@ -125,16 +125,12 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
     def plan() -> str:
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            arguments = (ModelConfig(), SlickSettings(num_prompts=3), mix, config)
+            arguments = (ModelConfig(), SlickSettings(num_prompts=3, only_highly_known=True), mix, config)
             progress.announce_plan(str(toy_study.model), facts, ["sft", "selfdistill"], 2, *arguments)
         return "".join(caplog.messages)
 
-    seconds = {
-        "annotated": 1.5 * 80 * 3,
-        "stage1": 5.5 * 10 + 60,
-        "sft": 5.5 * 120 + 120,
-        "selfdistill": 7 * 120 + 120,
-    }
+    seconds = {"annotated": 1.5 * 80, "stage1": 5 * 10 + 60}
+    seconds |= {"sft": 5 * 120 + 2 * 60, "selfdistill": 6.3 * 120 + 2 * 60}
     times = [tqdm.format_interval(time) for time in (*seconds.values(), sum(seconds.values()))]
     stages = ", ".join(f"{name} {time}" for name, time in zip(seconds, times, strict=False))
     assert plan() == f"Plan, with estimated times: {stages}; {times[-1]} in all."

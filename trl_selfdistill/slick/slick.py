@@ -218,7 +218,8 @@ def annotate_facts(
 
     relations, n = asked["relation"][:], PartialState().num_processes
     outcomes: dict[int, list] = {row: [] for row in range(len(asked))}  # of each fact, one for each prompt
-    with Progress(desc="SLiCK", unit="question", total=1, disable=not PartialState().is_main_process) as bar:
+    most, is_quiet = len(asked) * settings.num_prompts, not PartialState().is_main_process
+    with Progress(desc="SLiCK", unit="question", total=most, disable=is_quiet) as bar:
         for prompt in range(settings.num_prompts):
             units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
             todo = [unit for unit in units if unit.name not in work.results]

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
+from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
 from .precision import choose_precision
@@ -46,7 +47,9 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
-    disable_progress_bars()  # those of datasets' small maps; SLiCK, training and evaluation keep theirs
+    disable_progress_bars()  # those of datasets' small maps; SLiCK and training keep theirs
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # those of loading and saving, which a file would hold in all their states
     usage = "%(prog)s [--config FILE.yaml] [flags]\n\nEvery flag may stand in the YAML file too, without its dashes; "
     parser = ScriptParser(
         dataclass_types,

@@ -15,8 +15,8 @@ from .stage import run_arguments
 
 def has_native_bf16(device_type: str) -> bool:
     """
-    Whether a device (`"cpu"`, `"cuda"`, ...) multiplies bf16 itself. CUDA does from compute capability 8.0 on, MPS not
-    everywhere, so that it counts as none. On a CPU oneDNN multiplies, which says yes on AVX-512 where it emulates, too.
+    Whether a device (`"cpu"`, `"cuda"`, ...) multiplies bf16 itself. CUDA does from compute capability 8.0 on; MPS not
+    everywhere, so that it counts as none. On a CPU oneDNN says so, but says yes on AVX-512 where it emulates, too.
     """
     if device_type == "cpu":
         instructions = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()  # of newer torch

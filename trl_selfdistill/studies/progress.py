@@ -22,9 +22,10 @@ from .training_mix import MixSettings
 logger = logging.getLogger(__name__)
 
 _TRIAL_SIZE = 64  # facts
-# Measured on two cores, in units of an answer without exemplars: a question of SLiCK, and a row of training
-_QUESTION_COST = 1.5
-_ROW_COSTS = {"stage1": 5.5, "sft": 5.5, "selfdistill": 7, "frozen": 4}
+# Measured on CPUs, in units of an answer without exemplars: a SLiCK question with samples (without: 1), and a row of
+# training (fp32 a fifth less, bf16 a fifth more)
+_SAMPLED_QUESTION_COST = 1.8
+_ROW_COSTS = {"stage1": 5, "sft": 5, "selfdistill": 6.3, "frozen": 3.3}
 _LATER_PROMPTS = 0.25  # of the facts get them, where only HighlyKnown ones are looked for
 
 
@@ -42,9 +43,8 @@ class RunProgress(ProgressCallback):
             self.training_bar = Progress(desc=self.name, unit="step", dynamic_ncols=True, **steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None:
-            shown = {name: value for name, value in logs.items() if name == "loss" or name.endswith("accuracy")}
-            self.training_bar.set_postfix(shown, refresh=False)
+        if "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix(loss=logs["loss"], refresh=False)
 
 
 def announce_plan(
@@ -80,14 +80,16 @@ def announce_plan(
             predict_answers(loaded, tokenizer, [question_prompt(question) for question in trial["question"]])
     loading, answer = times[1] - times[0], (time.perf_counter() - times[2]) / len(sample)
 
-    epochs, later_prompts = config.num_train_epochs, slick.num_prompts - 1
-    questions = len(facts) * (1 + later_prompts * (_LATER_PROMPTS if slick.only_highly_known else 1))
-    plan = {"annotated": loading + answer * _QUESTION_COST * questions}
+    questions = slick.num_prompts * _SAMPLED_QUESTION_COST
+    if slick.only_highly_known:
+        questions = 1 + (slick.num_prompts - 1) * _LATER_PROMPTS
+    plan = {"annotated": loading + answer * questions * len(facts)}
     evaluation = answer * (mix.num_known + mix.num_new + mix.num_heldout)
     plan["stage1"] = 4 * loading + answer * _ROW_COSTS["stage1"] * mix.num_known + evaluation
     for name in variants:
-        training = answer * _ROW_COSTS[name] * epochs * (mix.num_known + mix.num_new)
-        plan[name] = 4 * loading + training + evaluation * (-(-epochs // eval_epochs) if eval_epochs else 1)
+        training = answer * _ROW_COSTS[name] * config.num_train_epochs * (mix.num_known + mix.num_new)
+        num_evaluations = -(-config.num_train_epochs // eval_epochs) if eval_epochs else 1
+        plan[name] = 4 * loading + training + evaluation * num_evaluations
     shown = [f"{name} {Progress.format_interval(plan[name])}" for name in left]
     total = Progress.format_interval(sum(plan[name] for name in left))
     logger.info(f"Plan, with estimated times: {', '.join(shown)}; {total} in all.")
