@@ -10,7 +10,7 @@ from trl_selfdistill.hallucination.metric import check_references, check_texts
 
 _DESCRIPTION = """\
 A hallucination is a wrong answer given as if it were right. Each answer to a question of fact is correct (it matches
-the reference or an alias after SQuAD's normalisation), abstained ("I don't know", in eighteen languages) or
+the reference or an alias but for case, punctuation and articles), abstained ("I don't know", in eighteen languages) or
 hallucinated. With the answers from before fine-tuning it tells what fine-tuning broke (forgetting, induced
 hallucinations) and what it taught.
 """
@@ -24,7 +24,7 @@ Args:
     relations (`list[str]`, *optional*): Another group of each fact, for example its relation.
     questions (`list[str]`, *optional*): The questions, shown with `detailed`.
     match (`str`, defaults to `"exact"`): `"contains"` looks for the reference among the words of the answer.
-    fold_width (`bool`, defaults to `True`): Unicode's NFKC before comparing. `False` is SQuAD's script to the letter.
+    squad (`bool`, defaults to `False`): Normalise as SQuAD's script does, to the letter.
     strip_accents (`bool`, defaults to `False`): "São Tomé" is "Sao Tome".
     exact_numbers (`bool`, defaults to `False`): "17.89" is not "1789"; for SQuAD's script it is.
     abstention_patterns (`list[str]`, *optional*): Regular expressions in place of the list of the package.

@@ -44,7 +44,7 @@ def squad_f1(prediction: str, reference: str) -> float:
 
 @given(st.text(), st.text(), st.lists(st.text()))
 def test_laws_of_exact_match(first, second, forms):
-    assert normalize_answer(first, fold_width=False) == squad_normalized(first)
+    assert normalize_answer(first, squad=True) == squad_normalized(first)
     assert normalize_answer(normalize_answer(first)) == normalize_answer(first)
     assert exact_match(first, [second]) == exact_match(second, [first])
     assert exact_match(first, [first, *forms]) == bool(normalize_answer(first)) and not exact_match(first, [])
@@ -69,7 +69,7 @@ NFD, NFC = (unicodedata.normalize(form, "São Tomé") for form in ("NFD", "NFC")
         ("Sao Tome", ["São Tomé"], {"strip_accents": True}, "correct"),
         ("か", ["が"], {"strip_accents": True}, "hallucinated"),  # another letter, not an accent
         ("Ｊａｐａｎ", ["Japan"], {}, "correct"),
-        ("Ｊａｐａｎ", ["Japan"], {"fold_width": False}, "hallucinated"),
+        ("Ｊａｐａｎ", ["Japan"], {"squad": True}, "hallucinated"),
         ("A", ["A"], {}, "correct"),  # a blood type, of which SQuAD's script leaves nothing
         ("the", ["A"], {}, "hallucinated"),
         ("Unknown", ["Unknown"], {}, "correct"),
@@ -83,7 +83,55 @@ def test_outcomes(prediction, accepted, options, outcome):
     assert AnswerJudge(**options).outcome(prediction, accepted) == outcome
 
 
-ABSTENTIONS = """I don't know.|I don’t know!|i really don't know|UNKNOWN.|The answer is unknown|It is not known.|N/A|
+# What a person would say is the same answer, and what is not
+SAME = """東京。=東京|Côte d’Ivoire=Côte d'Ivoire|Côte dʼIvoire=Côte d´Ivoire|1914–1918=1914-1918|1914−1918=1914‑1918
+    Oslo\u200f=Oslo|\ufeffOslo=\u202aOslo\u202c|Os\u00adlo=Oslo|New\u00a0York=New York|New\u202fYork=New\u3000York
+    می\u200cخواهم=میخواهم|ايران=ایران|كرمان=کرمان|مُحَمَّد=محمد|محـــمد=محمد|١٩١٤=1914|۱۹۱۴=1914|१९१४=1914|שָׁלוֹם=שלום
+    تونس،=تونس|दिल्ली।=दिल्ली|क़=क\u093c|İstanbul=istanbul|İSTANBUL=istanbul|IĞDIR=ığdır|STRASSE=Straße|ΑΘΗΝΑΣ=αθηνας
+    Iaşi=Iași|Москва\u0301=Москва|Hawaiʻi=Hawai'i|Cœur=Coeur|ﬁn=fin|ｶﾞﾅ=ガナ|レオナルド・ダ・ヴィンチ=レオナルドダヴィンチ
+    「東京」=東京|«Paris»=Paris|“Paris”=Paris|¿Perú?=Perú|አዲስ፡አበባ=አዲስ አበባ|Ⅳ=IV|ทํา=ทำ|iPhone™=iPhone
+    한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk"""
+SAME = SAME.replace("\n    ", "|").split("|")
+DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C"""
+
+
+@pytest.mark.parametrize("pair", SAME)
+def test_what_a_person_takes_for_the_same_answer_is_right(pair):
+    first, second = pair.split("=")
+    assert exact_match(first, [second]) and exact_match(second, [first])
+
+
+@pytest.mark.parametrize("pair", DIFFERENT.split("|"))
+def test_letters_and_marks_tell_answers_apart(pair):
+    first, second = pair.split("=")
+    assert not exact_match(first, [second])
+
+
+@pytest.mark.parametrize(
+    ("answer", "form", "is_in"),
+    [
+        ("答えは東京です。", "東京", True),
+        ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพมหานคร", True),
+        ("ມັນແມ່ນວຽງຈັນ", "ວຽງຈັນ", True),
+        ("វាគឺភ្នំពេញ។", "ភ្នំពេញ", True),
+        ("서울입니다.", "서울", True),
+        ("남서울", "서울", False),
+        ("首都はParisです", "Paris", True),
+        ("1789年です", "1789", True),
+        ("1789年です", "89", False),
+        ("กรุง", "กร", False),  # a vowel sign belongs to the letter before it
+        ("Parisian", "Paris", False),
+        ("यह दिल्ली है।", "दिल्ली", True),
+        ("दिल्ली", "दिल्", False),
+        ("It is Côte d’Ivoire.", "Côte d'Ivoire", True),
+    ],
+)
+def test_contains_knows_scripts_without_spaces(answer, form, is_in):
+    assert (AnswerJudge(match="contains").outcome(answer, [form]) == "correct") == is_in
+
+
+ABSTENTIONS = """I don't know.|I donʼt know|I don´t know|\u200fI don‘t k\u00adnow\u200f|I don’t know!|
+    i really don't know|UNKNOWN.|The answer is unknown|It is not known.|N/A|
     I'm not sure.|I am uncertain|I cannot answer that question.|That can't be determined|No idea|Nobody knows|?|—|
     There is not enough information to say.|Unfortunately, I do not know the answer.|I have no information about it|
     Das weiß ich nicht, ich weiß es nicht|Unbekannt|Keine Ahnung!|Je ne sais pas.|Inconnu|No lo sé|Desconocido|Não sei|
@@ -137,12 +185,12 @@ def test_accuracy_and_f1_are_those_of_squad_and_no_alias_harms(rows):
     # Where SQuAD's script leaves nothing of an answer, this package differs on purpose
     rows = [row for row in rows if all(map(squad_normalized, [row[0], *row[1]]))] or [("Oslo", ["Oslo"], "Oslo")]
     predictions, references, others = zip(*rows, strict=True)
-    scores = score_hallucinations(predictions, references, fold_width=False)
+    scores = score_hallucinations(predictions, references, squad=True)
     right = [squad_normalized(p) in map(squad_normalized, forms) for p, forms, _ in rows]
     f1 = [max(squad_f1(p, form) for form in forms) for p, forms, _ in rows]
     assert (scores["accuracy"], scores["f1"]) == pytest.approx((np.mean(right), np.mean(f1)))
     more = [[*forms, other] for forms, other in zip(references, others, strict=True)]
-    with_aliases = score_hallucinations(predictions, more, fold_width=False)
+    with_aliases = score_hallucinations(predictions, more, squad=True)
     assert all(with_aliases[name] >= scores[name] - 1e-9 for name in ("accuracy", "f1"))
 
 

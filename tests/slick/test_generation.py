@@ -64,12 +64,27 @@ def test_the_models_own_generation_config_does_not_apply(adapter, tokenizer):
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     sampling = {"num_samples": 4, "seed": 3}
     expected = [predict(model, tokenizer, **sampling), predict(model, tokenizer)]
-    config = model.generation_config
-    config.update(do_sample=True, temperature=9.0, top_k=2, top_p=0.1, min_p=0.5, typical_p=0.2, num_beams=3)
-    config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=7)
-    config.update(suppress_tokens=tokenizer(" Norway France")["input_ids"])
+    base = model.get_base_model() if adapter else model
+    words, config = tokenizer(" Norway France")["input_ids"], base.generation_config
+    for name, value in dict(
+        **dict(do_sample=True, temperature=9.0, top_k=2, top_p=0.1, min_p=0.5, typical_p=0.2, num_beams=3),
+        **dict(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=7, min_length=60, max_length=3),
+        **dict(epsilon_cutoff=0.3, eta_cutoff=0.3, length_penalty=3.0, encoder_repetition_penalty=2.0, max_time=0.0),
+        **dict(suppress_tokens=words, begin_suppress_tokens=words, bad_words_ids=[words], penalty_alpha=0.6),
+        **dict(forced_bos_token_id=words[0], forced_eos_token_id=words[1], sequence_bias=[[words, -9.0]]),
+        **dict(exponential_decay_length_penalty=(1, 9.0), guidance_scale=4.0, num_return_sequences=2),
+        **dict(stop_strings=["r"], token_healing=True, prompt_lookup_num_tokens=2, cache_implementation="static"),
+        **dict(watermarking_config={"bias": 9.0}, return_dict_in_generate=True, output_scores=True, use_cache=False),
+        **dict(bos_token_id=7, pad_token_id=9, dola_layers="low", renormalize_logits=True, is_assistant=True),
+    ).items():
+        setattr(config, name, value)
+    before = config.to_dict()
     assert [predict(model, tokenizer, **sampling), predict(model, tokenizer)] == expected
-    assert model.generation_config is config and (not adapter or model.get_base_model().generation_config is config)
+    assert base.generation_config is config and config.to_dict() == before and model.generation_config is config
+    assert ("generation_config" in vars(model)) != adapter
+    # Nor what transformers kept in the model's config
+    base.config.temperature, base.config.suppress_tokens, base.config.num_beams = 9.0, words, 4
+    assert predict(model, tokenizer) == expected[1]
 
 
 def test_answer_ends():
@@ -85,6 +100,16 @@ def test_answer_ends():
     ends = answer_ends(model, tokenizer)
     assert {*ends.terminator_ids} == {newline, *special, *blank, 7, 9}
     assert {*ends.stop_ids} == {*ends.terminator_ids, *wordy}
+
+
+def test_an_end_that_is_the_unknown_token_as_well_ends_an_answer():
+    tokenizer = build_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's
+    model = build_model(tokenizer)
+    model.generation_config.eos_token_id = None
+    assert tokenizer.eos_token_id in answer_ends(model, tokenizer).stop_ids
+    tokenizer.unk_token = tokenizer.pad_token
+    assert tokenizer.unk_token_id not in answer_ends(model, tokenizer).stop_ids
 
 
 def test_text_before_the_newline_of_a_token_belongs_to_the_answer(monkeypatch):

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-import copy
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
+from trl_selfdistill.hallucination.exact_match import exact_match
 from trl_selfdistill.slick.prompts import (
     answer_completion,
     answer_from_generation,
     few_shot_prompt,
     question_prompt,
-    tokenize_prompts,
 )
 
 
@@ -30,15 +27,11 @@ def test_exemplars_are_written_as_training_text_and_answers_read_back(question, 
     assert not prompt.endswith(" ") and answer_completion(answer).startswith(" ")
 
 
-@pytest.mark.parametrize("template", ["$A", "{bos} $A", "$A {eos}", "{bos} $A {eos}"])
-def test_prompts_have_one_bos_and_no_eos(template, tokenizer):
-    bos, eos = tokenizer.pad_token, tokenizer.eos_token
-    other = copy.deepcopy(tokenizer)
-    other.bos_token = bos
-    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
-    other._tokenizer.post_processor = TemplateProcessing(single=template.format(bos=bos, eos=eos), special_tokens=ids)
-    plain = tokenizer("A: a")["input_ids"]
-    added = [ids[0][1]] if "{bos}" in template else []
-    assert tokenize_prompts(other, ["A: a"]) == [added + plain]
-    assert tokenize_prompts(other, [f"{bos}A: a"]) == [[ids[0][1]] + plain]  # as a chat template writes it
-    assert tokenize_prompts(other, []) == []
+def test_an_answer_of_two_lines_is_refused():
+    """Generation ends at the first newline; other line breaks are blanks in an answer."""
+    for text in ("a\nb", "a\r\nb"):
+        with pytest.raises(ValueError, match="has a line break, where an answer ends"):
+            answer_completion(text)
+    for blank in "\r\v\f\x1c\x85\u2028\u2029":
+        answer = answer_from_generation(answer_completion(f"a{blank}b"))
+        assert exact_match(answer, ["a b"]) and exact_match(answer, [f"a{blank}b"])

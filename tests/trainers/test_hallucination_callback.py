@@ -146,10 +146,32 @@ def test_the_rules_of_answers_and_the_prompt_are_the_users(tmp_path):
         assert log[f"eval_x_{rate}"] == expected[rate]
 
 
-def test_aliases_that_are_a_text_are_refused(tmp_path):
-    rows = HELDOUT.remove_columns("aliases").add_column("aliases", ["Holland|NL"] * 6)
-    with pytest.raises(ValueError, match=r"`eval_sets\['a'\]` has a text as `aliases`. Make each a list"):
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ({"answer": ["a"], "aliases": ["Holland|NL"]}, "a text as `aliases`. Make each a list"),
+        ({"answer": ["a"], "aliases": [["a\nb"]]}, r"the answer 'a\\nb' has a line break"),
+        ({"answer": ["a", None]}, r"references\[1\]\[0\]` is None; it must be a string"),
+        ({"answer": []}, "there is nothing to score"),
+    ],
+)
+def test_answers_that_could_not_be_given_are_refused(tmp_path, rows, error):
+    rows = Dataset.from_dict({"question": ["q"] * len(rows["answer"]), **rows})
+    with pytest.raises(ValueError, match=rf"`eval_sets\['a'\]`.*{error}"):
         HallucinationEvalCallback(make_trainer(tmp_path), {"a": rows})
+
+
+def test_questions_may_be_conversations(tmp_path):
+    trainer = make_trainer(tmp_path)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    callback = HallucinationEvalCallback(
+        trainer, {"x": HELDOUT}, prompt_function=lambda q: chats[[*QUESTIONS].index(q)]
+    )
+    trainer.add_callback(callback)
+    trainer.evaluate(TRAIN)
+    answers = [answer for [answer] in predict_answers(trainer.model, TOKENIZER, chats)]
+    [log] = [log for log in trainer.state.log_history if "eval_x_accuracy" in log]
+    assert log["eval_x_accuracy"] == score_hallucinations(answers, HELDOUT["answer"][:])["accuracy"]
 
 
 def run_on_two_processes(folder: Path) -> None:

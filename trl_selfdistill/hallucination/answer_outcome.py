@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Literal
 
-from .exact_match import normalize_answer
+from .exact_match import as_seen, contains_words, normalize_answer
 
 
 Outcome = Literal["correct", "abstained", "hallucinated"]
@@ -20,10 +20,11 @@ ABSTENTION_PATTERNS = tuple(line for line in _LINES if line and not line.startsw
 
 def fold_answer(text: str) -> str:
     """
-    Returns the form of an answer in which abstention patterns are searched for: NFKC, lower case, straight
-    apostrophes, single spaces, no punctuation at either end. " I don’t  know! " becomes "i don't know".
+    Returns the form of an answer in which abstention patterns are searched for:
+    [`~trl_selfdistill.hallucination.exact_match.as_seen`], lower case, single spaces, no punctuation at either end.
+    " I don’t  know! " becomes "i don't know".
     """
-    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
+    text = as_seen(text).lower()
     # By Unicode's categories: for `re`, the vowel signs of Hindi are not letters
     kept = [i for i, character in enumerate(text) if unicodedata.category(character)[0] not in "PSZC"]
     return " ".join(text[kept[0] : kept[-1] + 1].split()) if kept else ""
@@ -37,7 +38,7 @@ class AnswerJudge:
         match (`str`, *optional*, defaults to `"exact"`):
             `"exact"`: the whole answer is one of the accepted forms. `"contains"`: an accepted form is among the words
             of the answer, whole words only ("17" is not in "1789"), for models that answer in sentences.
-        fold_width, strip_accents, exact_numbers:
+        squad, strip_accents, exact_numbers:
             See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
         abstention_patterns (`Iterable[str]`, *optional*, defaults to `ABSTENTION_PATTERNS`):
             Regular expressions in lower case, searched for in [`fold_answer`] of an answer. They replace the list;
@@ -58,7 +59,7 @@ class AnswerJudge:
         self,
         *,
         match: Literal["exact", "contains"] = "exact",
-        fold_width: bool = True,
+        squad: bool = False,
         strip_accents: bool = False,
         exact_numbers: bool = False,
         abstention_patterns: Iterable[str] | None = None,
@@ -68,7 +69,7 @@ class AnswerJudge:
         if isinstance(abstention_patterns, str):
             raise TypeError(f"`abstention_patterns` is the string {abstention_patterns!r}; pass a list of patterns")
         self.match = match
-        self._options = {"fold_width": fold_width, "strip_accents": strip_accents, "exact_numbers": exact_numbers}
+        self._options = {"squad": squad, "strip_accents": strip_accents, "exact_numbers": exact_numbers}
         patterns = ABSTENTION_PATTERNS if abstention_patterns is None else abstention_patterns
         try:
             self._abstentions = [re.compile(pattern) for pattern in patterns]
@@ -92,7 +93,7 @@ class AnswerJudge:
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
             return "abstained"
-        if self.match == "contains" and any(f" {form} " in f" {answer} " for form in forms):
+        if self.match == "contains" and any(contains_words(answer, form) for form in forms):
             return "correct"
         return "hallucinated"
 

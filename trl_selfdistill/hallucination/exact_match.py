@@ -1,33 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact match of answers after SQuAD's normalization. Only the standard library is imported."""
+"""Exact match of answers, as a person or SQuAD's script would match them. Only the standard library is used."""
 
 import re
 import string
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Punctuation, but for a sign before a number and a separator within one (not the comma of thousands)
-_PUNCTUATION_OUTSIDE_NUMBERS = re.compile(
-    rf"((?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d))|[{re.escape(string.punctuation)}]"
+class _Table(dict):
+    """For `str.translate`: what becomes of a character, asked once."""
+
+    def __init__(self, replacement: Callable[[str], str]):
+        self._replacement = replacement
+
+    def __missing__(self, code: int) -> str:
+        self[code] = self._replacement(chr(code))
+        return self[code]
+
+
+# Typed one for the other, or the same letter in two encodings
+_APOSTROPHES = "`\u00b4\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\ua78c\u055a\u05f3"
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_SIGNS = dict.fromkeys(_APOSTROPHES, "'") | dict.fromkeys(_DASHES, "-") | {"\u2044": "/", "\u2215": "/", "\u066b": "."}
+_SIGNS["\u1361"] = " "  # Ethiopic, between words
+# Cedilla for comma below (Romanian), dotless i, ligature, Persian for Arabic letters
+_LETTERS = {"\u015f": "\u0219", "\u0163": "\u021b", "\u0131": "i", "\u0153": "oe"}
+_LETTERS |= {"\u06cc": "\u064a", "\u06a9": "\u0643"}
+# Variation selectors, blanks that are no spaces, trade marks
+_UNSEEN = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef\u034f\u115f\u1160\u3164\uffa0\u2800\u17b4\u17b5©®™]")
+# Vowel points that readers of Hebrew and Arabic do without, and tatweel. The marks of other scripts are letters
+_POINTS = re.compile(
+    "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u0652\u0670\u06d6-\u06ed]"
 )
-# Latin, Greek and Cyrillic accents; the marks of other scripts are letters, not decoration
-_ACCENTS = re.compile("[\u0300-\u036f]")
+_STRESS = re.compile("(?<=[аеиоуыэюяіє])\u0301")  # of dictionaries, in Cyrillic
+_ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
+_ARTICLES = re.compile(r"\b(a|an|the)\b")  # SQuAD's; a mark or a symbol ends no word
+_ARTICLE_WORDS = re.compile(r"(?<!\S)(a|an|the)(?!\S)")
+# A sign before a number and a separator within one (not the comma of thousands)
+_IN_NUMBERS = re.compile(r"((?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d))")
+
+
+def _as_seen(character: str) -> str:
+    category = unicodedata.category(character)
+    if character.isspace():
+        return " "
+    if category in ("Cc", "Cf") or _UNSEEN.match(character):
+        return ""
+    return str(unicodedata.decimal(character)) if category == "Nd" else _SIGNS.get(character, character)
+
+
+def _as_word(character: str) -> str:
+    is_punctuation = character in string.punctuation or unicodedata.category(character)[0] == "P"
+    return "" if is_punctuation or _POINTS.match(character) else _LETTERS.get(character, character)
+
+
+_SEEN, _WORDS = _Table(_as_seen), _Table(_as_word)
+_SQUAD = str.maketrans("", "", string.punctuation)
+
+
+def as_seen(text: str) -> str:
+    """
+    The text as a reader sees it: NFKC, without invisible characters (bidirectional marks, joiners, soft hyphens), with
+    one kind of apostrophe, dash, digit and blank.
+    """
+    return unicodedata.normalize("NFKC", text.translate(_SEEN))
 
 
 def normalize_answer(
-    text: str, *, fold_width: bool = True, strip_accents: bool = False, exact_numbers: bool = False
+    text: str, *, squad: bool = False, strip_accents: bool = False, exact_numbers: bool = False
 ) -> str:
     """
-    Normalizes as SQuAD's evaluation script does: lower case, no ASCII punctuation, no English articles, single spaces.
+    Returns the form in which answers are compared: without case, punctuation, English articles and invisible
+    characters, with single spaces. What differs in Unicode alone (full-width letters, composed accents, kinds of
+    apostrophes and digits, Arabic and Hebrew vowel points) is the same.
 
     Args:
         text (`str`): An answer.
-        fold_width (`bool`, *optional*, defaults to `True`):
-            Whether to apply Unicode's NFKC first, which folds full-width letters and composed accents. SQuAD's script
-            does not.
+        squad (`bool`, *optional*, defaults to `False`):
+            Whether to normalize as SQuAD's evaluation script does, to the letter: lower case, no ASCII punctuation, no
+            English articles, single spaces.
         strip_accents (`bool`, *optional*, defaults to `False`):
             Whether Latin, Greek and Cyrillic letters lose their accents ("São Tomé" is "sao tome"). Letters of their
             own, such as the first of "Łódź", stay.
@@ -35,16 +86,45 @@ def normalize_answer(
             Whether numbers keep their signs, decimal points and the separators of dates. SQuAD's script drops them, so
             that "17.89" is "1789". A comma goes either way: "1,789" is "1789".
     """
-    if fold_width:
-        text = unicodedata.normalize("NFKC", text)
+    if not squad:
+        text = as_seen(as_seen(text).casefold()).replace("i\u0307", "i")  # what is left of a dotted capital
+        text = _STRESS.sub("", text)
     if strip_accents:
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
-    text = text.lower()
-    if exact_numbers:
-        text = _PUNCTUATION_OUTSIDE_NUMBERS.sub(lambda match: match[1] or "", text)
-    else:
-        text = text.translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", text).split())
+    parts = _IN_NUMBERS.split(text.lower()) if exact_numbers else [text.lower()]  # separators are the odd ones
+    text = "".join(part if i % 2 else part.translate(_SQUAD if squad else _WORDS) for i, part in enumerate(parts))
+    if squad:
+        return " ".join(_ARTICLES.sub(" ", text).split())
+    return " ".join(_ARTICLE_WORDS.sub(" ", unicodedata.normalize("NFC", text)).split())
+
+
+# Beginnings of the names of characters whose scripts put no spaces between words
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+_UNSPACED += ("JAVANESE", "BALINESE", "TAI ", "NEW TAI", "YI ", "HALFWIDTH KATAKANA")
+
+
+def contains_words(text: str, words: str) -> bool:
+    """
+    Whether normalized `words` are among those of a normalized `text`, as whole words: "17" is not in "1789". Where one
+    of two neighbours is of a script without spaces (Chinese, Japanese, Thai ...), a word may end between them, and
+    before a Korean particle.
+
+    ```python
+    >>> [contains_words(*pair) for pair in [("it is peru", "peru"), ("答えは東京です", "東京"), ("1789年", "17")]]
+    [True, True, False]
+    ```
+    """
+    ends = (match.end() for match in re.finditer(f"(?={re.escape(words)})", text))
+    return any(_may_part(text, start) and _may_part(text, start + len(words), "HANGUL") for start in ends)
+
+
+def _may_part(text: str, position: int, *more: str) -> bool:
+    if position in (0, len(text)) or " " in text[position - 1 : position + 1]:
+        return True
+    if unicodedata.category(text[position])[0] == "M":  # a mark on the character before it
+        return False
+    before, after = (unicodedata.name(character, "") for character in text[position - 1 : position + 1])
+    return before.startswith(_UNSPACED) or after.startswith((*_UNSPACED, *more))
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:

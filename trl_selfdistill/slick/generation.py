@@ -4,7 +4,6 @@
 An answer is the first line of what the model writes, so generation stops at the first newline or special token.
 """
 
-import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,8 +12,10 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hallucination.answer_outcome import fold_answer
 from ..parameters.structure import base_causal_lm
-from .prompts import answer_from_generation, tokenize_prompts
+from .prompt_tokens import text_tokenizer, tokenize_prompts
+from .prompts import answer_from_generation
 
 
 class AnswerEnds(NamedTuple):
@@ -29,22 +30,23 @@ class AnswerEnds(NamedTuple):
 
 def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AnswerEnds:
     """Returns the tokens that end an answer: those of the tokenizer, and the EOS tokens of the generation config."""
-    ends = _vocabulary_ends(tokenizer, len(tokenizer))
+    special = {*tokenizer.all_special_ids}
+    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special.discard(tokenizer.unk_token_id)
     model_eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    model_eos = model_eos if isinstance(model_eos, list) else [model_eos]
-    return AnswerEnds(*(tuple(sorted({*ids, *model_eos} - {None})) for ids in ends))
+    # An EOS token may be the unknown one as well, as GPT-2's is
+    special.update([tokenizer.eos_token_id], model_eos if isinstance(model_eos, list) else [model_eos])
+    newline, blank = _newline_ids(tokenizer, len(tokenizer))
+    return AnswerEnds(*(tuple(sorted({*special, *ids} - {None})) for ids in (newline, blank)))
 
 
 @lru_cache(maxsize=8)
-def _vocabulary_ends(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> AnswerEnds:
+def _newline_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[int], list[int]]:
+    """The tokens with a newline, and those of them with nothing but punctuation before it."""
     # `vocab_size` is only part of the cache's key: tokens may be added to a tokenizer
-    special = set(tokenizer.all_special_ids)
-    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-    special.discard(tokenizer.unk_token_id)
     texts = tokenizer.batch_decode([[i] for i in range(vocab_size)], clean_up_tokenization_spaces=False)
     newline = {i: text.split("\n", 1)[0] for i, text in enumerate(texts) if "\n" in text}
-    blank = [i for i, line in newline.items() if not line.strip(string.whitespace + string.punctuation)]
-    return AnswerEnds((*special, *newline), (*special, *blank))
+    return [*newline], [i for i, line in newline.items() if not fold_answer(line)]
 
 
 @contextmanager
@@ -77,12 +79,14 @@ def predict_answers(
     """
     Generates the answer to each prompt: the greedy one, or `num_samples` sampled ones.
 
-    Of the model's own generation config only the EOS tokens apply. The caller's random state is left as it was.
+    Of the model's own generation config only the EOS tokens apply, and no other setting of it. The caller's random
+    state is left as it was.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model. Its training mode is restored.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer. Its padding side does not matter.
-        prompts (`Sequence[str]`): The prompts, without their answers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor. The padding side does
+            not matter.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`): The prompts, texts or conversations, without the answers.
         num_samples (`int`, *optional*): Answers sampled for each prompt; `None` for the greedy answer.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature.
         top_k (`int`, *optional*): Number of most likely tokens to sample from; `None` for all.
@@ -97,10 +101,10 @@ def predict_answers(
         `list[list[str]]`: For each prompt its answers (first lines, stripped).
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
+    tokenizer = text_tokenizer(tokenizer)
     stop_ids = answer_ends(model, tokenizer).stop_ids
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
-    )
+    ends = {"eos_token_id": list(stop_ids), "pad_token_id": min(stop_ids, default=0)}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends)
     if num_samples is not None:
         config.update(do_sample=True, num_return_sequences=num_samples)
         config.update(temperature=float(temperature), top_k=top_k or 0)
@@ -143,9 +147,11 @@ def generate_tokens(
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    # `generate` would take from the model's own config what `config` leaves out
-    base, own_config = base_causal_lm(model), model.generation_config
-    model.generation_config = GenerationConfig()
+    # `generate` takes from the model's own config what `config` leaves out. A PEFT model may have one, beside its base
+    holders = [module for module in (model, base_causal_lm(model)) if "generation_config" in vars(module)]
+    own_configs = [module.generation_config for module in holders]
+    for module in holders:
+        module.generation_config = GenerationConfig()
     try:
         output = model.generate(
             input_ids=input_ids.to(model.device),
@@ -155,7 +161,8 @@ def generate_tokens(
             tokenizer=tokenizer,
         )
     finally:
-        model.generation_config = base.generation_config = own_config  # a PEFT model hands its own to the base
+        for module, own_config in zip(holders, own_configs, strict=True):
+            module.generation_config = own_config
     stop_ids = set(config.eos_token_id)
     written = []
     for ids in output[:, width:].tolist():

@@ -19,7 +19,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from ..hallucination.exact_match import spellings
 from .generation import answer_ends, evaluation_mode
-from .prompts import answer_completion, tokenize_prompts
+from .prompt_tokens import text_tokenizer, tokenize_prompts
+from .prompts import answer_completion
 
 
 _MIN_SHARED_PREFIX = 16  # tokens, below which sharing them saves less than handling the cache costs
@@ -65,7 +66,7 @@ def score_answers(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model. Its training mode is restored.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
         prompts (`Sequence[str]`): The prompts, without their answers.
         accepted_answers (`Sequence[Sequence[str]]`): For each prompt the forms of the answer that count as right.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature of `p_sampled`.
@@ -83,7 +84,7 @@ def score_answers(
     if len(prompts) != len(accepted_answers):
         raise ValueError(f"`prompts` has {len(prompts)} entries and `accepted_answers` {len(accepted_answers)}")
     rows_of_prompts = _tokenize(tokenizer, prompts, accepted_answers)
-    terminator_ids = answer_ends(model, tokenizer).terminator_ids
+    terminator_ids = answer_ends(model, text_tokenizer(tokenizer)).terminator_ids
     negligible = math.inf if greedy_only else _NEGLIGIBLE_LOG_PROB
     # transformers' own warpers in the order of `generate`: the probabilities are those that it samples from
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
@@ -109,10 +110,8 @@ def score_answers(
 def _tokenize(tokenizer, prompts: Sequence[str], accepted_answers: Sequence[Sequence[str]]) -> list[list[_Row]]:
     texts = list(prompts)
     for i, (prompt, forms) in enumerate(zip(prompts, accepted_answers, strict=True)):
-        if not forms or isinstance(forms, str) or not all(form.strip() and "\n" not in form for form in forms):
-            raise ValueError(
-                f"`accepted_answers[{i}]` is {forms!r}; it must be a list of non-empty answers of one line"
-            )
+        if not forms or isinstance(forms, str) or not all(form.strip() for form in forms):
+            raise ValueError(f"`accepted_answers[{i}]` is {forms!r}; it must be a list of non-empty answers")
         texts.extend(prompt + answer_completion(spelling) for form in forms for spelling in spellings(form))
     token_ids = [tuple(ids) for ids in tokenize_prompts(tokenizer, texts)]
     completions = iter(token_ids[len(prompts) :])

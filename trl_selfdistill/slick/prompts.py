@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place where a question becomes text and tokens, and where generated text becomes an answer.
+"""The only place where a question becomes text, and where generated text becomes an answer.
 
 The format is that of the SLiCK paper (arXiv 2405.05904): `Q: ...` and `A: ...` on lines of their own. No torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 def question_prompt(question: str) -> str:
@@ -20,7 +20,12 @@ def question_prompt(question: str) -> str:
 
 
 def answer_completion(answer: str) -> str:
-    """Returns what follows a prompt if the answer is `answer`: `" France"`. Trainers append the EOS token."""
+    """
+    Returns what follows a prompt if the answer is `answer`: `" France"`. Trainers append the EOS token. A `ValueError`
+    if the answer has a newline, which ends an answer in the format: no model could give it.
+    """
+    if "\n" in answer:
+        raise ValueError(f"the answer {answer!r} has a line break, where an answer ends; write it in one line")
     return f" {answer}"
 
 
@@ -33,11 +38,3 @@ def few_shot_prompt(question: str, exemplars: Iterable[tuple[str, str]]) -> str:
 def answer_from_generation(text: str) -> str:
     """Returns the answer in a generated text: its first line, as a newline (or EOS) ends an answer in the format."""
     return text.lstrip().split("\n", 1)[0].strip()
-
-
-def tokenize_prompts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the token ids of texts that go on: without EOS, and with one BOS if tokenizer and text both add it."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows = tokenizer(list(texts))["input_ids"] if texts else []
-    rows = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in rows]
-    return [ids[:-1] if ids[-1:] == [eos] else ids for ids in rows]

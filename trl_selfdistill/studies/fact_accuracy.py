@@ -13,7 +13,12 @@ from ..hallucination.answer_outcome import Outcome
 from ..hallucination.metric import RATES, score_hallucinations
 from ..slick.process_sharding import on_main_process
 from ..slick.prompts import question_prompt
-from ..trainers.hallucination_callback import answers_in_training, log_beside_training, predict_answers_in_parallel
+from ..trainers.hallucination_callback import (
+    accepted_answers,
+    answers_in_training,
+    log_beside_training,
+    predict_answers_in_parallel,
+)
 
 
 class FactAnswer(NamedTuple):
@@ -83,8 +88,7 @@ def _prompts(facts: Dataset) -> list[str]:
 
 def _judged(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
     """The answers with the verdicts of the metric."""
-    accepted = [[answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True)]
-    examples = score_hallucinations(answers, accepted, detailed=True)["examples"]
+    examples = score_hallucinations(answers, accepted_answers(facts, "facts"), detailed=True)["examples"]
     judged = [FactAnswer(example["outcome"], example["prediction"]) for example in examples]
     return dict(zip(facts["fact_id"], judged, strict=True))
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..slick.generation import evaluation_mode, generate_tokens
 from ..slick.process_sharding import map_in_parallel
-from ..slick.prompts import tokenize_prompts
+from ..slick.prompt_tokens import text_tokenizer, tokenize_prompts
 
 
 logger = logging.get_logger(__name__)
@@ -36,7 +36,7 @@ def own_answers(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model before training.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
         prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts or conversations, in the form of the training data.
         max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer, in tokens. Longer ones are left out.
         stop_strings (`Sequence[str]`, *optional*): What ends an answer beside the end of sequence, such as a newline
@@ -51,17 +51,15 @@ def own_answers(
         ValueError: If no answer is left.
     """
     is_conversation = not isinstance(prompts[0], str)
-    texts = list(prompts)
-    if is_conversation:
-        texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in prompts]
-    token_ids = tokenize_prompts(tokenizer, texts)
+    token_ids = tokenize_prompts(tokenizer, prompts)
+    tokenizer = text_tokenizer(tokenizer)
     model_eos = model.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=sorted(stop_ids),
-        pad_token_id=min(stop_ids),
+        pad_token_id=min(stop_ids, default=0),
         stop_strings=list(stop_strings) if stop_strings else None,
     )
 

@@ -1,18 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often a model hallucinates while it trains: it answers sets of questions, on all processes at once."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from itertools import chain
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from ..hallucination.metric import RATES, score_hallucinations
+from ..hallucination.metric import RATES, check_references, score_hallucinations
 from ..slick.generation import evaluation_mode, predict_answers
-from ..slick.prompts import question_prompt
+from ..slick.prompts import answer_completion, question_prompt
+
+
+def accepted_answers(facts: Dataset, name: str) -> list[list[str]]:
+    """
+    For each row the texts that count as its answer: `answer` and, if there are any, `aliases` (a list). A `ValueError`
+    that names the argument `name` if there is no row, or one that a model could never answer.
+    """
+    aliases = facts["aliases"][:] if "aliases" in facts.column_names else [None] * len(facts)
+    if any(isinstance(forms, str) for forms in aliases):
+        raise ValueError(f"`{name}` has a text as `aliases`. Make each a list of texts.")
+    rows = [[answer, *(forms or [])] for answer, forms in zip(facts["answer"], aliases, strict=True)]
+    try:
+        for form in chain.from_iterable(check_references(rows)):
+            answer_completion(form)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}`: {error}") from error
+    return rows
 
 
 def log_beside_training(trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -44,24 +60,6 @@ def predict_answers_in_parallel(
     return [answered[i] for i in range(len(prompts))]
 
 
-@contextmanager
-def kept_casts(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Inside, on a CPU, autocast casts frozen weights once, as it does those that are trained, and not in each forward
-    pass, of which generation makes one a token. Without gradients only.
-    """
-    frozen = [
-        p for p in model.parameters() if p.device.type == "cpu" and p.is_floating_point() and not p.requires_grad
-    ]
-    for parameter in frozen:
-        parameter.requires_grad = True  # autocast keeps the casts of these alone
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad = False
-
-
 def answers_in_training(trainer: Trainer, prompts: Sequence[str], **settings) -> list[str]:
     """
     The greedy answers of a trainer's model, in its precision. A collective.
@@ -75,8 +73,7 @@ def answers_in_training(trainer: Trainer, prompts: Sequence[str], **settings) ->
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     settings["synced_gpus"] = sharded and accelerator.num_processes > 1
     model = accelerator.unwrap_model(trainer.model_wrapped)
-    # One around all forward passes: each by itself would cast all of the weights
-    with accelerator.autocast(), kept_casts(model):
+    with accelerator.autocast():  # one around all forward passes: each by itself would cast all of the weights
         return predict_answers_in_parallel(model, trainer.processing_class, prompts, **settings)
 
 
@@ -104,16 +101,17 @@ class HallucinationEvalCallback(TrainerCallback):
         trainer ([`~transformers.Trainer`]): The trainer to add the callback to, with `trainer.add_callback`.
         eval_sets (`dict[str, Dataset]`):
             By name, tables with the columns `question`, `answer` and, if there are any, `aliases` (lists of texts).
-        prompt_function (`Callable[[str], str]`, *optional*):
-            Makes the prompt of a question. Defaults to [`~trl_selfdistill.slick.prompts.question_prompt`].
+        prompt_function (`Callable[[str], str | list[dict]]`, *optional*):
+            Makes the prompt of a question, a text or a conversation in the form of the training data. Defaults to
+            [`~trl_selfdistill.slick.prompts.question_prompt`].
         batch_size (`int`, *optional*, defaults to `64`): Questions generated at once, on each process.
         max_new_tokens (`int`, *optional*, defaults to `32`): Longest answer, in tokens.
         answer_rules (`dict`, *optional*):
             Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`], such as `{"match": "contains"}`.
 
     Raises:
-        ValueError: If the `aliases` of a set are not lists. When training starts, if an `EarlyStoppingCallback` was
-            added before this callback.
+        ValueError: If a set is empty, its `aliases` are not lists, or an answer has a line break. When training
+            starts, if an `EarlyStoppingCallback` was added before this callback.
     """
 
     def __init__(
@@ -121,19 +119,17 @@ class HallucinationEvalCallback(TrainerCallback):
         trainer: Trainer,
         eval_sets: dict[str, Dataset],
         *,
-        prompt_function: Callable[[str], str] = question_prompt,
+        prompt_function: Callable[[str], str | list[dict]] = question_prompt,
         batch_size: int = 64,
         max_new_tokens: int = 32,
         answer_rules: dict | None = None,
     ):
         self.trainer = trainer
         self.eval_sets = eval_sets
-        self.prompt_function = prompt_function
+        self.prompts = {name: [*map(prompt_function, rows["question"])] for name, rows in eval_sets.items()}
+        self.accepted = {name: accepted_answers(rows, f"eval_sets[{name!r}]") for name, rows in eval_sets.items()}
         self.settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
         self.answer_rules = answer_rules or {}
-        for name, rows in eval_sets.items():
-            if "aliases" in rows.column_names and any(isinstance(aliases, str) for aliases in rows["aliases"]):
-                raise ValueError(f"`eval_sets[{name!r}]` has a text as `aliases`. Make each a list of texts.")
 
     def on_train_begin(self, args, state, control, **kwargs):
         callbacks = self.trainer.callback_handler.callbacks
@@ -159,12 +155,9 @@ class HallucinationEvalCallback(TrainerCallback):
 
     def _ask(self, state) -> dict[str, float]:
         metrics = {}
-        for name, rows in self.eval_sets.items():
-            aliases = rows["aliases"] if "aliases" in rows.column_names else [[]] * len(rows)
-            references = [[answer, *(forms or [])] for answer, forms in zip(rows["answer"], aliases, strict=True)]
-            prompts = [self.prompt_function(question) for question in rows["question"]]
-            answers = answers_in_training(self.trainer, prompts, **self.settings)
-            scores = score_hallucinations(answers, references, **self.answer_rules)
+        for name in self.eval_sets:
+            answers = answers_in_training(self.trainer, self.prompts[name], **self.settings)
+            scores = score_hallucinations(answers, self.accepted[name], **self.answer_rules)
             metrics |= {f"eval_{name}_{rate}": scores[rate] for rate in RATES}
             accuracies = [log.get(f"eval_{name}_accuracy", 0.0) for log in (*state.log_history, metrics)]
             metrics[f"eval_{name}_forgetting"] = max(accuracies) - scores["accuracy"]

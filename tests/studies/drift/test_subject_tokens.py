@@ -6,7 +6,8 @@ from conftest import CORPUS, build_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trl_selfdistill.slick.prompts import question_prompt, tokenize_prompts
+from trl_selfdistill.slick.prompt_tokens import tokenize_prompts
+from trl_selfdistill.slick.prompts import question_prompt
 from trl_selfdistill.studies.drift.subject_tokens import subject_prompts
 
 

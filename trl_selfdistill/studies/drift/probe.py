@@ -68,8 +68,7 @@ class DriftProbeCallback(TrainerCallback):
             raise ValueError("`facts` is empty; pass at least one held-out fact.")
         self.trainer = trainer
         self.every_steps = every_steps
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # of a processor
-        self.prompts = subject_prompts(tokenizer, facts["question"], facts["subject"])
+        self.prompts = subject_prompts(trainer.processing_class, facts["question"], facts["subject"])
         self.layers = check_layers(trainer.model, layers)
         self.measured = json.dumps([self.prompts, self.layers])
         self.output_file = None if output_file is None else Path(output_file)

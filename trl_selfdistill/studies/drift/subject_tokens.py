@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ...slick.prompts import question_prompt, tokenize_prompts
+from ...slick.prompt_tokens import text_tokenizer, tokenize_prompts
+from ...slick.prompts import question_prompt
 
 
 class SubjectPrompt(NamedTuple):
@@ -27,7 +28,7 @@ def subject_prompts(
     there is none (Japanese has no spaces). A token belongs to the subject if it covers any of its characters.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer, or a processor with one.
         questions (`Sequence[str]`): The questions.
         subjects (`Sequence[str]`): The entity in each question, spelled as it is there.
 
@@ -38,6 +39,7 @@ def subject_prompts(
         `ValueError`: If a subject is not in its question or has no token.
     """
     prompts = [question_prompt(question) for question in questions]
+    tokenizer = text_tokenizer(tokenizer)
     all_offsets = tokenizer(prompts, return_offsets_mapping=True)["offset_mapping"]
     rows = zip(tokenize_prompts(tokenizer, prompts), all_offsets, prompts, questions, subjects, strict=True)
     found = []
