@@ -4,6 +4,7 @@
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
