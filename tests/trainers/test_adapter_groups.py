@@ -86,17 +86,16 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 def test_a_model_by_name_is_loaded_as_sft_trainer_does(tmp_path, model_dir):
-    """With code of its own, a revision's subfolder and a dtype; adapters and groups change nothing in that."""
-    folder = tmp_path / "model" / "sub"
+    """With code of its own and a dtype; adapters and groups change nothing in that."""
+    folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     (folder / "modeling_own.py").write_text(REMOTE)
     names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     values = dict(model_type="own_llama", auto_map=names, architectures=["OwnForCausalLM"])
     write_json(folder / "config.json", read_json(folder / "config.json") | values)
-    options = dict(trust_remote_code=True, model_init_kwargs={"dtype": "bfloat16", "subfolder": "sub"})
-    options |= dict(trainable_groups=["attention"])
+    options = dict(trust_remote_code=True, model_init_kwargs={"dtype": "bfloat16"}, trainable_groups=["attention"])
     adapter = dict(peft_config=LoraConfig(r=2))
-    run = train(tmp_path, str(tmp_path / "model"), adapter, FrozenGroupsSFTTrainer, **options)
+    run = train(tmp_path, str(folder), adapter, FrozenGroupsSFTTrainer, **options)
     base = run.model.get_base_model()
     assert type(base).__name__ == "OwnForCausalLM" and base.dtype == torch.bfloat16
     assert adapted_modules(run.model) == PROJECTIONS["attention"]

@@ -46,8 +46,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher_folder (`pathlib.Path`): Where a teacher is kept that a resumed run could not load from elsewhere.
 
     Raises:
-        ValueError: If the teacher does not fit the student or is given twice, or the KL does not work with another
-            setting.
+        ValueError: If the teacher does not fit the student or is given twice, the KL does not work with another
+            setting, or a model's logits are not those of its LM head.
 
     Example:
 
