@@ -49,6 +49,7 @@ class HookedSFTTrainer(SFTTrainer):
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
+    current_gradient_accumulation_steps: int = 1  # of the step; Trainer sets it in training
     summed_step: int | None = None  # that the last of the logged sums are of
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
