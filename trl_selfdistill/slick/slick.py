@@ -218,23 +218,21 @@ def annotate_facts(
 
     relations, n = asked["relation"][:], PartialState().num_processes
     outcomes: dict[int, list] = {row: [] for row in range(len(asked))}  # of each fact, one for each prompt
-    most, is_quiet = len(asked) * settings.num_prompts, not PartialState().is_main_process
-    with Progress(desc="SLiCK", unit="question", total=most, disable=is_quiet) as bar:
-        for prompt in range(settings.num_prompts):
-            units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
-            todo = [unit for unit in units if unit.name not in work.results]
-            later_prompts = settings.num_prompts - prompt - 1
-            bar.total = bar.n + sum(len(unit.rows) for unit in todo) + len(outcomes) * later_prompts
+    for prompt in range(settings.num_prompts):
+        units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
+        todo = [unit for unit in units if unit.name not in work.results]
+        name, total = f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}", sum(len(unit.rows) for unit in todo)
+        with Progress(desc=name, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
             for begin in range(0, len(todo), n):  # a unit for each process, then all are in the file
                 together = todo[begin : begin + n]
                 for unit, results in zip(together, map_in_parallel(ask, together), strict=True):
                     work.append(unit.name, results)
                     bar.update(len(results))
-            for unit in units:
-                for row, result in zip(unit.rows, work.results[unit.name], strict=True):
-                    outcomes[row].append(result)
-            if settings.only_highly_known:
-                outcomes = {row: results for row, results in outcomes.items() if results[-1][0]}
+        for unit in units:
+            for row, result in zip(unit.rows, work.results[unit.name], strict=True):
+                outcomes[row].append(result)
+        if settings.only_highly_known:
+            outcomes = {row: results for row, results in outcomes.items() if results[-1][0]}
     if settings.only_highly_known:
         logger.info(f"SLiCK: {len(outcomes)} of {len(asked)} facts are HighlyKnown, and the others are left out.")
     return _add_columns(asked.select([*outcomes]), [*outcomes.values()], settings)
