@@ -89,13 +89,13 @@ class Hallucination(evaluate.Metric):
         row = {"predictions": prediction, "references": reference} | columns  # `evaluate.combine` names the columns
         self.add_batch(**{name: [value] for name, value in row.items()})
 
-    def add_batch(self, *, predictions, references):
+    def add_batch(self, *, predictions=None, references=None, **columns):
         """Adds answers, after checking all of them: a batch with a bad row adds nothing."""
         # Arrow would silently write a list among strings as its text, "['Peru']": strings become lists here
         predictions, references = check_texts(predictions, "predictions"), check_references(references)
         if len(predictions) != len(references):
             raise ValueError(f"`references` has {len(references)} rows and `predictions` {len(predictions)}")
-        super().add_batch(predictions=predictions, references=references)
+        super().add_batch(predictions=predictions, references=references, **columns)  # which refuses other columns
 
     def compute(self, *, predictions=None, references=None, **options):
         """Scores the answers given here, or else those that were added."""

@@ -101,7 +101,7 @@ def test_every_dtype_is_as_exact_as_the_reference_in_it(dtype, tolerance, autoca
     assert all(error <= 2 * most + tolerance for error, most in zip(errors(results, exact), allowed, strict=True))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@on_each_implementation
 def test_a_bias_of_minus_infinity_masks_a_token(impl):
     """As if the vocabulary did not have it: padding of a vocabulary is masked so."""
 

@@ -58,3 +58,4 @@ def test_loads_in_evaluation_mode_with_a_padding_token(model_dir, tokenizer, tmp
     unpadded.save_pretrained(tmp_path)
     model, loaded = load_model_and_tokenizer(tmp_path, ModelConfig(dtype="bfloat16"))
     assert loaded.pad_token == loaded.eos_token == "<|im_end|>" and model.dtype == torch.bfloat16
+    assert load_model_and_tokenizer(tmp_path, init_kwargs={"dtype": "float16"})[0].dtype == torch.float16

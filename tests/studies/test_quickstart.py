@@ -181,5 +181,5 @@ def test_a_relation_with_too_few_known_facts_is_refused(copied_study):
 
 def test_a_run_is_not_pushed_while_it_is_unfinished(tmp_path):
     config = SFTConfig(tmp_path, bf16=False, use_cpu=True, report_to="none", push_to_hub=True)
-    with pytest.raises(ValueError, match="`push_to_hub` would publish an unfinished run.*selfdistill publish .*sft"):
+    with pytest.raises(ValueError, match="`push_to_hub` would publish.*trl-selfdistill publish .*sft"):
         train_variant(Variant("sft", "SFT"), StudySetup("org/model", tmp_path, config), tmp_path / "sft", facts_of_mix)

@@ -110,6 +110,20 @@ def test_a_resumed_run_takes_the_kept_teacher_and_never_the_drifted_student(tmp_
         train(tmp_path, drifted(), resume=str(checkpoint), **options)
 
 
+def test_the_output_of_an_earlier_run_is_in_nobodys_way(tmp_path):
+    """Its teacher is taken only for its own checkpoints, and its weights do not stay in those of another."""
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    train(tmp_path, None, **options, teacher_snapshot_steps=1)  # leaves a full model
+    for name in ("trained", "fresh"):
+        whole = train(tmp_path, adapted(name), **options)
+        assert not (tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
+        shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+        assert_same_weights(train(tmp_path, adapted(name), resume=True, **options).model, whole.model)
+    other = get_peft_model(build_model(TOKENIZER), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="The teacher is not the one that"):
+        train(tmp_path, other, resume=str(tmp_path / "run" / "checkpoint-1"), **options)
+
+
 def test_the_hash_is_of_the_base_and_of_what_the_adapter_changes(tmp_path):
     hashes = {name: trainer(tmp_path, adapted(name)).teacher.sha256 for name in ("fresh", "trained", "trained DoRA")}
     other = adapted("fresh")

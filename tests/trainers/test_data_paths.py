@@ -167,7 +167,6 @@ def test_the_router_loss_is_added_to_ce_and_kl(tmp_path):
     extra = dict(teacher_model=architecture("qwen3"), train_dataset=Dataset.from_list(FACTS))
     options = dict(router_aux_loss_coef=0.5, per_device_train_batch_size=6)
     run = trainer(tmp_path, architecture("mixtral"), extra, **OPTIONS, **options)
-    run.current_gradient_accumulation_steps = 1  # as in training
     [batch] = run.get_train_dataloader()
     loss, ce, kl = losses_of(run, [batch])
     expected = terms(ONLY, [architecture("mixtral"), architecture("qwen3")])

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from sft_runs import TOKENIZER, config, train, trainer
+from sft_runs import FACTS, TOKENIZER, config, train, trainer, weights
 from transformers import TrainerCallback
 from trl import SFTConfig, TrlParser
 
@@ -84,6 +85,20 @@ def test_table_is_printed_kept_and_saved_with_hashes(tmp_path, capsys):
     assert {group: row["frozen_sha256"] for group, row in rows.items() if row["frozen_sha256"]} == digests
     untrained = frozen(tmp_path / "untrained", run=trainer, frozen_groups=["mlp"])
     assert untrained.describe_groups()["groups"]["mlp"]["frozen_sha256"] == digests["mlp"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_evaluation_in_half_precision_leaves_the_weights(tmp_path, dtype):
+    extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]))
+    run = frozen(tmp_path, None, extra, frozen_groups=["mlp"], **{f"{dtype}_full_eval": True})
+    expected = {**dict(run.model.named_buffers()), **weights(run.model)}
+    exact = frozen(tmp_path / "exact", None, extra, frozen_groups=["mlp"]).evaluate()["eval_loss"]
+    assert 0 < abs(run.evaluate()["eval_loss"] - exact) < 0.05
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in run.model.named_buffers())
+    run.save_model(str(tmp_path / "final"))
+    saved = load_file(tmp_path / "final" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) and tensor.dtype == torch.float32 for name, tensor in saved.items())
+    run.train()
 
 
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])

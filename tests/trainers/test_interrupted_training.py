@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
 
-from trl_selfdistill.trainers.resume import last_complete_checkpoint
+from trl_selfdistill.trainers.resume import describe_dataset, last_complete_checkpoint
 
 
 # Six steps in two epochs, a checkpoint every other one; dropout, so that the random state counts as well
@@ -201,6 +201,13 @@ def test_a_dataset_that_changed_is_refused(copy_of_stopped, rows, options):
     extra = with_teacher() | dict(train_dataset=Dataset.from_list(rows))
     with pytest.raises(ValueError, match="`train_dataset` is not the one .*checkpoint-4.*`ignore_data_skip=True`"):
         train(copy_of_stopped, student(), extra, resume=True, **RUN, **options)
+
+
+@pytest.mark.parametrize("value", [1, 1.5, "a", ["a"], [1.5], [[1]], {"a": 1}, None], ids=str)
+def test_a_column_that_happens_to_have_a_name_of_ours_is_no_part_of_the_data(value):
+    tokens = Dataset.from_dict({"input_ids": [[3, 4], [5]]})
+    named = Dataset.from_dict({"input_ids": [[3, 4], [5]], "seq_lengths": [value] * 2, "labels": [value] * 2})
+    assert describe_dataset(named) == describe_dataset(tokens)
 
 
 def test_the_same_data_by_other_ways_are_the_same(copy_of_stopped, whole):

@@ -2,7 +2,9 @@
 """SelfDistillSFTTrainer is SFTTrainer with CE + kl_weight * temperature**2 * KL(teacher || student) for a loss."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CITIES, build_model
@@ -71,15 +73,24 @@ def test_first_step_is_that_of_sft_trainer(tmp_path, name, rows, options):
     assert ours[1]["entropy"] == pytest.approx(theirs[1]["entropy"], rel=10 * tolerance)
 
 
-@pytest.mark.parametrize("kl_weight, temperature", [(1.0, 0.5), (3.0, 2.0)])
-def test_logged_loss_is_the_sum_of_the_logged_terms(tmp_path, kl_weight, temperature):
+SPLITS = [
+    dict(per_device_eval_batch_size=4),  # of six rows
+    dict(gradient_accumulation_steps=3, per_device_train_batch_size=1, logging_steps=3),
+    dict(gradient_accumulation_steps=2, packing=True, max_length=24, per_device_train_batch_size=1, logging_steps=3),
+]
+
+
+@pytest.mark.parametrize("kl_weight, temperature, split", [(1.0, 0.5, {}), *((3.0, 2.0, split) for split in SPLITS)])
+def test_logged_loss_is_the_sum_of_the_logged_terms(tmp_path, kl_weight, temperature, split):
     run = train(
         tmp_path,
+        architecture("qwen3"),
         arguments=dict(eval_dataset={"seen": Dataset.from_list(FACTS), "other": Dataset.from_list(FACTS[::2])}),
         **dict(kl_weight=kl_weight, temperature=temperature, eval_strategy="steps", eval_steps=3, learning_rate=2e-2),
+        **split,
     )
     rows = [row for row in logs(run) if "loss" in row]
-    for row in [*rows, run.evaluate(Dataset.from_list(FACTS[:2]))]:
+    for row in [*rows, run.evaluate(Dataset.from_list(FACTS))]:
         loss, ce, kl = (row.get(key, row.get(f"eval_{key}")) for key in ("loss", "ce_loss", "kl_loss"))
         assert loss == pytest.approx(ce + kl_weight * temperature**2 * kl)
     assert rows[-1]["kl_loss"] > 1e-3
@@ -152,6 +163,19 @@ def test_config_is_parsed_from_the_command_line():
     [
         (dict(kl_weight=-0.1), "`kl_weight` must be .* got -0.1"),
         (dict(kl_weight=float("nan")), "`kl_weight` .* got nan"),
+        (dict(kl_weight="1.0"), "`kl_weight` must be a finite number, got '1.0'"),
+        (dict(kl_weight=None), "`kl_weight` .* got None"),
+        (dict(kl_weight=True), "`kl_weight` .* got True"),
+        (dict(temperature=torch.tensor(1.0)), "`temperature` .* got tensor"),
+        (dict(teacher_snapshot_steps=2.5), "`teacher_snapshot_steps` must be a whole number, got 2.5"),
+        (dict(teacher_snapshot_epochs="1"), "`teacher_snapshot_epochs` must be a finite number, got '1'"),
+        (dict(precompute_teacher="yes"), "`precompute_teacher` must be True or False, got 'yes'"),
+        (dict(verify_frozen=0), "`verify_frozen` must be True or False, got 0"),
+        (dict(teacher_model_name_or_path=3), "`teacher_model_name_or_path` must be a text, got 3"),
+        (dict(teacher_model_init_kwargs=["dtype"]), "`teacher_model_init_kwargs` must be a dict, got"),
+        (dict(frozen_groups=[1]), r"`frozen_groups` must be a list of texts, got \[1\]"),
+        (dict(trainable_groups={"mlp": True}), "`trainable_groups` must be a list of texts, got {"),
+        (dict(frozen_groups=False), "`frozen_groups` must be a list of texts, got False"),
         (dict(temperature=0.0), "`temperature` must be .* got 0.0"),
         (dict(temperature=float("inf")), "`temperature` .* got inf"),
         (dict(teacher_snapshot_steps=0), "`teacher_snapshot_steps` must be > 0, got 0"),
@@ -163,3 +187,31 @@ def test_config_is_parsed_from_the_command_line():
 def test_config_refuses_what_no_model_can_do(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_numbers_of_numpy_and_paths_are_made_plain(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = dict(
+        kl_weight=np.float32(0.5), temperature=1, teacher_snapshot_steps=np.int64(2), verify_frozen=np.True_
+    )
+    args = config(tmp_path, **options, teacher_cache_dir=Path("~/cache"))
+    values = {name: getattr(args, name) for name in (*options, "teacher_cache_dir")}
+    assert values == options | dict(temperature=1.0, teacher_cache_dir=f"{tmp_path}/cache")
+    assert [type(value) for value in values.values()] == [float, float, int, bool, str]
+    build_model(TOKENIZER).save_pretrained(tmp_path / "teacher")
+    assert trainer(tmp_path, None, dict(teacher_model=Path("~/teacher"))).teacher_model is not None
+
+
+def test_a_batch_without_a_mask_is_evaluated_as_by_sft_trainer(tmp_path):
+    collator = trainer(tmp_path).data_collator
+
+    def without_mask(rows):
+        return {name: value for name, value in collator(rows).items() if name != "attention_mask"}
+
+    extra = dict(eval_dataset=Dataset.from_list(FACTS), data_collator=without_mask)
+    runs = [trainer(tmp_path, None, extra, c) for c in (SelfDistillSFTTrainer, SFTTrainer)]
+    ours, theirs = (run.evaluate() for run in runs)
+    same = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_num_tokens")
+    assert [ours[name] for name in same] == pytest.approx([theirs[name] for name in same])
+    runs[0].train()  # SFTTrainer needs a mask here, to count what it has seen
+    assert logs(runs[0])[-1]["step"] == 3

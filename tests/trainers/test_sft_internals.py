@@ -10,7 +10,7 @@ import torch
 from conftest import build_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from sft_runs import ARCHITECTURES, FACTS, TOKENIZER, architecture, config, trainer
+from sft_runs import FACTS, TOKENIZER, config, trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 from transformers.models.mixtral import modeling_mixtral
@@ -56,17 +56,6 @@ def test_a_frozen_copy_runs_its_own_weights(tmp_path, peft):
     assert not any(parameter.requires_grad for parameter in copy.parameters())
     for module in (copy, base_causal_lm(copy)):  # accelerate would take a prepared model as it is, and restore these
         assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & module.__dict__.keys()
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_head_gives_the_models_own_logits(name):
-    model = architecture(name)
-    head = lm_head_of(model)
-    with torch.no_grad():
-        hidden_states = model.base_model(input_ids=IDS).last_hidden_state
-        torch.testing.assert_close(head.logits(hidden_states), model(input_ids=IDS).logits)
-    assert (head.logit_scale != 1.0) == (name in ("cohere", "granite", "falcon_h1"))
-    assert (head.logit_softcap is not None) == (name == "gemma2") and (head.bias is not None) == (name == "phi")
 
 
 def test_the_label_head_forward_gives_the_hidden_states_of_the_label_positions(model):

@@ -238,9 +238,17 @@ def test_a_snapshot_that_never_comes_is_refused(tmp_path):
         trainer(tmp_path, None, stream, teacher_snapshot_epochs=1.0)
     assert "kl_loss" in logs(train(tmp_path, None, stream, teacher_snapshot_steps=1))[1]
     late = [dict(teacher_snapshot_steps=3), dict(teacher_snapshot_epochs=1.0)]  # of three steps, an epoch of three
-    for options in [*late, dict(max_steps=-1, num_train_epochs=1.5, teacher_snapshot_epochs=1.8)]:
+    late += [dict(max_steps=-1, num_train_epochs=1.5, teacher_snapshot_epochs=1.8)]
+    late += [dict(max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2, teacher_snapshot_steps=4)]
+    for options in late:
         with pytest.raises(ValueError, match="after step . of ., so that there would be no distillation"):
-            train(tmp_path, **options)
+            trainer(tmp_path, **options)
+    with pytest.raises(ValueError, match="after step 3 of 3"):
+        trainer(tmp_path, None, stream, teacher_snapshot_steps=3)
+    run = trainer(tmp_path, max_steps=-1, num_train_epochs=1, teacher_snapshot_steps=2)
+    run.args.num_train_epochs = 0.5  # set later: refused when training starts
+    with pytest.raises(ValueError, match="after step 2 of 2"):
+        run.train()
 
 
 def test_resuming_after_the_snapshot_needs_it(tmp_path):

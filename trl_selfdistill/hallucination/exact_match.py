@@ -4,18 +4,8 @@
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Iterable
-
-
-class _Table(dict):
-    """For `str.translate`: what becomes of a character, asked once."""
-
-    def __init__(self, replacement: Callable[[str], str]):
-        self._replacement = replacement
-
-    def __missing__(self, code: int) -> str:
-        self[code] = self._replacement(chr(code))
-        return self[code]
+from collections.abc import Iterable
+from functools import cache
 
 
 # Typed one for the other, or the same letter in two encodings
@@ -34,12 +24,12 @@ _POINTS = re.compile(
 )
 _STRESS = re.compile("(?<=[аеиоуыэюяіє])\u0301")  # of dictionaries, in Cyrillic
 _ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
-_ARTICLES = re.compile(r"\b(a|an|the)\b")  # SQuAD's; a mark or a symbol ends no word
-_ARTICLE_WORDS = re.compile(r"(?<!\S)(a|an|the)(?!\S)")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 # A sign before a number and a separator within one (not the comma of thousands)
 _IN_NUMBERS = re.compile(r"((?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d))")
 
 
+@cache
 def _as_seen(character: str) -> str:
     category = unicodedata.category(character)
     if character.isspace():
@@ -49,13 +39,13 @@ def _as_seen(character: str) -> str:
     return str(unicodedata.decimal(character)) if category == "Nd" else _SIGNS.get(character, character)
 
 
+@cache
 def _as_word(character: str) -> str:
     is_punctuation = character in string.punctuation or unicodedata.category(character)[0] == "P"
     return "" if is_punctuation or _POINTS.match(character) else _LETTERS.get(character, character)
 
 
-_SEEN, _WORDS = _Table(_as_seen), _Table(_as_word)
-_SQUAD = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def as_seen(text: str) -> str:
@@ -63,7 +53,7 @@ def as_seen(text: str) -> str:
     The text as a reader sees it: NFKC, without invisible characters (bidirectional marks, joiners, soft hyphens), with
     one kind of apostrophe, dash, digit and blank.
     """
-    return unicodedata.normalize("NFKC", text.translate(_SEEN))
+    return unicodedata.normalize("NFKC", "".join(map(_as_seen, text)))
 
 
 def normalize_answer(
@@ -91,11 +81,11 @@ def normalize_answer(
         text = _STRESS.sub("", text)
     if strip_accents:
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
-    parts = _IN_NUMBERS.split(text.lower()) if exact_numbers else [text.lower()]  # separators are the odd ones
-    text = "".join(part if i % 2 else part.translate(_SQUAD if squad else _WORDS) for i, part in enumerate(parts))
-    if squad:
-        return " ".join(_ARTICLES.sub(" ", text).split())
-    return " ".join(_ARTICLE_WORDS.sub(" ", unicodedata.normalize("NFC", text)).split())
+    parts = _IN_NUMBERS.split(text.lower()) if exact_numbers else [text.lower()]
+    for i in range(0, len(parts), 2):  # the others are in numbers
+        parts[i] = parts[i].translate(_PUNCTUATION) if squad else "".join(map(_as_word, parts[i]))
+    text = "".join(parts) if squad else unicodedata.normalize("NFC", "".join(parts))
+    return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 # Beginnings of the names of characters whose scripts put no spaces between words
@@ -105,17 +95,16 @@ _UNSPACED += ("JAVANESE", "BALINESE", "TAI ", "NEW TAI", "YI ", "HALFWIDTH KATAK
 
 def contains_words(text: str, words: str) -> bool:
     """
-    Whether normalized `words` are among those of a normalized `text`, as whole words: "17" is not in "1789". Where one
-    of two neighbours is of a script without spaces (Chinese, Japanese, Thai ...), a word may end between them, and
-    before a Korean particle.
+    Whether normalized `words` are among those of a normalized `text`, as whole words. Beside a letter of a script
+    without spaces (Chinese, Japanese, Thai ...) any word may end, and before a Korean particle.
 
     ```python
     >>> [contains_words(*pair) for pair in [("it is peru", "peru"), ("答えは東京です", "東京"), ("1789年", "17")]]
     [True, True, False]
     ```
     """
-    ends = (match.end() for match in re.finditer(f"(?={re.escape(words)})", text))
-    return any(_may_part(text, start) and _may_part(text, start + len(words), "HANGUL") for start in ends)
+    starts = (match.start() for match in re.finditer(f"(?={re.escape(words)})", text))
+    return any(_may_part(text, start) and _may_part(text, start + len(words), "HANGUL") for start in starts)
 
 
 def _may_part(text: str, position: int, *more: str) -> bool:

@@ -133,8 +133,11 @@ def _reference_losses(student, teacher, labels, objective):
     if teacher is not None:
         with torch.no_grad():
             teacher_logits = teacher.lm_head.logits(teacher.hidden_states)
-        log_q = (logits / objective.temperature).log_softmax(-1)
-        log_p = (teacher_logits / objective.temperature).log_softmax(-1)
+        # Of a masked token, -inf - (-inf) would be nan
+        lowest = torch.finfo(logits.dtype).min
+        log_q, log_p = (
+            (x / objective.temperature).log_softmax(-1).clamp(min=lowest) for x in (logits, teacher_logits)
+        )
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
     top1 = logits.argmax(-1) == labels

@@ -45,7 +45,8 @@ def train_as_asked(
 
     model, options = model_args.model_name_or_path, {"peft_config": get_peft_config(model_args)}
     if (Path(model) / "adapter_config.json").is_file():  # an adapter that is trained further
-        model, tokenizer = load_model_and_tokenizer(model, model_args, config.trust_remote_code)
+        init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None
+        model, tokenizer = load_model_and_tokenizer(model, model_args, config.trust_remote_code, init_kwargs)
         options = {"processing_class": tokenizer}
     else:  # SFTTrainer loads it: it knows the class, be it a vision-language model, and its processor
         config.model_init_kwargs = loading_options(model_args) | (config.model_init_kwargs or {})

@@ -40,7 +40,10 @@ class ModelArguments(ModelConfig):
 
 
 def load_model_and_tokenizer(
-    name_or_path: str | os.PathLike, config: ModelConfig | None = None, trust_remote_code: bool = False
+    name_or_path: str | os.PathLike,
+    config: ModelConfig | None = None,
+    trust_remote_code: bool = False,
+    init_kwargs: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Loads a causal language model and its tokenizer with `from_pretrained`. A folder with an adapter gives its base
@@ -50,6 +53,7 @@ def load_model_and_tokenizer(
         name_or_path (`str` or `os.PathLike`): Hub id or local folder.
         config ([`~trl.ModelConfig`], *optional*): Its revision, dtype, attention and quantisation are used.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that a checkpoint brings.
+        init_kwargs (`dict[str, Any]`, *optional*): Further arguments of `from_pretrained`, which go before.
 
     Returns:
         The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).
@@ -58,7 +62,7 @@ def load_model_and_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(
         name_or_path, revision=config.model_revision, trust_remote_code=trust_remote_code
     )
-    options = {"trust_remote_code": trust_remote_code, **loading_options(config)}
+    options = {"trust_remote_code": trust_remote_code, **loading_options(config), **(init_kwargs or {})}
     if (Path(name_or_path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 

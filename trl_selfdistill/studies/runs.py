@@ -193,7 +193,8 @@ def train_variant(
 
 
 def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments, facts: RunFacts) -> Trainer:
-    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, config.trust_remote_code)
+    init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None  # `SFTTrainer` is handed the model
+    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, config.trust_remote_code, init_kwargs)
     known, new = (part.select_columns(["prompt", "completion"]) for part in (facts.known, facts.new))
     rows = concatenate_datasets([known, new])
     if variant.rows is not None:

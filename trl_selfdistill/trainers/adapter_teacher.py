@@ -62,8 +62,10 @@ class AdapterTeacher(Teacher):
         state = get_peft_model_state_dict(model, adapter_name=TEACHER_ADAPTER, save_embedding_layers=False)
         # On the CPU, as the model may be sharded when it is to be kept
         self._state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-        config = hash_config(model.peft_config[TEACHER_ADAPTER])
-        self.sha256 = digest({"base": self._base_sha256, "config": config, **hash_tensors(self._state)})
+        self.sha256 = self._digest(model.peft_config[TEACHER_ADAPTER], self._state)
+
+    def _digest(self, config, state: dict[str, torch.Tensor]) -> str:
+        return digest({"base": self._base_sha256, "config": hash_config(config), **hash_tensors(state)})
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         model = self._accelerator.unwrap_model(student, keep_torch_compile=False)
@@ -78,13 +80,15 @@ class AdapterTeacher(Teacher):
             save_file(self._state, partial / SAFETENSORS_WEIGHTS_NAME)
         self._is_kept = True
 
-    def restore(self, student: torch.nn.Module, folder: Path) -> None:
-        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    def restore(self, student: torch.nn.Module, folder: Path, sha256: str) -> None:
+        file = folder / SAFETENSORS_WEIGHTS_NAME
+        state = load_file(file) if file.is_file() else {}
+        if self._digest(student.active_peft_config, state) != sha256:
             return
         if self.adapter_name is None:
             add_frozen_copy(student)
             self.adapter_name = TEACHER_ADAPTER
-        set_peft_model_state_dict(student, load_file(folder / SAFETENSORS_WEIGHTS_NAME), TEACHER_ADAPTER)
+        set_peft_model_state_dict(student, state, TEACHER_ADAPTER)
         self._take_state(student)
         self._is_kept = True
 

@@ -101,8 +101,10 @@ class ExactResumeMixin:
 
     def on_save_checkpoint(self, folder: Path) -> None:
         super().on_save_checkpoint(folder)
-        # A complete one of an earlier run is incomplete while its files are replaced
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        # One of an earlier run is incomplete while its files are replaced, and its weights may have other names
+        for stale in (TRAINER_STATE_NAME, "adapter_config.json", "*.safetensors*"):
+            for file in folder.glob(stale):
+                file.unlink()
         write_json(folder / RESUME_FILE, self.describe_run())
 
 

@@ -46,8 +46,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher_folder (`pathlib.Path`): Where a teacher is kept that a resumed run could not load from elsewhere.
 
     Raises:
-        ValueError: If the teacher does not fit the student or is given twice, or the KL does not work with another
-            setting.
+        ValueError: If the teacher does not fit the student or is given twice, the KL does not work with another
+            setting, or a model's logits are not those of its LM head.
 
     Example:
 
@@ -135,7 +135,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if self.teacher is None or self.args.takes_snapshot:  # the snapshot's callback checks it
             return
         if self.saved_teacher is not None and self.saved_teacher["sha256"] != self.teacher.sha256:
-            self.teacher.restore(self.model, self.teacher_folder)
+            self.teacher.restore(self.model, self.teacher_folder, self.saved_teacher["sha256"])
         check_teacher(self.teacher, self.saved_teacher, checkpoint)
 
     def on_save_checkpoint(self, folder: Path) -> None:

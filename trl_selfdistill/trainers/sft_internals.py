@@ -6,6 +6,7 @@ new version of theirs could break without an error is tested in tests/trainers/t
 
 import copy
 import functools
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,10 +37,8 @@ with private_names():
     from trl.trainer.utils import get_config_model_id as get_config_model_id
     from trl.trainer.utils import use_adapter as use_adapter
 
-    # Before, the head saw the label positions only, on every device
-    _SCORES_ALL_ON_CPU = compare_versions("trl", ">=", "1.16")
-    if _SCORES_ALL_ON_CPU:
-        from trl.trainer.utils import _use_triton
+    # TRL 1.15 has none: its head sees the label positions only, on every device
+    _use_triton = trl_utils._use_triton if compare_versions("trl", ">=", "1.16") else None
 
 
 class HookedSFTTrainer(SFTTrainer):
@@ -50,6 +49,7 @@ class HookedSFTTrainer(SFTTrainer):
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
+    current_gradient_accumulation_steps: int = 1  # of the step; Trainer sets it in training
     summed_step: int | None = None  # that the last of the logged sums are of
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
@@ -97,12 +97,12 @@ class HookedSFTTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self._missing_keys: list[str] = []
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_renamed(resume_from_checkpoint)
+        self.load_renamed(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._missing_keys = []
         super()._load_best_model()
-        self._load_renamed(self.state.best_model_checkpoint)
+        self.load_renamed(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", None) or ()
@@ -110,9 +110,8 @@ class HookedSFTTrainer(SFTTrainer):
         if not self._missing_keys:
             super()._issue_warnings_after_load(load_result)
 
-    def _load_renamed(self, checkpoint: str) -> None:
-        # `save_pretrained` gives some weights (the experts of a mixture) the names that they have on the Hub. Trainer
-        # loads by the names in memory, and would go on with the untrained ones and a warning.
+    def load_renamed(self, checkpoint: str) -> None:
+        """Loads what `save_pretrained` renamed (experts), which `Trainer` leaves untrained, with a warning."""
         if self._missing_keys:
             dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in self.model.parameters()})
             whole, found = type(self.model).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
@@ -128,10 +127,9 @@ class HookedSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
 
-with private_names():  # where a method has another name, transformers would not call the hook, and nobody would notice
-    for _name in vars(HookedSFTTrainer):
-        if _name.startswith("_") and not _name.startswith("__") and _name != "_load_renamed":
-            getattr(SFTTrainer, _name)
+with private_names():  # of a method with another name nobody would notice that it is not called any more
+    for _name in re.findall(r"\b_[a-z]\w+", " ".join(vars(HookedSFTTrainer))):
+        getattr(SFTTrainer, _name)
 
 
 class LabelStates(NamedTuple):
@@ -246,9 +244,6 @@ def label_positions_only() -> Iterator[None]:
     Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as it does on a GPU. The loss is the
     same; a step of a small model on short answers takes half as long.
     """
-    if not _SCORES_ALL_ON_CPU:
-        yield
-        return
     trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
     try:
         yield

@@ -76,7 +76,8 @@ class TeacherSnapshotCallback(TrainerCallback):
         if state.global_step >= self._step:  # resumed after the snapshot: the student has moved on since
             if self._is_adapter:
                 self.trainer.teacher = self.trainer.freeze_student()
-                self.trainer.teacher.restore(self.trainer.model, self.folder)
+                sha256 = (self.trainer.saved_teacher or {}).get("sha256", "")
+                self.trainer.teacher.restore(self.trainer.model, self.folder, sha256)
             else:
                 model = type(self.trainer.model).from_pretrained(self.folder)
                 self.trainer.teacher = ModelTeacher(model, self.trainer.accelerator)

@@ -87,3 +87,10 @@ def test_what_it_is_not_for_is_refused(tmp_path):
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     with pytest.raises(ValueError, match="no label tokens .* Give `l2_weight`"):
         run.match_l2_weight(inputs)
+
+
+def test_under_torch_compile_it_is_the_same(tmp_path):
+    backends = dict(torch_compile=False), dict(torch_compile=True, torch_compile_backend="eager")
+    plain, compiled = (train(tmp_path, **l2(), pad_to_multiple_of=32, **options) for options in backends)
+    assert compiled.l2_weight == pytest.approx(plain.l2_weight, rel=1e-4)
+    assert_same_weights(compiled.accelerator.unwrap_model(compiled.model), plain.model, rtol=1e-4, atol=1e-6)

@@ -86,7 +86,7 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
         args ([`ComparisonArguments`]): Which, and their settings.
         answers (`Dataset`, *optional*): The start model's own answers, rows of `prompt` and `completion`.
     """
-    attention = {"trainable_groups": ["attention"]}
+    attention, in_order = {"trainable_groups": ["attention"]}, lambda trainer, folder: train_in_order(trainer)
     lora_rate = {"learning_rate": args.lora_learning_rate}
     lora = LoraConfig(task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
     known_patch = f"KnownPatch, {100 * KNOWN_PATCH_RATIO:g} % of all rows, in the last {100 * KNOWN_PATCH_SHARE:g} %"
@@ -99,7 +99,7 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
         "frozen": [Variant("frozen", "Frozen groups (attention only)", FrozenGroupsSFTTrainer, attention)],
         "l2": _l2(args),
         "replay": [Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=_replay_rows)],
-        "known_patch": [Variant("known_patch", known_patch, rows=_known_patch_rows, prepare=_in_order)],
+        "known_patch": [Variant("known_patch", known_patch, rows=_known_patch_rows, prepare=in_order)],
         "stm": [Variant("stm", stm, prepare=_mask_unlikely)],
         "selfdistill": _self_distillation(args),
         "rehearsal": _rehearsal(args, answers),
@@ -164,10 +164,6 @@ def _known_patch_rows(known: Dataset, new: Dataset, num_rows: int, generator: ra
     patch = order_new[num_rows - late :] + order_known
     generator.shuffle(patch)
     return concatenate_datasets([known, new]).select(order_new[: num_rows - late] + patch)
-
-
-def _in_order(trainer: Trainer, folder: Path) -> None:
-    train_in_order(trainer)
 
 
 def _cycled(items: range, number: int, generator: random.Random) -> list[int]:

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss is that of the model's own logits in every family, or the family is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build_model
+from sft_runs import ARCHITECTURES, TINY, TOKENIZER, logs, train, trainer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
+
+
+MOE = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1)
+FAMILIES = {
+    "gemma3_text": dict(head_dim=8, final_logit_softcapping=2.0),
+    "recurrent_gemma": dict(lru_width=16, attention_window_size=16, logits_soft_cap=2.0),
+    "xlstm": dict(num_heads=2, output_logit_soft_cap=2.0),
+    "cohere2": dict(logit_scale=0.3),
+    "hyperclovax": dict(logits_scaling=3.0),
+    "minicpm3": dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, num_key_value_heads=2),
+    "opt": dict(ffn_dim=32, word_embed_proj_dim=8),
+    "mamba": {},
+    "falcon_mamba": {},
+    "granitemoe": dict(**MOE, logits_scaling=4.0),
+    "phimoe": dict(**MOE, num_key_value_heads=2),
+}
+OTHERS = {
+    "bert": ("BertLMHeadModel", dict(is_decoder=True)),
+    "roberta": ("RobertaForCausalLM", dict(is_decoder=True)),
+    "modernbert-decoder": ("ModernBertDecoderForCausalLM", dict(cls_token_id=1, sep_token_id=2)),
+}
+
+
+def tiny(name, dtype=torch.float32, seed=0):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {name}")
+    options = OTHERS[name][1] if name in OTHERS else FAMILIES.get(name)
+    torch.manual_seed(seed)
+    config = copy.deepcopy(ARCHITECTURES[name]) if options is None else AutoConfig.for_model(name, **TINY | options)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ARCHITECTURES])
+def test_the_loss_is_that_of_the_models_own_logits(tmp_path, name):
+    model, teacher = tiny(name), tiny(name, seed=1)
+    run = trainer(
+        tmp_path, model, dict(teacher_model=teacher), per_device_train_batch_size=3, router_aux_loss_coef=0.0
+    )
+    model.eval()
+    batch = dict(next(iter(run.get_train_dataloader())))
+    counted = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        inputs = {key: value for key, value in batch.items() if key != "labels"} | dict(use_cache=False)
+        student, other = (side(**inputs).logits[:, :-1][counted] for side in (model, teacher))
+        loss = run.compute_loss(model, dict(batch))
+    ce = torch.nn.functional.cross_entropy(student, batch["labels"][:, 1:][counted])
+    p, q = ((side / 0.5).log_softmax(-1) for side in (other, student))
+    torch.testing.assert_close(loss, ce + 0.25 * (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_head_that_does_more_is_refused_by_name(tmp_path, name):
+    model = tiny(name).train()
+    with pytest.raises(
+        ValueError, match=f"`model` is a {OTHERS[name][0]}, which does more .* `kl_weight=0` .* off by"
+    ):
+        trainer(tmp_path, model)
+    state = torch.get_rng_state()
+    assert all(module.training for module in model.modules()) and torch.manual_seed(3).get_state().equal(state)
+    with pytest.raises(ValueError, match=f"`teacher_model` is a {OTHERS[name][0]}, "):
+        trainer(tmp_path, build_model(TOKENIZER), dict(teacher_model=tiny(name)))
+    assert trainer(tmp_path, model, kl_weight=0).teacher is None  # as SFTTrainer
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "phimoe"])
+def test_the_router_loss_of_experts_under_another_name(tmp_path, name):
+    for trainer_class in (SelfDistillSFTTrainer, FrozenGroupsSFTTrainer):
+        run = trainer(tmp_path, tiny(name), None, trainer_class)
+        batch = {key: value for key, value in next(iter(run.get_train_dataloader())).items() if key != "labels"}
+        expected = run.model(**batch, output_router_logits=True).aux_loss.item()
+        run.compute_loss(run.model, dict(next(iter(run.get_train_dataloader()))))
+        assert run._metrics["train"]["aux_loss"] == pytest.approx([expected])
+        run.train()
+        assert logs(run)[0]["aux_loss"] > 0 and "num_experts" not in run.model.config.to_dict()
+
+
+DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("dtypes", [*DTYPES, (torch.float32, torch.float16)])
+@pytest.mark.parametrize("name", ["mamba", "gemma3_text"])
+def test_dtypes_may_differ(tmp_path, name, dtypes):
+    """Those of student and teacher, without autocast. Mamba's hidden states are fp32 whatever its head is."""
+    options = dict(max_steps=1, precompute_teacher=dtypes[0] == dtypes[1], teacher_cache_dir=str(tmp_path / "cache"))
+    losses = []
+    for student, teacher in (dtypes, [torch.float32] * 2):
+        given = dict(teacher_model=tiny(name, teacher, seed=1))
+        losses.append(logs(train(tmp_path, tiny(name, student), given, **options))[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
