@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Files and folders that are written whole or not at all, JSON in them, and where the programs and the metric are.
-
-Only the standard library is imported.
-"""
+"""Files that are written whole or not at all, JSON, and where programs and metric are. Standard library only."""
 
 import json
 import logging

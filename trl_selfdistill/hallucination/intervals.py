@@ -8,9 +8,6 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 
-_FEW = 10  # outcomes of one kind
-
-
 class Interval(NamedTuple):
     """An estimate with its 95 % interval."""
 
@@ -54,7 +51,7 @@ def mean_interval(values: np.ndarray) -> Interval:
     low, high = _random_effects(values) if num_facts > 1 else (np.nan, np.nan)
     if not are_outcomes:
         return Interval(mean, low, high)
-    if min(mean, 1 - mean) * num_facts < _FEW:
+    if min(mean, 1 - mean) * num_facts < 10:
         wilson = binomtest(round(mean * num_facts), num_facts).proportion_ci(method="wilson")
         low, high = np.fmin(low, wilson.low), np.fmax(high, wilson.high)
     return Interval(mean, float(max(low, 0.0)), float(min(high, 1.0)))
