@@ -55,7 +55,8 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
     """Raises `ValueError` if a parameter is not bit for bit that of `expected`, an earlier [`hash_parameters`]."""
     parameters = dict(model.named_parameters())
     for group, members in expected.items():
-        if moved := [name for name, value in members.items() if hash_tensor(parameters[name]) != value]:
+        now = {name: hash_tensor(parameters[name]) for name in members if name in parameters}
+        if moved := [name for name, value in members.items() if now.get(name) != value]:
             raise ValueError(
                 f"{len(moved)} of {len(members)} frozen parameters in '{group}' changed: {moved[:3]}. Something other "
                 "than the optimizer wrote to them: look for callbacks, weight tying and hooks."
