@@ -19,19 +19,8 @@ if TYPE_CHECKING:
         SelfDistillSFTTrainer,
     )
 
-_EXPORTS = {
-    "CEKLOutput": "losses",
-    "FrozenGroupsSFTConfig": "trainers",
-    "FrozenGroupsSFTTrainer": "trainers",
-    "HallucinationEvalCallback": "trainers",
-    "LMHead": "losses",
-    "SelfDistillSFTConfig": "trainers",
-    "SelfDistillSFTTrainer": "trainers",
-    "linear_ce_kl": "losses",
-}
-
 __version__ = version("trl-selfdistill")
-__all__ = [  # spelled out for type checkers; tests/test_architecture.py compares it with the table above
+__all__ = [
     "CEKLOutput",
     "FrozenGroupsSFTConfig",
     "FrozenGroupsSFTTrainer",
@@ -45,9 +34,10 @@ __all__ = [  # spelled out for type checkers; tests/test_architecture.py compare
 
 
 def __getattr__(name: str):
-    if name not in _EXPORTS:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    package = "losses" if name in ("CEKLOutput", "LMHead", "linear_ce_kl") else "trainers"
+    return getattr(import_module(f".{package}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Files and folders that are written whole or not at all, JSON in them, and where the programs and the metric are.
-
-Only the standard library is imported.
-"""
+"""Files that are written whole or not at all, JSON, and where programs and metric are. Standard library only."""
 
 import json
 import logging
@@ -24,23 +20,9 @@ def shipped(path: str) -> Path:
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yields `<path>.partial`, to write a file or a folder to. It takes the place of `path` when the block ends. After an
-    error or a kill `path` is what it was before, but for a kill in the instant in which a folder is replaced.
-
-    ```python
-    >>> from tempfile import mkdtemp
-    >>> file = Path(mkdtemp()) / "answer.txt"
-    >>> with written_whole(file) as partial:
-    ...     _ = partial.write_text("42")
-    >>> file.read_text()
-    '42'
-    ```
-
-    Args:
-        path (`str` or `os.PathLike`): The file or folder. Its parent is made if missing.
-
-    Raises:
-        OSError: If `path` is a folder and a file was written, or the other way round, or the disk is full.
+    Yields `<path>.partial`, to write a file or a folder to. It takes the place of `path`, whose parent is made if
+    missing, when the block ends. After an error or a kill `path` is what it was before, but for a kill in the instant
+    in which a folder is replaced. An `OSError` if one of the two is a folder and the other a file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

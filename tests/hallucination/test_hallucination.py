@@ -246,7 +246,7 @@ def test_intervals_stay_in_the_range_of_their_number():
         ({"categories": ["Unknown", "Known"]}, ValueError, r"`categories\[1\]` is 'Known'; use HighlyKnown, MaybeK"),
         ({"match": "fuzzy"}, ValueError, "`match` is 'fuzzy'"),
         ({"abstention_patterns": "unknown"}, TypeError, "`abstention_patterns` is the string 'unknown'"),
-        ({"abstention_patterns": ["("]}, ValueError, r"`abstention_patterns` has '\(', not a regular expression"),
+        ({"abstention_patterns": ["("]}, ValueError, r"`abstention_patterns` has '\(', no regular expression"),
     ],
 )
 def test_errors_name_the_argument_and_the_row(change, error, message):

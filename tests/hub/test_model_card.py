@@ -109,7 +109,7 @@ def test_a_chain_of_local_stages_keeps_the_hub_id_and_the_license(tmp_path, toke
         (b"---\nlicense: \xff\n---\n", None),
         (b"---\nlicense: [&a [b, b], *a]\n---\n", None),
         (b"---\nbase_model: [{a: 1}]\nlicense: mit\n---\n", "mit"),
-        (b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\nK\xf6ln", "mit"),
+        (b"---\r\nlicense: mit\r\n---\r\nK\xc3\xb6ln", "mit"),
         (b"---\nlicense: mit\n---\n" + b"x" * 2_000_000, "mit"),
         (b"no metadata", None),
         (None, None),

@@ -10,7 +10,7 @@ import transformers
 from conftest import build_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from trl_selfdistill.parameters.groups import freeze_groups, parameter_table
+from trl_selfdistill.parameters.groups import GroupSelection, GroupTable, freeze_selection, parameter_table
 from trl_selfdistill.parameters.hashes import digest_groups, hash_parameters, verify_frozen
 from trl_selfdistill.parameters.structure import GROUPS, group_of, named_tensors
 
@@ -105,6 +105,10 @@ def tiny(architecture: str, **config) -> torch.nn.Module:
     torch.manual_seed(0)
     expected = ARCHITECTURES[architecture].config
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**settings, **expected, **config}))
+
+
+def freeze_groups(model, **options) -> GroupTable:
+    return freeze_selection(model, GroupSelection.parse(**options))
 
 
 def group_of_parameters(model) -> dict[str, str]:

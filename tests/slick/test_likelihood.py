@@ -65,11 +65,11 @@ def test_scores_equal_the_definition(architecture, sampling, tokenizer, monkeypa
     model = build_architecture(architecture, tokenizer)
     prompts = towns_prompts()[:3] + [few_shot_prompt("Where?", EXEMPLARS), few_shot_prompt("A? \nA: ", EXEMPLARS)]
     forms = [COUNTRIES[i % 3 :] + ["Norway and Peru"] for i in range(len(prompts))]
-    prefixes = []
+    caches = []
     original = likelihood._shared_prefix
-    monkeypatch.setattr(likelihood, "_shared_prefix", lambda *a: prefixes.append(original(*a)) or prefixes[-1])
+    monkeypatch.setattr(likelihood, "_shared_prefix", lambda *a: caches.append(original(*a)) or caches[-1])
     scores = score_answers(model, tokenizer, prompts, forms, batch_size=3, **sampling)
-    assert (prefixes[0][0] > 30) == (architecture != "falcon_h1")
+    assert (caches[0] is not None and caches[0].get_seq_length() > 30) == (architecture != "falcon_h1")
     scores += score_answers(model, tokenizer, prompts[:1], forms[:1], **sampling)  # one prompt shares itself
     for score, prompt, accepted in zip(scores, prompts + prompts[:1], forms + forms[:1], strict=True):
         is_greedy, p_sampled = naive_score(model, tokenizer, prompt, accepted, **sampling)

@@ -214,7 +214,6 @@ def annotate_on_this_process(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": "quickest"}, "`settings` is 'quickest'; the presets are 'gekhman2024'"),
         ({"facts": build_facts().remove_columns("aliases")}, "lacks the columns .*'aliases'"),
         ({"facts": build_facts().select([])}, "has 0 rows"),
         ({"facts": build_facts().select(range(5))}, r"relation 'P495' has 2 facts, and `num_shots` = 2"),

@@ -17,7 +17,6 @@ from two_processes import leave_processes, run_in_two_processes
 from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.hallucination import RATES, score_hallucinations
 from trl_selfdistill.hallucination.intervals import Interval
-from trl_selfdistill.hub.markdown import format_interval
 from trl_selfdistill.slick import generation
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.prompts import question_prompt
@@ -28,6 +27,7 @@ from trl_selfdistill.studies.fact_accuracy import (
     read_records,
     write_records,
 )
+from trl_selfdistill.studies.markdown import format_interval
 from trl_selfdistill.studies.models import load_model_and_tokenizer
 from trl_selfdistill.studies.results import read_result
 from trl_selfdistill.studies.training_mix import load_mix

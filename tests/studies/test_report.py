@@ -6,7 +6,7 @@ from PIL import Image
 from study_records import fading_outcomes, make_records, write_result
 
 from trl_selfdistill.hallucination import score_hallucinations
-from trl_selfdistill.hub.markdown import format_interval
+from trl_selfdistill.studies.markdown import format_interval
 from trl_selfdistill.studies.results import plot_curves, read_result, render_findings, render_table
 from trl_selfdistill.studies.stages import report_stage
 

@@ -38,7 +38,7 @@ def learnt(facts, tmp_path_factory):
 def test_the_saved_model_knows_its_facts_zero_shot_and_few_shot(facts, learnt):
     outcomes = [answer.outcome for answer in ask_facts(*learnt, facts).values()]
     assert outcomes.count("correct") / len(outcomes) >= SETTINGS.target_accuracy
-    annotated = annotate_facts(facts, *learnt, "quick")
+    annotated = annotate_facts(facts, *learnt)
     assert annotated["slick_category"][:].count("HighlyKnown") / len(annotated) >= 0.8
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer
-from trl_selfdistill.parameters.groups import freeze_groups
+from trl_selfdistill.parameters.groups import GroupSelection, freeze_selection
 from trl_selfdistill.parameters.hashes import digest_groups, hash_parameters
 
 
@@ -80,7 +80,7 @@ def test_table_is_printed_kept_and_saved_with_hashes(tmp_path, capsys):
     assert [(group, row["parameters"]) for group, row in rows.items()] == [row[::2] for row in run.group_table]
     # A hash is that of the file: a reader who freezes the same groups of the saved model gets it again
     reloaded = type(run.model).from_pretrained(tmp_path / "final")
-    freeze_groups(reloaded, frozen_groups=saved[0]["frozen_groups"])
+    freeze_selection(reloaded, GroupSelection.parse(saved[0]["frozen_groups"]))
     digests = digest_groups(hash_parameters(reloaded))
     assert {group: row["frozen_sha256"] for group, row in rows.items() if row["frozen_sha256"]} == digests
     untrained = frozen(tmp_path / "untrained", run=trainer, frozen_groups=["mlp"])

@@ -20,9 +20,8 @@ ABSTENTION_PATTERNS = tuple(line for line in _LINES if line and not line.startsw
 
 def fold_answer(text: str) -> str:
     """
-    Returns the form of an answer in which abstention patterns are searched for:
-    [`~trl_selfdistill.hallucination.exact_match.as_seen`], lower case, single spaces, no punctuation at either end.
-    " I don’t  know! " becomes "i don't know".
+    Returns the form of an answer in which abstention patterns are searched for: lower case, single spaces, one kind of
+    apostrophe and no punctuation at either end. " I don’t  know! " becomes "i don't know".
     """
     text = as_seen(text).lower()
     # By Unicode's categories: for `re`, the vowel signs of Hindi are not letters
@@ -45,8 +44,8 @@ class AnswerJudge:
             `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.
 
     Raises:
-        `ValueError`: If `match` is another word, or a pattern is not a regular expression.
-        `TypeError`: If `abstention_patterns` is a single string.
+        ValueError: If `match` is another word, or a pattern is not a regular expression.
+        TypeError: If `abstention_patterns` is a single string.
 
     ```python
     >>> judge = AnswerJudge()
@@ -74,8 +73,7 @@ class AnswerJudge:
         try:
             self._abstentions = [re.compile(pattern) for pattern in patterns]
         except re.error as error:
-            message = f"`abstention_patterns` has {error.pattern!r}, not a regular expression: {error}"
-            raise ValueError(message) from error
+            raise ValueError(f"`abstention_patterns` has {error.pattern!r}, no regular expression: {error}") from error
 
     def normalize(self, text: str) -> str:
         """The form in which `text` is compared. An answer of nothing but articles (blood type "A") keeps them."""
@@ -100,10 +98,6 @@ class AnswerJudge:
     def f1(self, prediction: str, accepted: Sequence[str]) -> float:
         """SQuAD's token F1 of `prediction` with the nearest of the `accepted` forms, in [0, 1]."""
         words = Counter(self.normalize(prediction).split())
-        best = 0.0
-        for form in accepted:
-            others = Counter(self.normalize(form).split())
-            num_same = (words & others).total()
-            if num_same:
-                best = max(best, 2 * num_same / (words.total() + others.total()))
-        return best
+        forms = [Counter(self.normalize(form).split()) for form in accepted]
+        # Without a word on either side there is no F1
+        return max((2 * (words & form).total() / max(1, (words + form).total()) for form in forms), default=0.0)

@@ -18,14 +18,9 @@ from .intervals import mean_interval
 
 # The rate of each outcome
 RATES = {"hallucination_rate": "hallucinated", "accuracy": "correct", "abstention_rate": "abstained"}
-_COLUMNS_OF_EXAMPLES = {
-    "questions": "question",
-    "predictions": "prediction",
-    "references": "references",
-    "baseline_predictions": "baseline_prediction",
-    "categories": "category",
-    "relations": "relation",
-}
+# Names of columns in an example
+_SINGULAR = {"predictions": "prediction", "baseline_predictions": "baseline_prediction", "questions": "question"}
+_SINGULAR |= {"references": "references", "categories": "category", "relations": "relation"}
 
 
 def score_hallucinations(
@@ -40,8 +35,7 @@ def score_hallucinations(
     **answer_rules,
 ) -> dict:
     """
-    Scores answers to questions of fact. Each is correct, abstained or hallucinated
-    ([`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`]).
+    Scores answers to questions of fact. Each is correct, abstained or hallucinated.
 
     Args:
         predictions (`Iterable[str]`): The model's answers.
@@ -78,7 +72,6 @@ def score_hallucinations(
     {'accuracy': 0.33, 'hallucination_rate': 0.33, 'hallucination_rate_ci_high': 1.0}
     ```
     """
-    judge = AnswerJudge(**answer_rules)
     columns = {
         "predictions": predictions,
         "baseline_predictions": baseline_predictions,
@@ -96,24 +89,24 @@ def score_hallucinations(
         if category not in list(SlickCategory):
             names = ", ".join(SlickCategory)
             raise ValueError(f"`categories[{i}]` is {category!r}; use {names}, and `relations` for other groups")
-    answers = _judge(judge, columns)
+    answers = _judge(AnswerJudge(**answer_rules), columns)
     result = _rates(answers)
-    tables = {}
     if categories is not None:
-        labels = np.array(columns["categories"])
-        right = answers["outcome"] == "correct"
+        labels, right = np.array(columns["categories"]), answers["outcome"] == "correct"
         result |= _with_interval("factual_stability", right[labels == SlickCategory.HIGHLY_KNOWN])
         result |= _with_interval("factual_plasticity", right[labels == SlickCategory.UNKNOWN])
-        tables["category"] = _by_group(answers, labels)
-    if relations is not None:
-        tables["relation"] = _by_group(answers, np.array(columns["relations"]))
-    for column, table in tables.items():
-        for group, rates in table.items():
-            means = {name: value for name, value in rates.items() if not name.endswith(("_ci_low", "_ci_high"))}
-            result |= {f"{column}/{group}/{name}": value for name, value in means.items()}
+    tables: dict[str, dict[str, dict]] = {}
+    for name in [name for name in ("categories", "relations") if name in columns]:
+        column, labels = _SINGULAR[name], np.array(columns[name])
+        tables[column] = {}
+        for group in np.unique(labels).tolist():
+            rates = _rates({key: values[labels == group] for key, values in answers.items()})
+            tables[column][group] = rates
+            means = {key: value for key, value in rates.items() if not key.endswith(("_ci_low", "_ci_high"))}
+            result |= {f"{column}/{group}/{key}": value for key, value in means.items()}
     if detailed:
         result["tables"] = tables
-        examples = {_COLUMNS_OF_EXAMPLES[name]: column for name, column in columns.items()}
+        examples = {_SINGULAR[name]: column for name, column in columns.items()}
         examples |= {name: values.tolist() for name, values in answers.items()}
         result["examples"] = [dict(zip(examples, row, strict=True)) for row in zip(*examples.values(), strict=True)]
     return result
@@ -187,8 +180,3 @@ def _with_interval(name: str, values: np.ndarray) -> dict[str, float | None]:
     numbers = np.clip(mean_interval(values), lowest, 1.0).tolist() if len(values) else [np.nan] * 3
     names = (name, f"{name}_ci_low", f"{name}_ci_high")
     return {key: None if np.isnan(number) else number for key, number in zip(names, numbers, strict=True)}
-
-
-def _by_group(answers: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict]:
-    groups = {str(label): labels == label for label in np.unique(labels)}
-    return {label: _rates({name: values[rows] for name, values in answers.items()}) for label, rows in groups.items()}

@@ -45,8 +45,7 @@ def describe_environment() -> dict[str, Any]:
 
 def hide_tokens(text: str) -> str:
     """`text` without access tokens of the Hub, the one of `hf auth login` among them."""
-    text = _TOKEN.sub(_HIDDEN, text)
-    token = get_token()
+    text, token = _TOKEN.sub(_HIDDEN, text), get_token()
     return text.replace(token, _HIDDEN) if token else text
 
 

@@ -15,14 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..files import read_json, warn_without, write_json, written_whole
 from ..hallucination.categories import SlickCategory
-from .markdown import escape_markdown, markdown_table
+from .markdown import escape_markdown
 
 
 CARD_FILE = "README.md"
 RECORD_FILE = "model_card.json"
 TAGS = ["trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574", "arxiv:2405.05904"]
-_MOST_OF_A_CARD = 1_000_000  # characters: the metadata stand at the top
-_SYMBOLS = {"kl_weight": "kl_weight (λ)", "temperature": "temperature (τ)"}
 
 
 def update_model_card(folder: Path, **parts: dict[str, Any]) -> Path:
@@ -88,27 +86,8 @@ def render_model_card(record: dict[str, Any]) -> ModelCard:
         training=_escaped(training),
         environment=training.get("environment"),
         results=results,
-        **_tables(training),
+        categories=[*SlickCategory],
     )
-
-
-def _tables(training: dict[str, Any]) -> dict[str, str]:
-    """The settings, the groups of parameters and the SLiCK categories of the data, as far as they are recorded."""
-    tables = {}
-    if settings := training.get("settings"):
-        rows = [[_SYMBOLS.get(name, name), value] for name, value in settings.items()]
-        tables["settings_table"] = _table(["setting", "value"], rows)
-    if groups := training.get("groups"):
-        header = ["group", "parameters", "of them trained", "SHA-256 of the frozen ones"]
-        rows = [
-            [name, f"{row['parameters']:,}", f"{row['trainable_parameters']:,}", row["frozen_sha256"] or "-"]
-            for name, row in groups["groups"].items()
-        ]
-        tables["groups_table"] = _table(header, rows)
-    if composition := training.get("composition"):
-        rows = [[split, *(counts.get(name, 0) for name in SlickCategory)] for split, counts in composition.items()]
-        tables["composition_table"] = _table(["split", *SlickCategory], rows)
-    return tables
 
 
 def _escaped(value: Any) -> Any:
@@ -116,10 +95,6 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, dict):
         return {escape_markdown(name): _escaped(item) for name, item in value.items()}
     return value if value is None or isinstance(value, bool) else escape_markdown(value)
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    return markdown_table(header, [[escape_markdown(cell) for cell in row] for row in rows])
 
 
 def method_of(training: dict[str, Any]) -> str:
@@ -146,9 +121,8 @@ def base_model_of(name_or_path: str | None) -> dict[str, str | None]:
     base_model, license = hub_id(name_or_path), None
     card = Path(name_or_path or "", CARD_FILE)
     if name_or_path and card.is_file():
-        with warn_without(card), card.open(encoding="utf-8-sig", errors="replace") as file:
-            data = ModelCard(file.read(_MOST_OF_A_CARD), ignore_metadata_errors=True).data
+        with warn_without(card):
+            data = ModelCard.load(card, ignore_metadata_errors=True).data
             named, license = data.get("base_model"), data.get("license")
             base_model = hub_id(named[0] if isinstance(named, list) and named else named)
-    is_name = isinstance(license, str) and license.isascii()
-    return {"base_model": base_model, "license": license if is_name else None}
+    return {"base_model": base_model, "license": license if isinstance(license, str) else None}

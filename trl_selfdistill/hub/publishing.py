@@ -114,15 +114,10 @@ def plan_model(
     dataset_id: str | None = None,
 ) -> Publication:
     """
-    What of a checkpoint is published, with a card that says what is known only now. [`PublishError`] if its weights,
-    its license or the base of an adapter is missing.
-
-    Args:
-        folder (`Path`): The checkpoint, which is not changed.
-        repo_id (`str`): Its repository, `namespace/name`.
-        license (`str`, *optional*): Its license. Defaults to the one in its card.
-        base_model (`str`, *optional*): Hub id of the base model. Defaults to the one in its card.
-        dataset_id (`str`, *optional*): Hub id of the facts that it was evaluated on.
+    What of the checkpoint in `folder`, which is not changed, goes to the repository `repo_id`, with a card that says
+    what is known only now: its license and the Hub id of its base model, which default to those in its card, and that
+    of the facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is
+    missing.
     """
     parts = [path.name for path in adapter_folders(folder)]
     adapters = [f"{part}/{name}" for part in parts for name in ("adapter_config.json", "adapter_model.safetensors")]
@@ -130,7 +125,6 @@ def plan_model(
     record, given = read_record(folder), {"license": license, "base_model": base_model}
     if "training" not in record or not any(name.endswith(".safetensors") for name in files):
         raise PublishError(f"{folder} holds no weights (.safetensors) or no {RECORD_FILE}. Pass what a trainer saved.")
-    contents: dict[str, Path | bytes] = {**files}
     record["training"] |= {name: value for name, value in given.items() if value is not None}
     card = render_model_card(record)
     if card.data.license is None:
@@ -142,8 +136,7 @@ def plan_model(
         card.data.datasets = [*(card.data.datasets or []), dataset_id]
         for result in card.data.eval_results or []:
             result.dataset_type = dataset_id
-    contents[CARD_FILE] = str(card).encode()
-    contents[RECORD_FILE] = json.dumps(record, indent=2, ensure_ascii=False).encode()
+    texts = {CARD_FILE: str(card), RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False)}
     for name in (name for name in files if name.endswith("adapter_config.json")):
         config = read_json(folder / name)
         config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
@@ -152,28 +145,21 @@ def plan_model(
                 f"The adapter in {folder.name} was trained on a local model. Publish that one first and pass its id, "
                 "as `--base_model your-name/stage1`."
             )
-        contents[name] = json.dumps(config, indent=2).encode()
-    return Publication(repo_id, "model", contents)
+        texts[name] = json.dumps(config, indent=2)
+    return Publication(repo_id, "model", files | {name: text.encode() for name, text in texts.items()})
 
 
 def publish(plan: Publication, private: bool = True, create_pr: bool = False) -> str:
     """
-    Makes the repository if need be and commits the plan, whole or not at all, with the token of `hf auth login`.
-
-    Args:
-        plan ([`Publication`]): What to commit.
-        private (`bool`, *optional*, defaults to `True`): Whether a new repository is private.
-        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request rather than commit.
-
-    Returns:
-        `str`: The address of the commit, or of the pull request. [`PublishError`] if there is none.
+    Makes the repository if need be, a `private` one, and commits the plan, whole or not at all, with the token of `hf
+    auth login`. Returns the address of the commit or, with `create_pr`, of the pull request that it opens instead;
+    [`PublishError`] if there is none.
     """
     api, repo = HfApi(), {"repo_id": plan.repo_id, "repo_type": plan.repo_type}
+    space_sdk = "gradio" if plan.repo_type == "space" else None
     files = [CommitOperationAdd(name, content) for name, content in sorted(plan.contents.items())]
     try:
-        api.create_repo(
-            **repo, private=private, exist_ok=True, space_sdk="gradio" if plan.repo_type == "space" else None
-        )
+        api.create_repo(**repo, private=private, exist_ok=True, space_sdk=space_sdk)
         commit = api.create_commit(**repo, operations=files, commit_message="Publish", create_pr=create_pr)
     except Exception as error:  # of any library below: a traceback may show the token of the request
         status = getattr(getattr(error, "response", None), "status_code", None)

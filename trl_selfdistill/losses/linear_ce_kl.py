@@ -87,10 +87,8 @@ def linear_ce_kl(
             Memory for the logits of a chunk, in MiB. On a CPU a chunk has at most 512 tokens.
 
     Returns:
-        [`CEKLOutput`]. Without any label the loss is 0 with zero gradients, and still connected to the graph.
-
-    Raises:
-        ValueError: If a shape, vocabulary, label or option does not fit.
+        [`CEKLOutput`]. Without any label the loss is 0 with zero gradients, and still connected to the graph. A
+        `ValueError` if a shape, vocabulary, label or option does not fit.
     """
     if not (0 <= ce_weight < inf and 0 <= kl_weight < inf and 0 < temperature < inf):
         raise ValueError(
@@ -130,8 +128,7 @@ def linear_ce_kl(
 def _reference_losses(student, teacher, labels, objective):
     """[`fused_losses`] as a textbook computes them, with all logits in memory."""
     logits = student.lm_head.logits(student.hidden_states)
-    log_probs = logits.log_softmax(-1)
-    ce = F.nll_loss(log_probs, labels, reduction="none")
+    ce = F.cross_entropy(logits, labels, reduction="none")
     kl = torch.zeros_like(ce)
     if teacher is not None:
         with torch.no_grad():
@@ -142,7 +139,7 @@ def _reference_losses(student, teacher, labels, objective):
             (x / objective.temperature).log_softmax(-1).clamp(min=lowest) for x in (logits, teacher_logits)
         )
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    entropy = torch.special.entr(log_probs.detach().exp()).sum(-1)
+    entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
     top1 = logits.argmax(-1) == labels
     sums = torch.stack([ce, kl, entropy, top1.to(ce.dtype)], dim=-1).sum(0)
     return objective.total(sums), sums

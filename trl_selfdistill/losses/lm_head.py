@@ -30,8 +30,7 @@ class LMHead(NamedTuple):
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         head = self.map_tensors(lambda tensor: tensor.to(dtype))
         logits = F.linear(hidden_states.to(dtype), head.weight, head.bias)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = logits * self.logit_scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits

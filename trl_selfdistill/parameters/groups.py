@@ -42,9 +42,8 @@ class GroupSpec:
         if match is None:
             raise ValueError(f"{text!r} is not a group of parameters. {_SPEC_HELP}")
         group, first, last = match.groups()
-        if first is None:
-            return cls(text, group)
-        return cls(text, group, range(int(first), int(last or first) + 1))
+        layers = None if first is None else range(int(first), int(last or first) + 1)
+        return cls(text, group, layers)
 
     def selects(self, name: ParameterName) -> bool:
         if self.pattern is not None:
@@ -54,9 +53,7 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class GroupSelection:
-    """
-    What a run freezes or trains: one of the two options, `"frozen_groups"` or `"trainable_groups"`, with its entries.
-    """
+    """What a run freezes or trains: the option, `"frozen_groups"` or `"trainable_groups"`, with its entries."""
 
     option: str
     specs: tuple[GroupSpec, ...]
@@ -66,8 +63,8 @@ class GroupSelection:
         cls, frozen_groups: Sequence[str] | None = None, trainable_groups: Sequence[str] | None = None
     ) -> "GroupSelection | None":
         """
-        Reads the options as [`freeze_groups`] takes them; a lone string is a list of one entry. `None` if nothing is
-        to be frozen. Raises `ValueError` if both are set or an entry cannot be read.
+        Reads lists of entries as [`GroupSpec`] does; a lone string is a list of one entry. `None` if nothing is to be
+        frozen: `None` and `[]` freeze nothing. Raises `ValueError` if both are set or an entry cannot be read.
         """
         for option, entries in (("frozen_groups", frozen_groups), ("trainable_groups", trainable_groups)):
             is_list = isinstance(entries, Sequence | Set) and all(isinstance(entry, str) for entry in entries)
@@ -132,34 +129,20 @@ def parameter_table(model: PreTrainedModel) -> GroupTable:
     return GroupTable(GroupRow(group, *row) for group, row in counts.items())
 
 
-def freeze_groups(
-    model: PreTrainedModel,
-    frozen_groups: Sequence[str] | None = None,
-    trainable_groups: Sequence[str] | None = None,
-) -> GroupTable:
+def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
     """
-    Switches off the gradients of the parameters in `frozen_groups`, or of all that are not in `trainable_groups`.
+    Switches off the gradients of the parameters that a selection does not train, and returns the counts afterwards.
 
     Gradients are never switched on: what was frozen before stays frozen. On an error no parameter has changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model, changed in place.
-        frozen_groups (`list[str]`, *optional*): Entries as [`GroupSpec`] reads them. `None` and `[]` freeze nothing.
-        trainable_groups (`list[str]`, *optional*): The same, for what is left trainable.
-
-    Returns:
-        [`GroupTable`]: The counts after freezing.
+        selection ([`GroupSelection`]): What to freeze or to train.
 
     Raises:
-        ValueError: If both are set, an entry cannot be read or selects nothing, a tied tensor is selected by some of
-            its names only, a group is asked for while parameters have no group, or nothing is left to train.
+        ValueError: If an entry selects nothing, a tied tensor is selected by some of its names only, a group is asked
+            for while parameters have no group, or nothing is left to train.
     """
-    selection = GroupSelection.parse(frozen_groups, trainable_groups)
-    return parameter_table(model) if selection is None else freeze_selection(model, selection)
-
-
-def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
-    """[`freeze_groups`] with the groups parsed already."""
     # ProphetNet ties its embeddings to a module outside of its decoder, which has no group and no say
     tensors = [(tensor, [name for name in names if name.group] or names) for tensor, names in named_tensors(model)]
     _refuse_unmatched(model, selection, [name for _, names in tensors for name in names])

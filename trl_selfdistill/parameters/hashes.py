@@ -3,8 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate.utils import is_peft_model
@@ -56,10 +55,8 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
     """Raises `ValueError` if a parameter is not bit for bit that of `expected`, an earlier [`hash_parameters`]."""
     parameters = dict(model.named_parameters())
     for group, members in expected.items():
-        moved = [
-            name for name, value in members.items() if name not in parameters or hash_tensor(parameters[name]) != value
-        ]
-        if moved:
+        now = {name: hash_tensor(parameters[name]) for name in members if name in parameters}
+        if moved := [name for name, value in members.items() if now.get(name) != value]:
             raise ValueError(
                 f"{len(moved)} of {len(members)} frozen parameters in '{group}' changed: {moved[:3]}. Something other "
                 "than the optimizer wrote to them: look for callbacks, weight tying and hooks."
@@ -68,12 +65,9 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
 
 def hash_model(model: torch.nn.Module, adapters: bool = True) -> str:
     """
-    SHA-256 over a model's config, the settings of its adapters, and its weights and buffers; of quantised weights over
-    the packed bytes and the scales. About a second for 1 GB. Under ZeRO-3 a collective.
-
-    Args:
-        model (`torch.nn.Module`): The model; not yet sharded by FSDP, as a shard would have another hash.
-        adapters (`bool`, *optional*, defaults to `True`): Whether the adapters of a PEFT model are part of it.
+    SHA-256 over a model's config, its weights and buffers (of quantised weights the packed bytes and the scales) and,
+    with `adapters`, those of a PEFT model and their settings. About a second for 1 GB. Under ZeRO-3 a collective. FSDP
+    must not have sharded the model yet, as a shard has another hash.
     """
     state, configs = model.state_dict(keep_vars=True), {"config": base_causal_lm(model).config}
     if adapters and is_peft_model(model):
@@ -104,14 +98,11 @@ def hash_config(config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@contextmanager
-def gathered(*tensors: torch.Tensor | None) -> Iterator[None]:
+def gathered(*tensors: torch.Tensor | None) -> AbstractContextManager:
     """The tensors whole on each process, for reading. A collective under ZeRO-3, nothing without it."""
     parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id") and tensor.numel() != tensor.ds_numel]
     if not parts:
-        yield
-        return
+        return nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parts):
-        yield
+    return deepspeed.zero.GatheredParameters(parts)

@@ -9,8 +9,7 @@
   attention (state-space, recurrent and convolution mixers: a Mamba model has no `attention`).
 
 Decided by the structure of the model (its embedding modules, its lists of blocks, the classes of the modules in them),
-so that it holds for every architecture of transformers, and for most remote code. Other parameters, such as those of a
-vision tower, have no group.
+for every architecture of transformers, and most remote code. The rest, such as a vision tower, has no group.
 """
 
 import re
@@ -23,10 +22,9 @@ from transformers import PreTrainedModel
 
 GROUPS = ("embeddings", "attention", "mlp", "norm", "lm_head")
 
-# transformers ends the class of an attention like this. The end matters: `JambaAttentionDecoderLayer` is a block.
-_ATTENTION_CLASS = re.compile(r"(attention|attn)\d*$", re.IGNORECASE)
-# The attribute finds those with another class: `LongcatFlashMLA`, and the linear attention `Qwen3NextGatedDeltaNet`
-_ATTENTION_ATTRIBUTE = re.compile(r"(attention|attn)$", re.IGNORECASE)
+# The class of an attention ends like this (`JambaAttentionDecoderLayer` is a block), or else the attribute that holds
+# it: a `self_attn` may be a `LongcatFlashMLA`, and `linear_attn` is a `Qwen3NextGatedDeltaNet`.
+_ATTENTION = re.compile(r"(attention|attn)\d*$", re.IGNORECASE)
 
 
 class ParameterName(NamedTuple):
@@ -103,11 +101,8 @@ class _Structure:
     def locate(self, name: str) -> ParameterName:
         attributes = name.split(".")[:-1]
         path = [self.modules[".".join(attributes[:depth])] for depth in range(len(attributes) + 1)]
-        layer = None
-        for module, attribute in zip(path, attributes, strict=False):
-            if _is_block_list(module):  # the outermost one: experts are lists of modules too
-                layer = int(attribute)
-                break
+        indices = (i for module, i in zip(path, attributes, strict=False) if _is_block_list(module))
+        layer = next(map(int, indices), None)  # the outermost one: experts are lists of modules too
         return ParameterName(name, self._group(path, attributes, layer), layer)
 
     def _group(self, path: list[nn.Module], attributes: list[str], layer: int | None) -> str | None:
@@ -121,9 +116,9 @@ class _Structure:
             return "norm"
         if landmark is not None:
             return landmark
-        for attribute, module in zip(attributes, path[1:], strict=True):
-            if _ATTENTION_CLASS.search(type(module).__name__) or _ATTENTION_ATTRIBUTE.search(attribute):
-                return "attention"
+        classes = [type(module).__name__ for module in path[1:]]
+        if any(map(_ATTENTION.search, [*classes, *attributes])):
+            return "attention"
         if layer is not None:
             return "mlp"
         # Outside of the blocks are positions, and projections beside the blocks (OPT's `project_in`, Gemma 4's

@@ -7,7 +7,7 @@ each token is the argmax given those before it; one sample is this answer with t
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from .prompts import answer_completion
 
 _MIN_SHARED_PREFIX = 16  # tokens, below which sharing them saves less than handling the cache costs
 _NEGLIGIBLE_LOG_PROB = math.log(1e-6)  # a further form of an answer that is less likely counts as impossible
-# Cache layers of keys and values alone. State-space and hybrid layers, which inherit from these, change their states
-# in place, so that they cannot serve one batch after the other.
+# Cache layers of keys and values alone. Of the hybrid layers that inherit from these, `batch_repeat_interleave` would
+# repeat the keys and values, and not the states.
 _SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _END = -1  # stands for "one of the terminators" in place of a token
 
@@ -61,8 +61,7 @@ def score_answers(
 
     `p_sampled` is the sum over the accepted forms of `prod_t p(token_t) * p(terminator)`, with `p = softmax(logits /
     temperature)` over the `top_k` largest logits, as `generate` samples. Of each form the tokenizer's own tokens are
-    scored, and those of its [`~trl_selfdistill.hallucination.exact_match.spellings`]. What all rows begin with (the
-    exemplars of a few-shot prompt) goes through the model once, if its cache can be shared.
+    scored, and those of its [`~trl_selfdistill.hallucination.exact_match.spellings`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model. Its training mode is restored.
@@ -76,10 +75,8 @@ def score_answers(
         batch_size (`int`, *optional*, defaults to `64`): Rows of prompt and answer per forward pass.
 
     Returns:
-        `list[AnswerScore]`: A score for each prompt.
-
-    Raises:
-        `ValueError`: If the lists differ in length, or a prompt has no accepted answer or one that is not one line.
+        `list[AnswerScore]`: A score for each prompt. A `ValueError` if the lists differ in length, or a prompt has no
+        accepted answer or one that is not one line.
     """
     if len(prompts) != len(accepted_answers):
         raise ValueError(f"`prompts` has {len(prompts)} entries and `accepted_answers` {len(accepted_answers)}")
@@ -91,8 +88,8 @@ def score_answers(
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     with evaluation_mode(model):
-        prefix_length, cache = _shared_prefix(model, {row for rows in rows_of_prompts for row in rows})
-        scorer = _Scorer(model, prefix_length, cache, terminator_ids, warpers, negligible, batch_size)
+        cache = _shared_prefix(model, {row for rows in rows_of_prompts for row in rows})
+        scorer = _Scorer(model, cache, terminator_ids, warpers, negligible, batch_size)
         # First one form of each answer. It tells which of its rivals, the other forms, have a chance; most have none
         rivals: dict[_Row, list[_Row]] = {}
         for first, *others in rows_of_prompts:
@@ -123,19 +120,18 @@ def _tokenize(tokenizer, prompts: Sequence[str], accepted_answers: Sequence[Sequ
     return rows
 
 
-def _shared_prefix(model: PreTrainedModel, rows: Iterable[_Row]) -> tuple[int, Cache | None]:
-    """The number of tokens that all rows begin with and their key-value cache; `(0, None)` if it is not shared."""
-    rows = sorted(rows)
-    if len(rows) < 2:
-        return 0, None
-    # What the first and the last of sorted rows share, all share. Position `start - 1` predicts the first token
-    length = min(len(commonprefix([rows[0].token_ids, rows[-1].token_ids])), *(row.start - 1 for row in rows))
-    if length < _MIN_SHARED_PREFIX:
-        return 0, None
-    input_ids = torch.tensor([rows[0].token_ids[:length]], device=model.device)
+def _shared_prefix(model: PreTrainedModel, rows: set[_Row]) -> Cache | None:
+    """
+    The key-value cache of what all rows begin with (the exemplars of a few-shot prompt), so that it goes through the
+    model once; `None` if it is not shared.
+    """
+    prefix = commonprefix([row.token_ids[: row.start - 1] for row in rows])  # the next position predicts a token
+    if len(rows) < 2 or len(prefix) < _MIN_SHARED_PREFIX:
+        return None
+    input_ids = torch.tensor([prefix], device=model.device)
     cache = getattr(model(input_ids=input_ids, use_cache=True), "past_key_values", None)
     shareable = isinstance(cache, Cache) and all(type(layer) in _SHAREABLE_LAYERS for layer in cache.layers)
-    return (length, cache) if shareable else (0, None)
+    return cache if shareable else None
 
 
 def _judged_tokens(row: _Row, form: _Row) -> list[int]:
@@ -151,10 +147,9 @@ def _judged_tokens(row: _Row, form: _Row) -> list[int]:
 
 @dataclass
 class _Scorer:
-    """Scores rows, which with a `cache` share their first `prefix_length` tokens."""
+    """Scores rows, which begin with the tokens in a `cache`, if there is one."""
 
     model: PreTrainedModel
-    prefix_length: int
     cache: Cache | None
     terminator_ids: Sequence[int]
     warpers: LogitsProcessorList
@@ -207,15 +202,14 @@ class _Scorer:
     def _forward(self, batch: list[_Row], first: int) -> torch.Tensor:
         """The logits of the positions from `first` on, `(batch_size, width - first, vocab_size)`."""
         width = max(len(row.token_ids) for row in batch)
-        # Padding comes after the row, where a causal model cannot see it: it needs neither a mask nor a pad token
-        padded = [[*ids[self.prefix_length :], *ids[-1:] * (width - len(ids))] for ids, _ in batch]
-        input_ids = torch.tensor(padded, device=self.model.device)  # (batch_size, width - prefix_length)
-        kwargs = {"use_cache": False}
+        begin, kwargs = 0, {"use_cache": False}
         if self.cache is not None:
-            # Layers grow by making new tensors: shallow copies leave the cache as it is for the next batch
-            cache = copy.copy(self.cache)
-            cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+            begin = self.cache.get_seq_length()
+            cache = copy.deepcopy(self.cache)  # of one row: the next batch needs it as it is
             cache.batch_repeat_interleave(len(batch))
             kwargs = {"use_cache": True, "past_key_values": cache}
+        # Padding comes after the row, where a causal model cannot see it: it needs neither a mask nor a pad token
+        padded = [[*ids[begin:], *ids[-1:] * (width - len(ids))] for ids, _ in batch]
+        input_ids = torch.tensor(padded, device=self.model.device)  # (batch_size, width - begin)
         num_kept = width - first  # the few models that ignore it return the logits of all positions
         return self.model(input_ids=input_ids, logits_to_keep=num_kept, **kwargs).logits[:, -num_kept:]

@@ -108,18 +108,8 @@ def reserve_exemplars(
 
     A relation gives `num_prompts * num_shots` facts, or a tenth of its facts if that is less, but at least
     `num_shots`. As far as these allow, the exemplars of a prompt have distinct answers, and prompts share few.
-
-    Args:
-        facts (`Dataset`): Table with the columns `fact_id`, `relation`, `question` and `answer`.
-        num_prompts (`int`): Prompts of each relation.
-        num_shots (`int`): Exemplars of each prompt.
-        seed (`int`): Seed of the choice.
-
-    Returns:
-        `tuple`: For each relation its prompts, each a list of `(question, answer)`; and the rows that are left.
-
-    Raises:
-        `ValueError`: If a relation has no fact left to ask.
+    Returns for each relation its prompts, each a list of `(question, answer)`, and the rows of `facts` that are left.
+    Raises `ValueError` if a relation has no fact left to ask.
     """
     fact_ids, questions, answers = facts["fact_id"][:], facts["question"][:], facts["answer"][:]
     rows_of_relation: dict[str, list[int]] = {}
@@ -162,13 +152,13 @@ def annotate_facts(
     facts: Dataset,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: SlickSettings | str = "quick",
+    settings: SlickSettings = PRESETS["quick"],
     *,
     batch_size: int = 64,
     progress_file: str | os.PathLike | None = None,
 ) -> Dataset:
     """
-    Asks a model every fact and adds the columns [`SLICK_COLUMNS`].
+    Asks a model every fact and adds columns.
 
     - `p_correct_greedy`: fraction of the prompts whose greedy answer is right.
     - `p_correct_sampled`: fraction of the samples that are right; with method `"score"`, their mean probability.
@@ -176,32 +166,25 @@ def annotate_facts(
     - `slick_category`: a [`~trl_selfdistill.hallucination.categories.SlickCategory`]. With `"score"`, a fact without
       a right greedy answer is WeaklyKnown if drawing the samples would more likely than not give a right one.
 
-    With `only_highly_known`, facts of the other categories are left out, and so are the columns about samples.
-
-    The facts that serve as exemplars ([`reserve_exemplars`]) are left out, so that nothing from a prompt is trained or
-    evaluated on. In a distributed launch this is a collective: each process, with the whole model, asks a share of the
-    facts, and all get the same table.
+    With `only_highly_known`, facts of the other categories are left out, and so are the columns about samples. So are
+    the facts that serve as exemplars ([`reserve_exemplars`]): nothing from a prompt is trained or evaluated on. In a
+    distributed launch this is a collective: each process, with the whole model, asks a share of the facts.
 
     Args:
         facts (`Dataset`): Table with the columns `fact_id`, `relation`, `question`, `answer` and `aliases`.
         model ([`~transformers.PreTrainedModel`]): The model to ask, in its dtype.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        settings ([`SlickSettings`] or `str`, *optional*, defaults to `"quick"`): How to ask, or one of [`PRESETS`].
+        settings ([`SlickSettings`], *optional*, defaults to `PRESETS["quick"]`): How to ask.
         batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
         progress_file (`str` or `os.PathLike`, *optional*):
             JSON-lines file of the results so far. A run that was stopped continues with it, to the same result.
 
     Returns:
-        `Dataset`: The facts that are not exemplars, in their order, with the new columns.
+        `Dataset`: The facts that are not exemplars, in their order, with the new columns, the same on each process.
 
     Raises:
-        `ValueError`: If a column is missing, a relation has too few facts, the preset does not exist, or the progress
-            file is of other work.
+        `ValueError`: If a column is missing, a relation has too few facts, or the progress file is of other work.
     """
-    if isinstance(settings, str):
-        if settings not in PRESETS:
-            raise ValueError(f"`settings` is {settings!r}; the presets are {', '.join(map(repr, PRESETS))}")
-        settings = PRESETS[settings]
     missing = [column for column in _REQUIRED_COLUMNS if column not in facts.column_names]
     if missing or not len(facts):
         raise ValueError(f"`facts` has {len(facts)} rows and lacks the columns {missing}; add what is missing")
@@ -272,11 +255,10 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
     if settings.only_highly_known:
         return [[exact_match(answer, forms), 0.0] for [answer], forms in zip(greedy, accepted, strict=True)]
     sampled = predict_answers(model, tokenizer, prompts, **sampling)
-    outcomes = []
-    for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True):
-        num_right = sum(exact_match(sample, forms) for sample in samples)
-        outcomes.append([exact_match(answer, forms), num_right / len(samples)])
-    return outcomes
+    return [
+        [exact_match(answer, forms), sum(exact_match(sample, forms) for sample in samples) / len(samples)]
+        for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True)
+    ]
 
 
 def _add_columns(asked: Dataset, outcomes_of_facts: list[list], settings: SlickSettings) -> Dataset:

@@ -7,9 +7,9 @@ from ..files import read_json
 from ..hallucination.intervals import mean_interval
 from ..hallucination.metric import RATES
 from ..hub.environment import describe_environment
-from ..hub.markdown import format_interval, markdown_table
 from ..hub.model_card import method_of, update_model_card, weights_sha256
 from .fact_accuracy import AccuracyRecord
+from .markdown import format_interval, markdown_table
 from .results import VariantResult, render_findings, render_table
 from .stage import RUN_FILE
 

@@ -9,9 +9,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..files import read_jsonl
 from ..hallucination.categories import SlickCategory
-from ..hub.markdown import escape_markdown, markdown_table
+from ..hub.markdown import escape_markdown
 from ..hub.model_card import CARD_FILE, TAGS, read_record
 from ..hub.publishing import Publication, PublishError, select_files
+from .markdown import markdown_table
 from .stage import run_arguments
 from .training_mix import SPLITS
 

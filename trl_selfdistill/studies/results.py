@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from ..files import read_json, read_jsonl
 from ..hallucination.intervals import Interval, mean_interval
-from ..hub.markdown import escape_markdown, format_interval, markdown_table
+from ..hub.markdown import escape_markdown
 from .fact_accuracy import AccuracyRecord, forgetting, read_records
+from .markdown import format_interval, markdown_table
 from .stage import run_arguments
 
 
@@ -138,7 +139,7 @@ def render_findings(results: list[VariantResult]) -> str:
     lines = []
     for result in results[1:]:
         s, difference = result.summary(), result.forgetting_difference(results[0])
-        if difference.excludes_zero():
+        if difference.low > 0 or difference.high < 0:
             verdict = f"forgets clearly {'less' if difference.high < 0 else 'more'} than {results[0].label}"
         else:
             verdict = f"does not forget clearly more or less than {results[0].label} (the interval includes 0)"

@@ -38,7 +38,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
 
     Raises:
         ValueError: If the groups cannot be frozen in this model (see
-            [`~trl_selfdistill.parameters.groups.freeze_groups`]), or adapters would train frozen groups.
+            [`~trl_selfdistill.parameters.groups.freeze_selection`]), or adapters would train frozen groups.
 
     Example:
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ...hallucination.intervals import mean_interval
-from ...hub.markdown import format_interval, markdown_table
+from ..markdown import format_interval, markdown_table
 from .rivals import SELF_DISTILLATION, WITH_OWN_ANSWERS
 
 

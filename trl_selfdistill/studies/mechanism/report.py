@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 from matplotlib.figure import Figure
 
-from ...hub.markdown import format_interval, markdown_table
+from ..markdown import format_interval, markdown_table
 from ..results import VariantResult
 from .study import MechanismResults, new_learnt
 from .variants import PREDICTIONS, MechanismArguments, MechanismVariant, variant_of_overlap
