@@ -48,8 +48,8 @@ def test_a_peft_config_by_position_is_found(tmp_path):
 @pytest.mark.parametrize(
     "config, groups, message",
     [
-        (LoraConfig(target_modules=["q_proj", "up_proj"]), ["attention"], "contradict each other: 2 of .*up_proj"),
-        (LoraConfig(target_modules=r".*\.up_proj"), ["attention"], "contradict each other"),
+        (LoraConfig(target_modules=["q_proj", "up_proj"]), ["attention"], "4 tensors .*up_proj.* `target_modules`"),
+        (LoraConfig(target_modules=r".*\.up_proj"), ["attention"], "4 tensors in frozen groups: .*up_proj"),
         (LoraConfig(modules_to_save=["lm_head"]), ["attention"], "tensors in frozen groups: .*lm_head"),
         (LoraConfig(), ["norm"], "no linear module"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ["attention"], "does not adapt modules"),

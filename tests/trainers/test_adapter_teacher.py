@@ -10,7 +10,10 @@ import pytest
 import torch
 from conftest import build_model
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 from sft_runs import TOKENIZER, StopAt, assert_same_weights, logs, train, trainer
+from trl import SFTTrainer
 
 from trl_selfdistill.trainers.adapter_teacher import TEACHER_ADAPTER, AdapterTeacher
 from trl_selfdistill.trainers.sft_internals import frozen_copy
@@ -176,3 +179,37 @@ def test_adapters_that_share_or_mask_their_matrices(tmp_path, name, options):
     assert isinstance(ours.teacher, AdapterTeacher)
     kl = [[row["kl_loss"] for row in logs(run) if "kl_loss" in row] for run in (ours, theirs)]
     assert kl[0] == pytest.approx(kl[1], rel=1e-4, abs=1e-6) and kl[0][-1] > 0
+
+
+SNAPSHOT = dict(max_steps=6, save_strategy="steps", save_steps=1, teacher_snapshot_steps=3, learning_rate=2e-2)
+
+
+@pytest.mark.parametrize("name", ["fresh", "with dropout", "fresh DoRA", "a whole head"])
+def test_a_snapshot_is_the_adapter_of_that_step(tmp_path, name):
+    run = train(tmp_path / "ours", adapted(name), **SNAPSHOT)
+    assert isinstance(run.teacher, AdapterTeacher) and run.teacher_model is None
+    sft = train(
+        tmp_path / "sft", adapted(name), {"callbacks": [StopAt(3)]}, SFTTrainer, max_steps=6, learning_rate=2e-2
+    )
+    expected = get_peft_model_state_dict(sft.model, save_embedding_layers=False)
+    kept = load_file(tmp_path / "ours/run/_teacher/adapter_model.safetensors")
+    held = get_peft_model_state_dict(run.model, adapter_name=TEACHER_ADAPTER, save_embedding_layers=False)
+    assert expected.keys() == kept.keys() == held.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, kept[key]) and torch.equal(tensor, held[key])
+    kl = [row.get("kl_loss") for row in logs(run) if "loss" in row]
+    assert kl[:3] == [None] * 3 and None not in kl[3:] and kl[-1] > 0
+    if name != "with dropout":  # at the step after the snapshot, student and teacher are the same
+        assert kl[3] == pytest.approx(0, abs=1e-6)
+    saved = load_file(tmp_path / "ours/run/checkpoint-6/adapter_model.safetensors")
+    assert saved.keys() == expected.keys() and not any(TEACHER_ADAPTER in key for key in saved)
+
+
+def test_parts_of_a_head_are_refused(tmp_path):
+    on_head = get_peft_model(build_model(TOKENIZER), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="Remove `'lm_head'` from your `target_modules`"):
+        trainer(tmp_path, on_head)
+    tokens = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    tied = get_peft_model(build_model(TOKENIZER, tie_word_embeddings=True), tokens)
+    with pytest.raises(ValueError, match="embeddings that it is tied to.* set `kl_weight=0`"):
+        trainer(tmp_path, tied)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset, DatasetDict
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from sft_runs import FACTS, TOKENIZER, assert_same_weights, config, logs, trainer, weights
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -65,7 +65,7 @@ def test_a_subclass_has_its_own_tags(trainer_class):
 def test_plain_arguments(tmp_path, trainer_class, given, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    model = build_model(TOKENIZER)
+    model = get_peft_model(build_model(TOKENIZER), LoraConfig(target_modules=["q_proj"]))
     model.config._name_or_path = "org/tiny"
     args = given and config(tmp_path, given, weight_decay=0.3)
     run = trainer_class(model, args, train_dataset=DATA, processing_class=build_tokenizer())

@@ -2,19 +2,16 @@
 """FrozenGroupsSFTTrainer: what is frozen, saved and refused (that it is SFTTrainer otherwise: test_laws.py)."""
 
 import json
-import re
-from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sft_runs import FACTS, TOKENIZER, config, train, trainer, weights
 from transformers import TrainerCallback
-from trl import SFTConfig, TrlParser
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer
 from trl_selfdistill.parameters.groups import GroupSelection, freeze_selection
@@ -54,18 +51,6 @@ def test_zero3_checkpoints_are_reentrant():
     args.gradient_checkpointing_kwargs = {"use_reentrant": False}
     FrozenGroupsSFTTrainer._use_reentrant_checkpointing_under_zero3(SimpleNamespace(args=args))
     assert args.activation_checkpointing_kwargs == args.gradient_checkpointing_kwargs == {"use_reentrant": True}
-
-
-def test_embeddings_resized_for_a_chat_template_are_frozen(tmp_path, model_dir):
-    source = build_tokenizer()
-    source.chat_template += "{# as another model has it #}"
-    source.eos_token = "<|im_start|>"
-    source.add_special_tokens({"additional_special_tokens": [f"<|extra_{index}|>" for index in range(70)]})
-    source.save_pretrained(tmp_path / "template")
-    options = dict(frozen_groups=["embeddings"], chat_template_path=str(tmp_path / "template"))
-    run = frozen(tmp_path, str(model_dir), dict(processing_class=None), trainer, **options)
-    assert run.model.get_input_embeddings().num_embeddings > len(TOKENIZER)
-    assert not run.model.get_input_embeddings().weight.requires_grad
 
 
 def test_table_is_printed_kept_and_saved_with_hashes(tmp_path, capsys):
@@ -135,30 +120,8 @@ def test_adapters_of_another_base_model_do_not_resume(tmp_path):
         frozen(tmp_path, adapted(1), trainable_groups=["attention"], resume=True, max_steps=4)
 
 
-def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
-    parser = TrlParser(FrozenGroupsSFTConfig)
-    line = "--output_dir out --frozen_groups mlp:0-11 re:q_proj --verify_frozen false --use_cpu --report_to none"
-    (args,) = parser.parse_args_and_config(line.split())
-    assert args.frozen_groups == ["mlp:0-11", "re:q_proj"] and args.verify_frozen is False
-    file = tmp_path / "config.yaml"
-    for groups, expected in (("[attention, 'norm:0']", ["attention", "norm:0"]), ("attention", ["attention"])):
-        file.write_text(f"output_dir: out\nuse_cpu: true\nreport_to: none\ntrainable_groups: {groups}\n")
-        (args,) = parser.parse_args_and_config(["--config", str(file)])
-        assert args.trainable_groups == args.group_selection.entries == expected and args.frozen_groups is None
-    assert "group_selection" not in args.to_dict()
-
-
 def test_groups_that_are_set_after_the_config_was_made_count(tmp_path):
     args = config(tmp_path, FrozenGroupsSFTConfig)
     args.trainable_groups = ["attention"]
     run = trainer(tmp_path, None, dict(args=args), FrozenGroupsSFTTrainer)
     assert {name.split(".")[3] for name, p in run.model.named_parameters() if p.requires_grad} == {"self_attn"}
-
-
-def test_new_fields_are_documented():
-    new = {field.name: field for field in fields(FrozenGroupsSFTConfig)}.keys() - {f.name for f in fields(SFTConfig)}
-    assert new == {"frozen_groups", "trainable_groups", "verify_frozen"}
-    for field in fields(FrozenGroupsSFTConfig):
-        if field.name in new:
-            assert re.search(rf"^ +{field.name} \(", FrozenGroupsSFTConfig.__doc__, re.MULTILINE), field.name
-            assert field.metadata["help"]

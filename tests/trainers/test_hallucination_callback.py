@@ -12,6 +12,7 @@ from accelerate import PartialState
 from answering_model import QUESTIONS, build_answering_model
 from conftest import build_tokenizer
 from datasets import Dataset
+from sft_runs import assert_same_weights
 from torch.distributed.fsdp import fully_shard
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
@@ -76,20 +77,14 @@ def test_it_logs_each_set_before_the_training_and_after_each_epoch(finished):
     assert values(finished, "eval_heldout_forgetting") == expected and expected[-1] > 0
 
 
-def test_it_changes_nothing_in_the_training(finished, tmp_path):
-    off = run(tmp_path, {})
+@pytest.mark.parametrize("strategy, number", [("steps", 6), ("epoch", 3)])
+def test_it_changes_nothing_in_the_training(tmp_path, strategy, number):
+    """A log of the callback's own takes back the order for the trainer's of the epoch, if it is not given again."""
+    sets = ({"heldout": HELDOUT}, {})
+    asked, off = (run(tmp_path / str(len(each)), each, logging_strategy=strategy) for each in sets)
     assert not any(name.startswith("eval") for log in off.state.log_history for name in log)
-    for one, other in zip(finished.model.parameters(), off.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert values(finished, "loss") == values(off, "loss") and len(values(off, "loss")) == 6
-
-
-def test_the_training_loss_of_each_epoch_is_still_logged(tmp_path):
-    """A log of the callback's own takes back the order for the trainer's, if it is not given again."""
-    with_callback, off = (
-        run(tmp_path / str(i), sets, logging_strategy="epoch") for i, sets in enumerate(({"heldout": HELDOUT}, {}))
-    )
-    assert values(with_callback, "loss") == values(off, "loss") and len(values(off, "loss")) == 3
+    assert_same_weights(asked.model, off.model)
+    assert values(asked, "loss") == values(off, "loss") and len(values(off, "loss")) == number
 
 
 @pytest.mark.parametrize("eval_dataset", [TRAIN, {"one": TRAIN, "two": TRAIN}], ids=["one dataset", "a dict"])
@@ -130,18 +125,19 @@ def test_a_resumed_run_goes_on_with_the_peak(finished, tmp_path):
         assert values(resumed, name)[-2:] == values(finished, name)[-2:]
 
 
-def test_the_rules_of_answers_and_the_prompt_are_the_users(tmp_path):
-    trainer = make_trainer(tmp_path)
-    rows = Dataset.from_dict({"question": [*QUESTIONS], "answer": ["x"] * 6})
-    prompts = [f"{question_prompt(question)} x" for question in QUESTIONS]
-    options = dict(
-        prompt_function=lambda question: f"{question_prompt(question)} x", answer_rules={"match": "contains"}
-    )
-    trainer.add_callback(HallucinationEvalCallback(trainer, {"x": rows}, **options))
+@pytest.mark.parametrize(
+    "prompt_function", [lambda q: f"{question_prompt(q)} x", lambda q: [{"role": "user", "content": q}]]
+)
+def test_the_rules_of_answers_and_the_prompt_are_the_users(tmp_path, prompt_function):
+    """A text or a conversation."""
+    trainer, rules = make_trainer(tmp_path), {"match": "contains"}
+    options = dict(prompt_function=prompt_function, answer_rules=rules)
+    trainer.add_callback(HallucinationEvalCallback(trainer, {"x": HELDOUT}, **options))
     trainer.evaluate(TRAIN)
     [log] = [log for log in trainer.state.log_history if "eval_x_accuracy" in log]
+    prompts = [prompt_function(question) for question in QUESTIONS]
     answers = [answer for [answer] in predict_answers(trainer.model, TOKENIZER, prompts)]
-    expected = score_hallucinations(answers, ["x"] * 6, match="contains")
+    expected = score_hallucinations(answers, HELDOUT["answer"][:], **rules)
     for rate in ("accuracy", "hallucination_rate", "abstention_rate"):
         assert log[f"eval_x_{rate}"] == expected[rate]
 
@@ -159,19 +155,6 @@ def test_answers_that_could_not_be_given_are_refused(tmp_path, rows, error):
     rows = Dataset.from_dict({"question": ["q"] * len(rows["answer"]), **rows})
     with pytest.raises(ValueError, match=rf"`eval_sets\['a'\]`.*{error}"):
         HallucinationEvalCallback(make_trainer(tmp_path), {"a": rows})
-
-
-def test_questions_may_be_conversations(tmp_path):
-    trainer = make_trainer(tmp_path)
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    callback = HallucinationEvalCallback(
-        trainer, {"x": HELDOUT}, prompt_function=lambda q: chats[[*QUESTIONS].index(q)]
-    )
-    trainer.add_callback(callback)
-    trainer.evaluate(TRAIN)
-    answers = [answer for [answer] in predict_answers(trainer.model, TOKENIZER, chats)]
-    [log] = [log for log in trainer.state.log_history if "eval_x_accuracy" in log]
-    assert log["eval_x_accuracy"] == score_hallucinations(answers, HELDOUT["answer"][:])["accuracy"]
 
 
 def run_on_two_processes(folder: Path) -> None:

@@ -143,30 +143,25 @@ def test_there_is_nothing_to_resume_from(copy_of_stopped):
             train(folder, student(), with_teacher(), resume=True, **RUN)
 
 
-def test_tensors_that_share_memory_resume(tmp_path):
-    """Only one of them is in the file; the other must not be made anew."""
-
-    def tied_by_hand():
-        model = student()
-        model.lm_head.weight = model.model.embed_tokens.weight
-        return model
-
-    runs = [train(tmp_path, tied_by_hand(), resume=resume, **RUN) for resume in (None, f"{tmp_path}/run/checkpoint-2")]
-    assert_same_weights(runs[1].model, runs[0].model)
+def tied_by_hand():
+    """Only one of the tensors that share memory is in the file; the other must not be made anew."""
+    model = student()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
-def test_experts_with_weights_of_two_dtypes_resume(tmp_path):
+def experts_of_two_dtypes():
     """Their names in the file are others, so that the model is loaded anew: no weight may be rounded on the way."""
+    model = architecture("mixtral").bfloat16()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if "norm" in name else parameter.data
+    return model
 
-    def mixed():
-        model = architecture("mixtral").bfloat16()
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.float() if "norm" in name else parameter.data
-        return model
 
-    runs = [
-        train(tmp_path, mixed(), bf16=True, resume=resume, **RUN) for resume in (None, f"{tmp_path}/run/checkpoint-2")
-    ]
+@pytest.mark.parametrize("make, bf16", [(tied_by_hand, False), (experts_of_two_dtypes, True)])
+def test_weights_that_are_not_one_to_one_in_the_file_resume(tmp_path, make, bf16):
+    resumes = (None, f"{tmp_path}/run/checkpoint-2")
+    runs = [train(tmp_path, make(), resume=resume, bf16=bf16, **RUN) for resume in resumes]
     assert_same_weights(runs[1].model, runs[0].model)
 
 

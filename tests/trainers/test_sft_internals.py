@@ -7,10 +7,9 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import build_model
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from sft_runs import FACTS, TOKENIZER, config, trainer
+from peft import LoraConfig
+from sft_runs import FACTS, config, trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 from transformers.models.mixtral import modeling_mixtral
@@ -87,15 +86,6 @@ def test_config_from_keeps_every_value(tmp_path, config_class):
     for name in options:  # `to_dict` masks tokens
         assert getattr(made, name) == getattr(args, name)
     assert config_from(made, SelfDistillSFTConfig, None, "SelfDistillSFT") is made
-
-
-@pytest.mark.parametrize("name", ["org/some-model", "some-model"])
-def test_config_from_nothing_names_the_folder_after_the_model(name, monkeypatch):
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    model = build_model(TOKENIZER)
-    model.config._name_or_path = name
-    for source in (name, model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
-        assert config_from(None, SelfDistillSFTConfig, source, "X").output_dir == "some-model-X"
 
 
 def test_the_head_sees_the_label_positions_only_and_the_loss_is_the_same(tmp_path):

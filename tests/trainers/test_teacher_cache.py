@@ -13,7 +13,7 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from sft_runs import FACTS, ROUNDING, TINY, TOKENIZER, architecture, config, logs, train, trainer
+from sft_runs import FACTS, ROUNDING, TINY, TOKENIZER, architecture, logs, train, trainer
 from transformers import AutoModelForCausalLM, MambaConfig, TrainingArguments
 
 from trl_selfdistill.losses import ModelSide
@@ -284,16 +284,3 @@ def test_a_collator_that_always_makes_the_same_is_taken(tmp_path, change):
     reference = train(tmp_path, arguments=collating(tmp_path, change, [True]))
     run = train(tmp_path, arguments=collating(tmp_path, change, [True]), **cached(tmp_path))
     torch.testing.assert_close(losses(run), losses(reference), **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(precompute_teacher=True, teacher_snapshot_steps=3), "teacher_snapshot_steps"),
-        (dict(precompute_teacher=True, teacher_snapshot_epochs=1.0), "teacher_snapshot_epochs"),
-        (dict(precompute_teacher=True, teacher_cache_dtype="float16"), "bfloat16, float32, got 'float16'"),
-    ],
-)
-def test_settings_that_contradict_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **options)

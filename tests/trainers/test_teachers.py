@@ -88,15 +88,17 @@ def test_with_which_arguments_the_teacher_is_loaded(tmp_path, teacher_dir, monke
     assert loads[2]["device_map"] is None  # TRL's default would spread it over the GPUs
 
 
-def test_the_copy_has_the_tokens_of_a_new_chat_template(tmp_path, model_dir):
+def test_tokens_of_a_new_chat_template(tmp_path, model_dir):
+    """They resize the embeddings, of which the teacher is a copy and which are frozen."""
     source = build_tokenizer()
     source.chat_template += "{# as another model has it #}"
     source.eos_token = "<|im_start|>"
     source.add_special_tokens({"additional_special_tokens": [f"<|extra_{index}|>" for index in range(70)]})
     source.save_pretrained(tmp_path / "template")
-    run = train(tmp_path, str(model_dir), dict(processing_class=None), chat_template_path=str(tmp_path / "template"))
+    options = dict(frozen_groups=["embeddings"], chat_template_path=str(tmp_path / "template"))
+    run = train(tmp_path, str(model_dir), dict(processing_class=None), **options)
     sizes = [model.get_input_embeddings().num_embeddings for model in (run.model, run.teacher_model)]
-    assert sizes[0] == sizes[1] > len(TOKENIZER)
+    assert sizes[0] == sizes[1] > len(TOKENIZER) and not run.model.get_input_embeddings().weight.requires_grad
     assert logs(run)[0]["kl_loss"] < 1e-6 < logs(run)[1]["kl_loss"]
 
 

@@ -25,6 +25,7 @@ _POINTS = re.compile(
 _STRESS = re.compile("(?<=[аеиоуыэюяіє])\u0301")  # of dictionaries, in Cyrillic
 _ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
 _IN_NUMBERS = re.compile(r"((?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d))")
 
@@ -43,9 +44,6 @@ def _as_seen(character: str) -> str:
 def _as_word(character: str) -> str:
     is_punctuation = character in string.punctuation or unicodedata.category(character)[0] == "P"
     return "" if is_punctuation or _POINTS.match(character) else _LETTERS.get(character, character)
-
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def as_seen(text: str) -> str:
@@ -83,7 +81,7 @@ def normalize_answer(
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
     parts = _IN_NUMBERS.split(text.lower()) if exact_numbers else [text.lower()]
     for i in range(0, len(parts), 2):  # the others are in numbers
-        parts[i] = parts[i].translate(_PUNCTUATION) if squad else "".join(map(_as_word, parts[i]))
+        parts[i] = parts[i].translate(_SQUAD_PUNCTUATION) if squad else "".join(map(_as_word, parts[i]))
     text = "".join(parts) if squad else unicodedata.normalize("NFC", "".join(parts))
     return " ".join(_ARTICLES.sub(" ", text).split())
 

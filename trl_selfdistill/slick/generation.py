@@ -77,7 +77,7 @@ def predict_answers(
     synced_gpus: bool = False,
 ) -> list[list[str]]:
     """
-    Generates the answer to each prompt: the greedy one, or `num_samples` sampled ones.
+    Generates the answers to each prompt (first lines, stripped): the greedy one, or `num_samples` sampled ones.
 
     Of the model's own generation config only the EOS tokens apply, and no other setting of it. The caller's random
     state is left as it was.
@@ -96,9 +96,6 @@ def predict_answers(
             Seed of the sampling. The samples also depend on `batch_size` and on the other prompts of the call.
         synced_gpus (`bool`, *optional*, defaults to `False`):
             Whether the weights are sharded (FSDP, ZeRO-3): each process, with as many prompts, goes on until all end.
-
-    Returns:
-        `list[list[str]]`: For each prompt its answers (first lines, stripped).
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
@@ -135,14 +132,9 @@ def generate_tokens(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
     """
-    Generates the tokens after each prompt in one batch, up to the first stop token and with it.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): In evaluation mode. Its own generation config does not apply.
-        prompts (`Sequence[list[int]]`): Token ids, of any lengths. They are padded on the left.
-        config ([`~transformers.GenerationConfig`]): With a list as `eos_token_id`, and `pad_token_id`.
-        synced_gpus (`bool`, *optional*, defaults to `False`): As in [`predict_answers`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): For stop strings in the config.
+    Generates the tokens after each prompt (token ids, of any lengths) in one batch, up to the first stop token and
+    with it. The model is in evaluation mode, and its own generation config does not apply: `config` has a list as
+    `eos_token_id`, and `pad_token_id`. `synced_gpus` is as in [`predict_answers`], `tokenizer` for stop strings.
     """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])

@@ -15,15 +15,11 @@ def tokenize_prompts(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin, prompts: Sequence[str] | Sequence[list[dict]]
 ) -> list[list[int]]:
     """
-    Returns the token ids of prompts: those that [`~trl.SFTTrainer`] begins a row of prompt and completion with.
+    Returns the token ids of prompts, texts or conversations for the chat template: those that [`~trl.SFTTrainer`]
+    begins a row of prompt and completion with.
 
     The special tokens that a tokenizer puts before a text are there once, also where a chat template has written them
     into the text. Those that it puts behind it are not, as the text goes on.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            The tokenizer, or the processor of a model that also reads images.
-        prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts, or conversations for the chat template.
 
     Raises:
         ValueError: If the tokenizer splits a text otherwise where it adds special tokens.

@@ -20,18 +20,12 @@ def restrict_peft_config(
     config: "PeftConfig", model: PreTrainedModel, selection: GroupSelection | None
 ) -> "PeftConfig":
     """
-    A copy of a PEFT config with adapters on the trainable groups alone. `target_modules` that are unset or
-    `"all-linear"` become the linear modules of these groups, less `exclude_modules`.
-
-    Args:
-        config ([`~peft.PeftConfig`]): The config, which is not changed.
-        model ([`~transformers.PreTrainedModel`]): The model that is to get the adapters.
-        selection ([`~trl_selfdistill.parameters.groups.GroupSelection`], *optional*): The groups to train; without
-            them the config is returned as it is.
+    A copy of a PEFT config with adapters on the trainable groups of `model` alone. `target_modules` that are unset or
+    `"all-linear"` become the linear modules of these groups, less `exclude_modules`. Without a selection the config is
+    returned as it is. `target_modules` of the user's own stay: [`refuse_adapters_elsewhere`] sees what they make.
 
     Raises:
-        ValueError: If the config targets modules in frozen groups, its method has no `target_modules`, or no linear
-            module is left to adapt.
+        ValueError: If the config's method has no `target_modules`, or no linear module is left to adapt.
     """
     if selection is None:
         return config
@@ -40,37 +34,30 @@ def restrict_peft_config(
             f"{selection} needs a PEFT method with `target_modules`, such as LoRA: {type(config).__name__} does not "
             "adapt modules."
         )
-    trainable, frozen = _linear_modules(model, selection)
-    config = copy.deepcopy(config)
-    if config.target_modules in (None, "all-linear"):
-        config.target_modules = set(trainable)
-        config.target_modules = {name for name in trainable if check_target_module_exists(config, name)}
-        if not config.target_modules:
-            raise ValueError(
-                f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train a group "
-                "that has some, as 'attention' or 'mlp', or exclude fewer (`exclude_modules`)."
-            )
+    if config.target_modules not in (None, "all-linear"):
         return config
-    contradicting = [name for name in frozen if check_target_module_exists(config, name)]
-    if contradicting:
+    config = copy.deepcopy(config)
+    config.target_modules = _linear_modules(model, selection)
+    # What PEFT itself takes of these, which are without `exclude_modules`
+    config.target_modules = {name for name in config.target_modules if check_target_module_exists(config, name)}
+    if not config.target_modules:
         raise ValueError(
-            f"{selection} and `target_modules={config.target_modules!r}` of the PEFT config contradict each other: "
-            f"{len(contradicting)} of the targeted modules are in frozen groups ({', '.join(contradicting[:3])}). "
-            "Leave `target_modules` unset to adapt the trainable groups."
+            f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train a group "
+            "that has some, as 'attention' or 'mlp', or exclude fewer (`exclude_modules`)."
         )
     return config
 
 
-def _linear_modules(model: PreTrainedModel, selection: GroupSelection) -> tuple[list[str], list[str]]:
-    """The linear modules in the groups to train, and the others. The fused loss reads no adapter of the LM head."""
-    modules, trainable, frozen = dict(model.named_modules()), [], []
+def _linear_modules(model: PreTrainedModel, selection: GroupSelection) -> set[str]:
+    """The linear modules in the groups to train, but for the LM head: the fused loss reads no adapter of it."""
+    modules, trainable = dict(model.named_modules()), set()
     for _, names in named_tensors(model):
         for name in names:
             path, _, attribute = name.name.rpartition(".")
             is_linear = isinstance(modules[path], torch.nn.Linear) or type(modules[path]).__name__ == "Conv1D"
-            if attribute == "weight" and is_linear:
-                (trainable if selection.trains(name) and name.group != "lm_head" else frozen).append(path)
-    return trainable, frozen
+            if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
+                trainable.add(path)
+    return trainable
 
 
 def refuse_adapters_elsewhere(model: torch.nn.Module, selection: GroupSelection) -> None:
@@ -83,5 +70,6 @@ def refuse_adapters_elsewhere(model: torch.nn.Module, selection: GroupSelection)
     if elsewhere:
         raise ValueError(
             f"{selection} was set, and the PEFT model trains {len(elsewhere)} tensors in frozen groups: "
-            f"{', '.join(elsewhere[:3])}. Pass the model without adapters, and a `peft_config`."
+            f"{', '.join(elsewhere[:3])}. Pass the model without adapters, and a `peft_config` whose `target_modules` "
+            "and `modules_to_save` are unset, to adapt the trainable groups."
         )

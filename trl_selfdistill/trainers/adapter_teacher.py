@@ -16,7 +16,6 @@ from transformers.utils import is_peft_available, logging
 from ..files import written_whole
 from ..losses import ModelSide
 from ..parameters.hashes import digest, hash_config, hash_model, hash_tensors
-from ..parameters.structure import keep_trainable
 from ..slick.generation import evaluation_mode
 from .label_head import label_hidden_states
 from .sft_internals import use_adapter
@@ -36,18 +35,14 @@ TEACHER_ADAPTER = "self_distill_teacher"
 class AdapterTeacher(Teacher):
     """
     The student as it is now, without a second base model in memory. Where the student's adapter changes nothing yet
-    (a fresh one), the teacher is the base with its adapters disabled, else a frozen copy of the adapter.
-
-    Args:
-        model ([`~peft.PeftModel`]): The student. A copy of its adapter is added to it, and never saved with it.
-        accelerator ([`~accelerate.Accelerator`]): It tells the student from what it has wrapped it in.
+    (a fresh one), the teacher is the base with its adapters disabled, else a frozen copy of the adapter, which is
+    added to the student and never saved with it.
 
     Attributes:
         adapter_name (`str` or `None`): Name of the copy; `None` where the teacher is the base.
     """
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator):
-        keep_trainable(model)
         if TEACHER_ADAPTER in model.peft_config:  # of an earlier run with the same model
             model.delete_adapter(TEACHER_ADAPTER)
         self._accelerator = accelerator
@@ -158,8 +153,7 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameter, requires_grad in flags:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
+            parameter.requires_grad_(requires_grad)
 
 
 def add_frozen_copy(model: torch.nn.Module) -> None:

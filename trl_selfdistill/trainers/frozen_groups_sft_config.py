@@ -33,8 +33,6 @@ class FrozenGroupsSFTConfig(SFTConfig):
     training arguments, please refer to the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
 
     Parameters:
-        > Parameters that control which parameters are trained
-
         frozen_groups (`list[str]`, *optional*):
             What not to train. Each entry is a group among `embeddings`, `attention`, `mlp`, `norm` and `lm_head`; a
             group in some layers, counted from 0, as `mlp:5` or `mlp:0-11` (both ends included); or a regular
@@ -47,12 +45,8 @@ class FrozenGroupsSFTConfig(SFTConfig):
         verify_frozen (`bool`, *optional*, defaults to `True`):
             Whether to prove that the frozen parameters did not move: their SHA-256 is taken when training starts,
             compared at each save and at the end (about a second for 1 GB), and stored in `parameter_groups.json`.
-
-    > [!NOTE]
-    > The defaults of all inherited parameters are those of [`~trl.SFTConfig`].
     """
 
-    # Parameters that control which parameters are trained
     frozen_groups: list[str] | None = field(
         default=None,
         metadata={
@@ -107,13 +101,8 @@ def config_from(
     args: TrainingArguments | None, config_class: type, model: str | PreTrainedModel, suffix: str
 ) -> TrainingArguments:
     """
-    The configuration that a trainer works with. The values of a config of another class are kept.
-
-    Args:
-        args ([`~transformers.TrainingArguments`], *optional*): What [`~trl.SFTTrainer`] accepts as `args`.
-        config_class (`type`): The class of the configuration.
-        model (`str` or [`~transformers.PreTrainedModel`]): Its name begins `output_dir`, where `args` is `None`.
-        suffix (`str`): What `output_dir` ends with then.
+    The configuration that a trainer works with: `args` as a `config_class`. The values of a config of another class
+    are kept. Without `args`, `output_dir` is made of the model's name and `suffix`.
     """
     if isinstance(args, config_class):
         return args

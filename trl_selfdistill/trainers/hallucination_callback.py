@@ -44,14 +44,9 @@ def predict_answers_in_parallel(
     model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **settings
 ) -> list[str]:
     """
-    The greedy answers to `prompts`. A collective: call it on every process. Each answers a share of the prompts, and
-    all get all answers.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Causal language model, without a DDP or DeepSpeed wrapper.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        prompts (`Sequence[str]`): The prompts, the same on every process.
-        settings: Other arguments of [`~trl_selfdistill.slick.generation.predict_answers`].
+    The greedy answers to `prompts` of a model without a DDP or DeepSpeed wrapper, by
+    [`~trl_selfdistill.slick.generation.predict_answers`], which takes `settings`. A collective: call it on every
+    process, with the same prompts. Each answers a share of them, and all get all answers.
     """
     # Padded to as many prompts for each process: with sharded weights, every forward pass is a collective
     with PartialState().split_between_processes(list(range(len(prompts))), apply_padding=True) as rows:
@@ -61,14 +56,7 @@ def predict_answers_in_parallel(
 
 
 def answers_in_training(trainer: Trainer, prompts: Sequence[str], **settings) -> list[str]:
-    """
-    The greedy answers of a trainer's model, in its precision. A collective.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer. Under DDP, FSDP2 and ZeRO-3 each process asks a share.
-        prompts (`Sequence[str]`): The prompts, the same on every process.
-        settings: Other arguments of [`~trl_selfdistill.slick.generation.predict_answers`].
-    """
+    """As [`predict_answers_in_parallel`], of a trainer's model in its precision, under DDP, FSDP2 and ZeRO-3 too."""
     accelerator = trainer.accelerator
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     settings["synced_gpus"] = sharded and accelerator.num_processes > 1

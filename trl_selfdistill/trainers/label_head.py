@@ -40,10 +40,7 @@ def lm_head_of(model: PreTrainedModel) -> LMHead:
 def label_hidden_states(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     The last hidden states of a model at the label positions of a batch, `(num_label_tokens, hidden_size)`.
-
-    Args:
-        model (`torch.nn.Module`): A model that [`add_label_head_forward`] was called on, wrapped or not.
-        inputs (`dict[str, torch.Tensor]`): Arguments of its forward, `labels` among them.
+    [`add_label_head_forward`] was called on the model, which may be wrapped; `labels` are among the inputs.
     """
     return model(**inputs, label_head=_hidden_states)
 
@@ -56,8 +53,7 @@ def student_ce_kl(
     MoE load-balancing loss, where router logits were asked for.
 
     Args:
-        model (`torch.nn.Module`): The student, on which [`add_label_head_forward`] was called, wrapped or not.
-        inputs (`dict[str, torch.Tensor]`): Arguments of its forward, `labels` among them.
+        model (`torch.nn.Module`), inputs (`dict[str, torch.Tensor]`): As for [`label_hidden_states`].
         teacher ([`~trl_selfdistill.losses.ModelSide`]): What [`Teacher.targets`] returned for `inputs`.
         options: `ce_weight`, `kl_weight`, `temperature` and `num_items_in_batch` of
             [`~trl_selfdistill.losses.linear_ce_kl`].

@@ -22,9 +22,7 @@ _COLUMNS = ("input_ids", "labels", "seq_lengths")  # of a tokenized dataset, tho
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """
-    The last checkpoint in `folder` that was written to its end, or `None`. A warning names later ones that were not.
-    """
+    """The last checkpoint in `folder` that was written to its end, or `None`. A warning names later, broken ones."""
     checkpoints = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*") if path.is_dir()]
     for checkpoint in sorted(checkpoints, key=lambda path: (len(path.name), path.name), reverse=True):
         if _is_complete(checkpoint):
@@ -60,8 +58,7 @@ class ExactResumeMixin:
                 raise ValueError(
                     f"No valid checkpoint found in {self.args.output_dir}. Train without `resume_from_checkpoint`."
                 )
-        is_folder = isinstance(resume_from_checkpoint, str | os.PathLike)
-        self.resumed_from = Path(resume_from_checkpoint) if is_folder else None
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._training_data = None
         if self.resumed_from is not None:
             if not _is_complete(self.resumed_from):

@@ -64,7 +64,6 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             `"bfloat16"` (2 bytes a number, rounded to 8 bits of precision) or `"float32"` (4 bytes, as computed).
     """
 
-    # Parameters that control the distillation loss
     kl_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the KL to the teacher. At 0 there is no teacher and the run is SFTTrainer's."},
@@ -73,8 +72,6 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         default=0.5,
         metadata={"help": "Temperature of both models' distributions in the KL term (the CE is at temperature 1)."},
     )
-
-    # Parameters that control the teacher
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Path or Hub id of the teacher. Defaults to a frozen copy of the model."},
@@ -94,8 +91,6 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         default=None,
         metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."},
     )
-
-    # Parameters that control the teacher cache
     precompute_teacher: bool = field(
         default=False,
         metadata={"help": "Whether to run the teacher once before training and keep its hidden states on disk."},

@@ -37,8 +37,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Teacher, by path, Hub id or instance. Defaults to `args.teacher_model_name_or_path`, and without that to a
             frozen copy of `model`. An instance is frozen in place.
-        kwargs:
-            The other arguments of [`~trl.SFTTrainer`].
+        kwargs: The other arguments of [`~trl.SFTTrainer`].
 
     Attributes:
         teacher ([`~trl_selfdistill.trainers.teachers.Teacher`] or `None`): The teacher; `None` with `kl_weight=0`, and
@@ -65,7 +64,6 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
 
     tags = ["trl", "sft", "self-distill-sft"]
     method_name = "SelfDistillSFT"
-
     extra_columns = CACHE_COLUMNS
 
     def __init__(
@@ -154,9 +152,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher = self.teacher.targets(model, inputs)
         sft_loss, outputs = 0.0, None
         if own_ce:
-            sft_loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            sft_loss, outputs = sft_loss if return_outputs else (sft_loss, None)
-
+            sft_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         ce_kl, aux_loss = student_ce_kl(
@@ -180,8 +176,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
         self._record_losses(mode, share * torch.stack([ce_kl.ce_loss, ce_kl.kl_loss]))
-        self._record_metrics(mode, inputs, ce_kl, aux_loss, sft_metrics=not own_ce)
-
+        if not own_ce:  # else its pass has recorded them
+            self._record_metrics(mode, inputs, ce_kl, aux_loss)
         if return_outputs and outputs is None:
             with torch.no_grad():  # for `compute_metrics`: the logits do not exist in the fused pass
                 outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
@@ -197,10 +193,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         for ce_loss, kl_loss in self.accelerator.gather_for_metrics(rows).tolist():
             self.log_means(mode, ce_loss=ce_loss, kl_loss=kl_loss)
 
-    def _record_metrics(self, mode, inputs, ce_kl, aux_loss, sft_metrics: bool) -> None:
+    def _record_metrics(self, mode, inputs, ce_kl, aux_loss) -> None:
         """Keeps the other metrics as `SFTTrainer` does: means over the tokens of all ranks, whose mean is logged."""
-        if not sft_metrics:  # its own pass has recorded them
-            return
         # Without a mask: padding-free, one row of real tokens
         num_input_tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         means = torch.stack([ce_kl.entropy, ce_kl.top1_accuracy]).float()

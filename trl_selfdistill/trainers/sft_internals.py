@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The only file that relies on how TRL's `SFTTrainer`, transformers' models, accelerate and DeepSpeed work inside. What a
-new version of theirs could break without an error is tested in tests/trainers/test_sft_internals.py.
+new version of theirs could break without an error is tested in tests/trainers/test_sft_internals.py, and with which
+versions in docs/compatibility.md.
 """
 
 import copy
@@ -10,6 +11,7 @@ import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,22 @@ from trl import SFTTrainer
 
 from ..losses import IGNORE_INDEX
 from ..parameters.structure import base_causal_lm
-from .tested_versions import private_names
+
+
+TESTED = {"trl": "1.15.0 to 1.16.0", "transformers": "4.56.2 to 5.24.0"}
+
+
+@contextmanager
+def private_names() -> Iterator[None]:
+    """Where the block misses a name of TRL or transformers, an `ImportError` that names it and the tested versions."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        found = " and ".join(f"{name} {version(name)} (tested: {tested})" for name, tested in TESTED.items())
+        raise ImportError(
+            f"trl_selfdistill relies on a private name that is not there: {error}. Found {found}. Install tested "
+            "versions, or a newer trl-selfdistill."
+        ) from error
 
 
 with private_names():
@@ -190,10 +207,7 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
 
     The backbone runs as in any other forward, and `function` gets its [`LabelStates`]. It is a `forward`, as in TRL,
     because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's autocast wrap: parameters are gathered and cast,
-    and prompt-learning tokens are added.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Causal language model without a PEFT wrapper; changed in place.
+    and prompt-learning tokens are added. The model, without a PEFT wrapper, is changed in place.
     """
     original_forward = model.forward
 

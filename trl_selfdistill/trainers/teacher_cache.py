@@ -46,12 +46,8 @@ _OTHER_INPUTS = (
 
 class CachedTeacher(Teacher):
     """
-    The hidden states that a teacher had, and its LM head: with both the KL is that over the whole vocabulary.
-
-    Args:
-        sha256 (`str`): Hash of the teacher, as in [`Teacher`].
-        lm_head ([`~trl_selfdistill.losses.LMHead`]): Its head, which nothing else may change.
-        dtype (`torch.dtype`): What the hidden states are stored in.
+    The hidden states that the teacher with this hash had, stored in `dtype`, and its LM head, which nothing else may
+    change: with both the KL is that over the whole vocabulary.
     """
 
     def __init__(self, sha256: str, lm_head: LMHead, dtype: torch.dtype):
@@ -83,10 +79,8 @@ class CachedTeacher(Teacher):
 
 class CacheCollator:
     """
-    Puts the cached columns of the rows into a batch: `teacher_hidden_states` (bytes) and `teacher_inputs`.
-
-    Args:
-        collator (`Callable`): The collator of the model's own inputs.
+    Puts the cached columns of the rows, `teacher_hidden_states` (bytes) and `teacher_inputs`, into the batch of a
+    collator of the model's own inputs.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -105,14 +99,9 @@ class CacheCollator:
 
 def precompute_teacher(trainer) -> CachedTeacher:
     """
-    Runs the trainer's teacher over its datasets, or finds what an earlier run has kept, and adds the hidden states to
-    the datasets. A collective: the processes share the rows.
-
-    Args:
-        trainer ([`SelfDistillSFTTrainer`]): With its teacher. Its datasets and its collator are replaced.
-
-    Returns:
-        [`CachedTeacher`], which takes the teacher's place.
+    Runs the teacher of a [`SelfDistillSFTTrainer`] over its datasets, or finds what an earlier run has kept, and
+    replaces the datasets and the collator by some with the hidden states. Returns what takes the teacher's place. A
+    collective: the processes share the rows.
 
     Raises:
         ValueError: If a dataset is a stream or becomes tokens only in a batch, or if the cache would be in

@@ -47,11 +47,8 @@ class Teacher:
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         """
         The teacher's last hidden states at the label positions of a batch, `(num_label_tokens, teacher_hidden_size)`,
-        and its LM head, both without gradients.
-
-        Args:
-            student (`torch.nn.Module`): The model in training as accelerate has prepared it.
-            inputs (`dict[str, torch.Tensor]`): Arguments of the student's forward, `labels` among them.
+        and its LM head, both without gradients. `student` is the model in training as accelerate has prepared it,
+        `inputs` are the arguments of its forward, `labels` among them.
         """
         raise NotImplementedError
 
@@ -67,11 +64,8 @@ class Teacher:
 
 class ModelTeacher(Teacher):
     """
-    A model beside the student, sharded like it under FSDP and ZeRO-3.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The teacher; frozen in place.
-        accelerator ([`~accelerate.Accelerator`]): It places or shards the teacher, in the student's mixed precision.
+    A model beside the student, frozen in place. The accelerator places it, or shards it like the student under FSDP
+    and ZeRO-3, in the student's mixed precision.
 
     Raises:
         ValueError: Under FSDP, if only the main process holds the weights.
@@ -135,13 +129,8 @@ def load_teacher(
     args: SelfDistillSFTConfig,
 ) -> PreTrainedModel:
     """
-    Loads the teacher that the user has named, or takes the one that was passed in, and checks that it fits.
-
-    Args:
-        teacher (`str` or [`~transformers.PreTrainedModel`]): Path, Hub id or instance.
-        student ([`~transformers.PreTrainedModel`]): The model in training.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        args ([`SelfDistillSFTConfig`]): With the options that the teacher is loaded with.
+    Loads the teacher that the user has named by path or Hub id, as `args` says, or takes the one that was passed in,
+    and checks that it fits the student and its tokenizer.
 
     Raises:
         ValueError: If it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
@@ -166,14 +155,8 @@ def load_teacher(
 
 def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
     """
-    Refuses an adapter that adds to the LM head: the loss is computed from the head's weights as they are stored.
-
-    Args:
-        model (`torch.nn.Module`): The student or the teacher.
-        name (`str`): The trainer's argument that it is.
-
-    Raises:
-        ValueError: If there is one, or single tokens of embeddings that the head is tied to are trained.
+    Raises `ValueError` if an adapter adds to the LM head, or to single tokens of embeddings that it is tied to: the
+    loss is computed from the head's weights as they are stored. `name` is the trainer's argument that `model` is.
     """
     head = base_causal_lm(model).get_output_embeddings()
     if hasattr(head, "token_adapter") or hasattr(head, "base_layer"):
@@ -217,15 +200,8 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
 
 def check_teacher(teacher: Teacher | None, saved: dict | None, checkpoint: Path) -> None:
     """
-    Checks that the teacher of a run is that of the checkpoint that it resumes from.
-
-    Args:
-        teacher ([`Teacher`], *optional*): The teacher; `None` before its snapshot.
-        saved (`dict`, *optional*): `sha256` and `name_or_path` of the teacher that the checkpoint was written with.
-        checkpoint (`Path`): The checkpoint, for the message.
-
-    Raises:
-        ValueError: If it is not the same one.
+    Raises `ValueError` if the teacher of a run (`None` before its snapshot) is not that of the checkpoint that it
+    resumes from, of which `saved` holds `sha256` and `name_or_path`.
     """
     if (teacher is None) != (saved is None):
         raise ValueError(

@@ -18,9 +18,8 @@ from .sft_internals import get_config_model_id
 
 _SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
-    *("weight_decay", "optim"),
-    *("seed", "data_seed", "bf16", "max_length", "packing", "loss_type", "trainable_groups", "frozen_groups"),
-    *("kl_weight", "temperature", "teacher_model_revision"),
+    *("weight_decay", "optim", "seed", "data_seed", "bf16", "max_length", "packing", "loss_type"),
+    *("trainable_groups", "frozen_groups", "kl_weight", "temperature", "teacher_model_revision"),
 )
 
 
@@ -31,12 +30,8 @@ class ModelCardMixin:
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """
-        Writes the card of `args.output_dir`. What is not given is kept from the card before.
-
-        Args:
-            model_name (`str`, *optional*): Not used: the card is called after the base model.
-            dataset_name (`str`, *optional*): Hub id of the training data.
-            tags (`str` or `list[str]`, *optional*): Further tags.
+        Writes the card of `args.output_dir`, with the Hub id of the training data and further tags, if given; else
+        those of the card before. `model_name` is not used: the card is called after the base model.
         """
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir), dataset_name, tags)
