@@ -153,7 +153,7 @@ def test_spellings_are_one_answer():
     assert spellings("1,000") == ["1,000"] and spellings("Große ßtraße") == ["Große ßtraße"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(ROWS)
 def test_rates_are_counts(rows):
     predictions, references, before = zip(*rows, strict=True)
@@ -179,7 +179,7 @@ def test_rates_are_counts(rows):
     json.dumps(scores, allow_nan=False)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(ROWS)
 def test_accuracy_and_f1_are_those_of_squad_and_no_alias_harms(rows):
     # Where SQuAD's script leaves nothing of an answer, this package differs on purpose
