@@ -55,6 +55,7 @@ def write_result(folder: Path, records: list[AccuracyRecord], **training) -> Pat
     write_records(folder / "accuracy.jsonl", records)
     content = {
         "origin": "org/model",
+        "precision": "float32",
         "base_model": "org/model",
         "mix": {"mix": {"new_facts": "invented"}, "seed": 0},
         "splits": ["known", "new"],
