@@ -114,11 +114,11 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
     """With a clock that goes one second for each fact that is asked, and stands still otherwise."""
     clock = [0.0]
 
-    def answer(model, tokenizer, prompts):
+    def answer(model, tokenizer, prompts, accepted, greedy_only):
         clock[0] += len(prompts)
 
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(progress, "predict_answers", answer)
+    monkeypatch.setattr(progress, "score_answers", answer)
     facts, mix = read_facts(toy_study.facts), MixSettings(num_known=10, num_new=20, num_heldout=30)
     config = SFTConfig(tmp_path, bf16=False, use_cpu=True, num_train_epochs=4)
 
@@ -129,8 +129,8 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
             progress.announce_plan(str(toy_study.model), facts, ["sft", "selfdistill"], 2, *arguments)
         return "".join(caplog.messages)
 
-    seconds = {"annotated": 1.5 * 80, "stage1": 5 * 10 + 60}
-    seconds |= {"sft": 5 * 120 + 2 * 60, "selfdistill": 6.3 * 120 + 2 * 60}
+    seconds = {"annotated": 1.5 * 80, "stage1": 5 * 10 + 1.4 * 60}
+    seconds |= {"sft": 5 * 120 + 2.8 * 60, "selfdistill": 6.3 * 120 + 2.8 * 60}
     times = [tqdm.format_interval(time) for time in (*seconds.values(), sum(seconds.values()))]
     stages = ", ".join(f"{name} {time}" for name, time in zip(seconds, times, strict=False))
     assert plan() == f"Plan, with estimated times: {stages}; {times[-1]} in all."

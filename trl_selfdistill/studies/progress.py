@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import ProgressCallback
 from trl import ModelConfig, SFTConfig
 
-from ..slick.generation import predict_answers
+from ..slick.likelihood import score_answers
 from ..slick.progress import Progress
 from ..slick.prompts import question_prompt
 from ..slick.slick import SlickSettings
@@ -22,8 +22,9 @@ from .training_mix import MixSettings
 logger = logging.getLogger(__name__)
 
 _TRIAL_SIZE = 64  # facts
-# Measured on CPUs, in units of an answer without exemplars: a SLiCK question with samples (without: 1), and a row of
-# training (fp32 a fifth less, bf16 a fifth more)
+# Measured on CPUs, in units of an answer that is scored without exemplars: an answer that is generated, a SLiCK question
+# with samples (without: 1), and a row of training (fp32 a fifth less, bf16 a fifth more)
+_ANSWER_COST = 1.4
 _SAMPLED_QUESTION_COST = 1.8
 _ROW_COSTS = {"stage1": 5, "sft": 5, "selfdistill": 6.3, "frozen": 3.3}
 _LATER_PROMPTS = 0.25  # of the facts get them, where only HighlyKnown ones are looked for
@@ -77,14 +78,16 @@ def announce_plan(
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=bool(config.bf16)):
         for trial in (sample.select([0]), sample):  # first what is slow only once
             times.append(time.perf_counter())
-            predict_answers(loaded, tokenizer, [question_prompt(question) for question in trial["question"]])
+            prompts = [question_prompt(question) for question in trial["question"]]
+            accepted = [[answer] for answer in trial["answer"]]
+            score_answers(loaded, tokenizer, prompts, accepted, greedy_only=True)
     loading, answer = times[1] - times[0], (time.perf_counter() - times[2]) / len(sample)
 
     questions = slick.num_prompts * _SAMPLED_QUESTION_COST
     if slick.only_highly_known:
         questions = 1 + (slick.num_prompts - 1) * _LATER_PROMPTS
     plan = {"annotated": loading + answer * questions * len(facts)}
-    evaluation = answer * (mix.num_known + mix.num_new + mix.num_heldout)
+    evaluation = answer * _ANSWER_COST * (mix.num_known + mix.num_new + mix.num_heldout)
     plan["stage1"] = 4 * loading + answer * _ROW_COSTS["stage1"] * mix.num_known + evaluation
     for name in variants:
         training = answer * _ROW_COSTS[name] * config.num_train_epochs * (mix.num_known + mix.num_new)
