@@ -22,8 +22,8 @@ from .training_mix import MixSettings
 logger = logging.getLogger(__name__)
 
 _TRIAL_SIZE = 64  # facts
-# Measured on CPUs, in units of an answer that is scored without exemplars: one that is generated, a question of SLiCK with
-# samples (without: 1), and a row of training (fp32 a fifth less, bf16 a fifth more)
+# Measured on CPUs, in units of an answer that is scored without exemplars: one that is generated, a question of SLiCK
+# with samples (without: 1), and a row of training (fp32 a fifth less, bf16 a fifth more)
 _ANSWER_COST = 1.4
 _SAMPLED_QUESTION_COST = 1.8
 _ROW_COSTS = {"stage1": 5, "sft": 5, "selfdistill": 6.3, "frozen": 3.3}
