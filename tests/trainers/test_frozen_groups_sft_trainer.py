@@ -120,6 +120,13 @@ def test_adapters_of_another_base_model_do_not_resume(tmp_path):
         frozen(tmp_path, adapted(1), trainable_groups=["attention"], resume=True, max_steps=4)
 
 
+def test_a_config_with_a_teacher_says_nothing_of_one_in_the_card(tmp_path):
+    run = train(tmp_path, None, dict(args=config(tmp_path, frozen_groups=["mlp"])), FrozenGroupsSFTTrainer)
+    run.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- frozen-groups-sft" in card and "kl_weight" not in card and "Teacher" not in card
+
+
 def test_groups_that_are_set_after_the_config_was_made_count(tmp_path):
     args = config(tmp_path, FrozenGroupsSFTConfig)
     args.trainable_groups = ["attention"]

@@ -77,6 +77,20 @@ def test_a_head_that_does_more_is_refused_by_name(tmp_path, name):
     assert trainer(tmp_path, model, kl_weight=0).teacher is None  # as SFTTrainer
 
 
+def test_a_head_with_rows_that_are_no_tokens_is_refused(tmp_path):
+    """Inkling's vocabulary is padded, and its logits are not."""
+    model = build_model(TOKENIZER)
+    whole = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        outputs = whole(self, *args, **kwargs)
+        return type(outputs)(logits=outputs.logits[..., :290])
+
+    model.__class__ = type("PaddedForCausalLM", (type(model),), {"forward": forward})
+    with pytest.raises(ValueError, match="is a PaddedForCausalLM, .* 290 logits for a head of 300 tokens"):
+        trainer(tmp_path, model)
+
+
 @pytest.mark.parametrize("name", ["granitemoe", "phimoe"])
 def test_the_router_loss_of_experts_under_another_name(tmp_path, name):
     for trainer_class in (SelfDistillSFTTrainer, FrozenGroupsSFTTrainer):

@@ -169,6 +169,7 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
         (dict(verify_frozen=0), "`verify_frozen` must be True or False, got 0"),
         (dict(teacher_model_name_or_path=3), "`teacher_model_name_or_path` must be a text, got 3"),
         (dict(teacher_model_init_kwargs=["dtype"]), "`teacher_model_init_kwargs` must be a dict, got"),
+        (dict(teacher_model_init_kwargs="dtype"), "`teacher_model_init_kwargs` must be a dict, got 'dtype'"),
         (dict(frozen_groups=[1]), r"`frozen_groups` must be a list of texts, got \[1\]"),
         (dict(trainable_groups={"mlp": True}), "`trainable_groups` must be a list of texts, got {"),
         (dict(frozen_groups=False), "`frozen_groups` must be a list of texts, got False"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sft_runs import FACTS, ROUNDING, TINY, TOKENIZER, architecture, logs, train, trainer
 from transformers import AutoModelForCausalLM, MambaConfig, TrainingArguments
 
@@ -209,6 +209,13 @@ def test_rows_that_see_the_row_before_them_are_refused(tmp_path, joined):
     with pytest.raises(ValueError, match="a row sees the one before it.*Set `packing=False`"):
         trainer(tmp_path, model, data(), **cached(tmp_path), **joined)
     assert not caches(tmp_path)
+
+
+def test_first_tokens_that_virtual_ones_predict_are_refused(tmp_path):
+    arguments = data([{"text": row["prompt"]} for row in ROWS])
+    arguments["peft_config"] = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="virtual tokens of a prompt-learning adapter predict the first"):
+        trainer(tmp_path, None, arguments, **cached(tmp_path))
 
 
 def test_the_prepared_data_of_another_trainer(tmp_path):

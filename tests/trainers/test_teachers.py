@@ -235,6 +235,7 @@ def test_a_teacher_in_the_students_memory_is_refused(tmp_path):
 
 
 def test_a_snapshot_that_never_comes_is_refused(tmp_path):
+    assert ["kl_loss" in row for row in logs(train(tmp_path, teacher_snapshot_epochs=1e-9))[:2]] == [False, True]
     stream = dict(train_dataset=Dataset.from_list(FACTS).to_iterable_dataset())
     with pytest.raises(ValueError, match="`teacher_snapshot_epochs=1.0` .* `teacher_snapshot_steps`"):
         trainer(tmp_path, None, stream, teacher_snapshot_epochs=1.0)
@@ -261,6 +262,18 @@ def test_resuming_after_the_snapshot_needs_it(tmp_path):
     shutil.rmtree(tmp_path / "run" / "_teacher")
     with pytest.raises(OSError, match="_teacher"):
         train(tmp_path, resume=True, **options, teacher_snapshot_steps=2)
+
+
+def test_the_snapshot_of_a_resumed_run_has_the_students_dtypes_and_attention(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, teacher_snapshot_steps=1, bf16=True)
+    runs = []
+    for checkpoint in (None, str(tmp_path / "run" / "checkpoint-2")):
+        model = build_model(TOKENIZER, attn_implementation="eager").to(torch.bfloat16)
+        model.model.norm.float()
+        runs.append(train(tmp_path, model, resume=checkpoint, **options))
+    assert runs[1].teacher_model.config._attn_implementation == "eager"
+    assert runs[1].teacher.sha256 == runs[0].teacher.sha256
+    assert logs(runs[1])[3]["kl_loss"] == logs(runs[0])[3]["kl_loss"] > 0
 
 
 def test_another_teacher_is_refused_when_resuming(tmp_path, teacher_dir):

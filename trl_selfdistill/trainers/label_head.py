@@ -112,6 +112,8 @@ def check_label_head(model: torch.nn.Module, accelerator: Accelerator, name: str
         expected = model(input_ids=ids, use_cache=False).logits
         logits, epsilon = model(input_ids=ids, labels=ids, use_cache=False, label_head=_head_logits)
     expected = expected[0, -1 - len(logits) : -1].to(logits)  # without virtual tokens of prompt learning
+    if expected.shape != logits.shape:
+        raise ValueError(f"{refusal} It has {expected.size(-1)} logits for a head of {logits.size(-1)} tokens.")
     largest = expected[expected.isfinite()].abs().max()
     tolerance = max(1e-3, 4 * epsilon) * largest.item()
     if not torch.allclose(logits, expected, rtol=0, atol=tolerance, equal_nan=True):

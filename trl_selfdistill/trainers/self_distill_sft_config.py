@@ -3,6 +3,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         super().__post_init__()
         check_options(self, SelfDistillSFTConfig)
         if isinstance(self.teacher_model_init_kwargs, str):  # from the command line
-            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+            with suppress(ValueError):  # no JSON: refused below, as what it is
+                self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
         if not isinstance(self.teacher_model_init_kwargs, dict | None):
             raise ValueError(f"`teacher_model_init_kwargs` must be a dict, got {self.teacher_model_init_kwargs!r}.")
         if self.kl_weight < 0:

@@ -130,11 +130,7 @@ class HookedSFTTrainer(SFTTrainer):
     def load_renamed(self, checkpoint: str) -> None:
         """Loads what `save_pretrained` renamed (experts), which `Trainer` leaves untrained, with a warning."""
         if self._missing_keys:
-            dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in self.model.parameters()})
-            whole, found = type(self.model).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
-            # What has no other name either (one of two tensors that share memory) stays as it is in memory
-            state = {name: value for name, value in whole.state_dict().items() if name not in found["missing_keys"]}
-            super()._issue_warnings_after_load(self.model.load_state_dict(state, strict=False))
+            super()._issue_warnings_after_load(load_saved(self.model, checkpoint))
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.args.should_save:
@@ -170,6 +166,15 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             module.__dict__.pop(name, None)
     return teacher.requires_grad_(False).eval()
+
+
+def load_saved(model: PreTrainedModel, folder: str | Path):
+    """Loads what `save_pretrained` wrote, under whatever names: the model keeps its dtypes and its attention."""
+    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+    whole, found = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    # What has no other name either (one of two tensors that share memory) stays as it is in memory
+    state = {name: value for name, value in whole.state_dict().items() if name not in found["missing_keys"]}
+    return model.load_state_dict(state, strict=False)
 
 
 def _copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:

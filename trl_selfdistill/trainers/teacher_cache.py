@@ -197,7 +197,13 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
             if not torch.equal(torch.cat(seen), _seen(batch)):
                 raise ValueError(_OTHER_INPUTS)
             states = _targets(trainer, batch).hidden_states.to("cpu", dtype)
-            states = states.split([int((part[:, 0] != IGNORE_INDEX).sum()) for part in seen])
+            counts = [int((part[:, 0] != IGNORE_INDEX).sum()) for part in seen]
+            if len(states) != sum(counts):
+                raise ValueError(
+                    "`precompute_teacher=True` does not work where the virtual tokens of a prompt-learning adapter "
+                    "predict the first token of a row. Give the rows a prompt, or set `precompute_teacher=False`."
+                )
+            states = states.split(counts)
             as_bytes = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in states]
             writer.write_batch({_STATES: as_bytes, _INPUTS: [part.numpy().tobytes() for part in seen]})
         writer.finalize()

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..files import written_whole
 from .adapter_teacher import fits_adapter_teacher
+from .sft_internals import frozen_copy, load_saved
 from .teachers import ModelTeacher, check_teacher
 
 
@@ -59,7 +60,7 @@ class TeacherSnapshotCallback(TrainerCallback):
             max_steps = max_steps if max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
         self._step = args.teacher_snapshot_steps
         if self._step is None:
-            self._step = math.ceil(args.teacher_snapshot_epochs * steps_per_epoch - 1e-6)
+            self._step = max(1, math.ceil(args.teacher_snapshot_epochs * steps_per_epoch - 1e-6))
         if self._step >= max_steps:
             raise ValueError(
                 f"The teacher's snapshot would come after step {self._step} of {max_steps}, so that there would "
@@ -76,7 +77,8 @@ class TeacherSnapshotCallback(TrainerCallback):
                 sha256 = (self.trainer.saved_teacher or {}).get("sha256", "")
                 self.trainer.teacher.restore(self.trainer.model, self.folder, sha256)
             else:
-                model = type(self.trainer.model).from_pretrained(self.folder)
+                model = frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model))
+                load_saved(model, self.folder)
                 self.trainer.teacher = ModelTeacher(model, self.trainer.accelerator)
         if self.trainer.resumed_from is not None:
             check_teacher(self.trainer.teacher, self.trainer.saved_teacher, self.trainer.resumed_from)

@@ -19,8 +19,9 @@ from .sft_internals import get_config_model_id
 _SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
     *("weight_decay", "optim", "seed", "data_seed", "bf16", "max_length", "packing", "loss_type"),
-    *("trainable_groups", "frozen_groups", "kl_weight", "temperature", "teacher_model_revision"),
+    *("trainable_groups", "frozen_groups"),
 )
+_TEACHER_SETTINGS = ("kl_weight", "temperature", "teacher_model_revision")
 
 
 class ModelCardMixin:
@@ -63,7 +64,9 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     """What a trainer does, as JSON values: its settings, sizes, base model, teacher, groups and training data."""
     args, model = trainer.args, trainer.model
     values = args.to_dict()
-    settings = {name: values[name] for name in _SETTINGS if values.get(name) not in (None, -1)}
+    # A trainer without a teacher may get a configuration with one
+    names = _SETTINGS + (_TEACHER_SETTINGS if hasattr(trainer, "teacher") else ())
+    settings = {name: values[name] for name in names if values.get(name) not in (None, -1)}
     settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return {
@@ -84,7 +87,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
 def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
     """Which model the teacher is, as `identity` and `sha256`; `None` without a KL."""
     args = trainer.args
-    if not getattr(args, "kl_weight", 0):
+    if not hasattr(trainer, "teacher") or args.kl_weight == 0:
         return None
     steps, epochs = args.teacher_snapshot_steps, args.teacher_snapshot_epochs
     if steps or epochs:
