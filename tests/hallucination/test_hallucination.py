@@ -122,14 +122,12 @@ def test_letters_and_marks_tell_answers_apart(pair):
         ("1789年です", "89", False),
         ("十三", "三", False),
         ("インドネシアです", "インド", False),  # Indonesia is not India
-        ("インド・ネパール", "ネパール", True),
         ("これはレオナルド・ダ・ヴィンチです", "ダ・ヴィンチ", True),
         ("인도네시아입니다", "인도", False),
         ("인도에서", "인도", True),
         ("It's Paris—the capital", "Paris", True),
         ("Berlin,Paris(France)", "Paris", True),
         ("La réponse est l’Italie.", "Italie", True),
-        ("It was 1,789", "1", False),
         ("Guinea-Bissau", "Guinea", False),
         ("กรุง", "กร", False),  # a vowel sign belongs to the letter before it
         ("Parisian", "Paris", False),
