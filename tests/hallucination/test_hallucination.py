@@ -90,9 +90,10 @@ SAME = """東京。=東京|Côte d’Ivoire=Côte d'Ivoire|Côte dʼIvoire=Côte
     تونس،=تونس|दिल्ली।=दिल्ली|क़=क\u093c|İstanbul=istanbul|İSTANBUL=istanbul|IĞDIR=ığdır|STRASSE=Straße|ΑΘΗΝΑΣ=αθηνας
     Iaşi=Iași|Москва\u0301=Москва|Hawaiʻi=Hawai'i|Cœur=Coeur|ﬁn=fin|ｶﾞﾅ=ガナ|レオナルド・ダ・ヴィンチ=レオナルドダヴィンチ
     「東京」=東京|«Paris»=Paris|“Paris”=Paris|¿Perú?=Perú|አዲስ፡አበባ=አዲስ አበባ|Ⅳ=IV|ทํา=ทำ|iPhone™=iPhone
-    한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk"""
+    C♯=C#|ΑΘΗΝΑ=Αθήνα|한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk"""
 SAME = SAME.replace("\n    ", "|").split("|")
-DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C"""
+DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C
+C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι""".replace("\n", "|")
 
 
 @pytest.mark.parametrize("pair", SAME)
@@ -119,6 +120,15 @@ def test_letters_and_marks_tell_answers_apart(pair):
         ("首都はParisです", "Paris", True),
         ("1789年です", "1789", True),
         ("1789年です", "89", False),
+        ("十三", "三", False),
+        ("インドネシアです", "インド", False),  # Indonesia is not India
+        ("これはレオナルド・ダ・ヴィンチです", "ダ・ヴィンチ", True),
+        ("인도네시아입니다", "인도", False),
+        ("인도에서", "인도", True),
+        ("It's Paris—the capital", "Paris", True),
+        ("Berlin,Paris(France)", "Paris", True),
+        ("La réponse est l’Italie.", "Italie", True),
+        ("Guinea-Bissau", "Guinea", False),
         ("กรุง", "กร", False),  # a vowel sign belongs to the letter before it
         ("Parisian", "Paris", False),
         ("यह दिल्ली है।", "दिल्ली", True),
@@ -136,8 +146,10 @@ ABSTENTIONS = """I don't know.|I donʼt know|I don´t know|\u200fI don‘t k\u00
     There is not enough information to say.|Unfortunately, I do not know the answer.|I have no information about it|
     Das weiß ich nicht, ich weiß es nicht|Unbekannt|Keine Ahnung!|Je ne sais pas.|Inconnu|No lo sé|Desconocido|Não sei|
     Non lo so.|Ik weet het niet|Nie wiem.|Не знаю.|Невідомо|Bilmiyorum.|لا أعرف|मुझे नहीं पता|我不知道。|
-    未知|わかりません。|不明|모르겠습니다.|Saya tidak tahu|Tôi không biết""".replace("\n", "").split("|")
-NO_ABSTENTIONS = ["Unknown Pleasures", "No", "None", "Norway", "The Unknown Soldier", "Sure", "0", "不丹", "Idaho"]
+    未知|わかりません。|不明|모르겠습니다.|Saya tidak tahu|Tôi không biết|Don't know|I don't have that information.|
+    Ich habe keine Ahnung.|Je l’ignore|Desconozco la respuesta|Weet ik niet|Nie wiadomo|Извините, не знаю|BİLMİYORUM|
+    أنا لا أَعْرِف|मुझे यह नहीं पता|不清楚|不明です。|모른다|Aku tidak tahu""".replace("\n", "").split("|")
+NO_ABSTENTIONS = "Unknown Pleasures|No|None|Norway|The Unknown Soldier|Sure|0|不丹|Idaho|N'A".split("|")
 
 
 def test_abstentions():

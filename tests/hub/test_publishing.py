@@ -28,7 +28,15 @@ MODEL_FILES = {
 def checkpoint(tmp_path, tokenizer) -> Path:
     """A finished variant with everything that a run may leave in its folder."""
     folder = write_checkpoint(tmp_path / "study" / "sft", tokenizer)
-    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "train.log", "train.py"):
+    for name in (
+        "optimizer.pt",
+        "training_args.bin",
+        "trainer_state.json",
+        "rng_state.pth",
+        "train.log",
+        "train.py",
+        "optimizer.safetensors",
+    ):
         (folder / name).write_text(TOKEN)
     for name in ("_teacher", "checkpoint-1", ".cache", "wandb", ".git"):
         (folder / name).mkdir()
@@ -83,7 +91,9 @@ def test_what_the_files_name_is_published(checkpoint):
     others = ("additional_chat_templates/rag.jinja", "custom_generate/requirements.txt", "model-1-of-1.safetensors")
     others += ("spiece.model", "source.spm", "qwen.tiktoken", "tekken.json", "merges.txt", "vocab.txt", "emoji.json")
     others += ("preprocessor_config.json", "qformer_tokenizer/tokenizer.json", "mine/adapter_model.safetensors")
-    adapter = {"mine/adapter_config.json": {"base_model_name_or_path": "org/model"}}
+    others += ("v[1]/adapter_model.safetensors", "checkpoint-best/adapter_model.safetensors")
+    adapter = [name.replace("model.safetensors", "config.json") for name in others if "/adapter_model" in name]
+    adapter = dict.fromkeys(adapter, {"base_model_name_or_path": "org/model"})
     write_files(checkpoint, NAMED | CODE | adapter | dict.fromkeys(others, "{}"))
     for folder in ("checkpoint-1", "_teacher"):
         write_files(checkpoint, {f"{folder}/adapter_config.json": "{}", f"{folder}/adapter_model.safetensors": ""})

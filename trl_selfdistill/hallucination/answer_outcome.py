@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Literal
 
-from .exact_match import as_seen, contains_words, normalize_answer
+from .exact_match import as_seen, contains_words, normalize_answer, part_words
 
 
 Outcome = Literal["correct", "abstained", "hallucinated"]
@@ -23,7 +23,7 @@ def fold_answer(text: str) -> str:
     Returns the form of an answer in which abstention patterns are searched for: lower case, single spaces, one kind of
     apostrophe and no punctuation at either end. " I don’t  know! " becomes "i don't know".
     """
-    text = as_seen(text).lower()
+    text = as_seen(text).lower().replace("i\u0307", "i")  # what is left of a dotted capital
     # By Unicode's categories: for `re`, the vowel signs of Hindi are not letters
     kept = [i for i, character in enumerate(text) if unicodedata.category(character)[0] not in "PSZC"]
     return " ".join(text[kept[0] : kept[-1] + 1].split()) if kept else ""
@@ -91,8 +91,11 @@ class AnswerJudge:
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
             return "abstained"
-        if self.match == "contains" and any(contains_words(answer, form) for form in forms):
-            return "correct"
+        if self.match == "contains":
+            parted, *parted_forms = (self.normalize(part_words(text)) for text in (prediction, *accepted))
+            pairs = [(answer, form) for form in forms] + [(parted, form) for form in parted_forms if form]
+            if any(contains_words(*pair) for pair in pairs):
+                return "correct"
         return "hallucinated"
 
     def f1(self, prediction: str, accepted: Sequence[str]) -> float:

@@ -12,7 +12,7 @@ from functools import cache
 _APOSTROPHES = "`\u00b4\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\ua78c\u055a\u05f3"
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _SIGNS = dict.fromkeys(_APOSTROPHES, "'") | dict.fromkeys(_DASHES, "-") | {"\u2044": "/", "\u2215": "/", "\u066b": "."}
-_SIGNS["\u1361"] = " "  # Ethiopic, between words
+_SIGNS |= {"\u1361": " ", "\u266f": "#"}  # Ethiopic, between words; sharp
 # Cedilla for comma below (Romanian), dotless i, ligature, Persian for Arabic letters
 _LETTERS = {"\u015f": "\u0219", "\u0163": "\u021b", "\u0131": "i", "\u0153": "oe"}
 _LETTERS |= {"\u06cc": "\u064a", "\u06a9": "\u0643"}
@@ -22,12 +22,15 @@ _UNSEEN = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef\u034f\u115f\u1160\u316
 _POINTS = re.compile(
     "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u0652\u0670\u06d6-\u06ed]"
 )
-_STRESS = re.compile("(?<=[аеиоуыэюяіє])\u0301")  # of dictionaries, in Cyrillic
+_STRESS = re.compile("(?<=[аеиоуыэюяієαεηιουω])\u0301+")  # of Cyrillic in dictionaries, of Greek not in capitals
 _ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
 _SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
-_IN_NUMBERS = re.compile(r"((?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d))")
+_IN_NUMBERS = r"(?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d)"
+_IN_NAMES = r"(?<=[^\W_])[+#]+"  # C++ and C# are not C, nor is blood type O+ O
+# Where words end in a text for `contains`: not at hyphens and full stops, nor in "1,789"
+_BREAKS = re.compile(r"[—―,;:/()\[\]、。・،؛]+(?!\d)|['’](?=s\b)|(?<=\b[LlDd])['’]|(?<=ll)['’]")
 
 
 @cache
@@ -35,7 +38,7 @@ def _as_seen(character: str) -> str:
     category = unicodedata.category(character)
     if character.isspace():
         return " "
-    if category in ("Cc", "Cf") or _UNSEEN.match(character):
+    if category in ("Cc", "Cf") or _UNSEEN.match(character) or _POINTS.match(character):
         return ""
     return str(unicodedata.decimal(character)) if category == "Nd" else _SIGNS.get(character, character)
 
@@ -43,7 +46,7 @@ def _as_seen(character: str) -> str:
 @cache
 def _as_word(character: str) -> str:
     is_punctuation = character in string.punctuation or unicodedata.category(character)[0] == "P"
-    return "" if is_punctuation or _POINTS.match(character) else _LETTERS.get(character, character)
+    return "" if is_punctuation else _LETTERS.get(character, character)
 
 
 def as_seen(text: str) -> str:
@@ -76,11 +79,12 @@ def normalize_answer(
     """
     if not squad:
         text = as_seen(as_seen(text).casefold()).replace("i\u0307", "i")  # what is left of a dotted capital
-        text = _STRESS.sub("", text)
+        text = unicodedata.normalize("NFC", _STRESS.sub("", unicodedata.normalize("NFD", text)))
     if strip_accents:
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
-    parts = _IN_NUMBERS.split(text.lower()) if exact_numbers else [text.lower()]
-    for i in range(0, len(parts), 2):  # the others are in numbers
+    kept = [pattern for pattern, is_kept in ((_IN_NUMBERS, exact_numbers), (_IN_NAMES, not squad)) if is_kept]
+    parts = re.split(f"({'|'.join(kept)})", text.lower()) if kept else [text.lower()]
+    for i in range(0, len(parts), 2):  # the others are in numbers and names
         parts[i] = parts[i].translate(_SQUAD_PUNCTUATION) if squad else "".join(map(_as_word, parts[i]))
     text = "".join(parts) if squad else unicodedata.normalize("NFC", "".join(parts))
     return " ".join(_ARTICLES.sub(" ", text).split())
@@ -88,30 +92,42 @@ def normalize_answer(
 
 # Beginnings of the names of characters whose scripts put no spaces between words
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-_UNSPACED += ("JAVANESE", "BALINESE", "TAI ", "NEW TAI", "YI ", "HALFWIDTH KATAKANA")
+_UNSPACED += ("JAVANESE", "BALINESE", "TAI ", "NEW TAI", "YI ")
+# What follows a Korean noun without a space
+_PARTICLES = re.compile(
+    "(은|는|이|가|을|를|의|에서?|으?로|와|과|도|만)?(이?(다|고|며|[었였].*)|입니다|이?에요|예요)?( |$)"
+)
+
+
+def part_words(text: str) -> str:
+    """The text with blanks for dashes, commas and brackets between words, and for the apostrophes of `l'` and `'s`."""
+    return _BREAKS.sub(" ", unicodedata.normalize("NFKC", text))
 
 
 def contains_words(text: str, words: str) -> bool:
     """
     Whether normalized `words` are among those of a normalized `text`, as whole words. Beside a letter of a script
-    without spaces (Chinese, Japanese, Thai ...) any word may end, and before a Korean particle.
+    without spaces (Chinese, Japanese, Thai ...) any word may end, but within katakana, and before a Korean particle.
 
     ```python
     >>> [contains_words(*pair) for pair in [("it is peru", "peru"), ("答えは東京です", "東京"), ("1789年", "17")]]
     [True, True, False]
     ```
     """
-    starts = (match.start() for match in re.finditer(f"(?={re.escape(words)})", text))
-    return any(_may_part(text, start) and _may_part(text, start + len(words), "HANGUL") for start in starts)
+    ends = ((match.start(), match.start() + len(words)) for match in re.finditer(f"(?={re.escape(words)})", text))
+    return any(_may_part(text, a) and (_may_part(text, b) or bool(_PARTICLES.match(text, b))) for a, b in ends)
 
 
-def _may_part(text: str, position: int, *more: str) -> bool:
+def _may_part(text: str, position: int) -> bool:
     if position in (0, len(text)) or " " in text[position - 1 : position + 1]:
         return True
-    if unicodedata.category(text[position])[0] == "M":  # a mark on the character before it
+    before, after = text[position - 1 : position + 1]
+    scripts = [unicodedata.name(character, "") for character in (before, after)]
+    is_katakana, is_korean = ([script.startswith(name) for script in scripts] for name in ("KATAKANA", "HANGUL"))
+    # A mark on the character before it, one number, or one foreign name
+    if unicodedata.category(after)[0] == "M" or (before.isnumeric() and after.isnumeric()) or all(is_katakana):
         return False
-    before, after = (unicodedata.name(character, "") for character in text[position - 1 : position + 1])
-    return before.startswith(_UNSPACED) or after.startswith((*_UNSPACED, *more))
+    return any(script.startswith(_UNSPACED) for script in scripts) or is_korean == [False, True]
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:

@@ -47,7 +47,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def adapter_folders(folder: Path) -> list[Path]:
     """The sub-folders in which PEFT keeps adapters that are not called `default`."""
     paths = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-    return [path for path in paths if not path.name.startswith((".", "_", "checkpoint-"))]
+    return [path for path in paths if not (path.name.startswith((".", "_")) or path.match("checkpoint-[0-9]*"))]
 
 
 def weights_sha256(folder: Path) -> str:

@@ -20,12 +20,12 @@ from .model_card import CARD_FILE, RECORD_FILE, adapter_folders, hub_id, read_re
 # Vocabularies have the names that transformers' tokenizers give them
 MODEL_FILES = (
     (CARD_FILE, RECORD_FILE, "curves.png", "accuracy.json*", "base_accuracy.jsonl", "parameter_groups.json")
-    + ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+    + ("*model*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
     + ("adapter_config.json", "*processor_config.json", "*tokenizer_config.json", "tokenizer.json", "*.tokenizer")
     + ("special_tokens_map.json", "added_tokens.json", "vocab.*", "vocab-*.json", "*_vocab.json", "merges.txt")
     + ("*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json")
     + ("normalizer.json", "word_*.json", "*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-    + ("custom_generate/*.py", "custom_generate/requirements.txt", "*_tokenizer/*.json")
+    + ("custom_generate/*.py", "custom_generate/requirements.txt", "*_tokenizer/*.json", "LICENSE*", "NOTICE*")
 )
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)  # as transformers' loader finds them
 _ADVICE = {
@@ -119,7 +119,7 @@ def plan_model(
     of the facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is
     missing.
     """
-    parts = [path.name for path in adapter_folders(folder)]
+    parts = [re.sub(r"([*?[])", r"[\1]", path.name) for path in adapter_folders(folder)]
     adapters = [f"{part}/{name}" for part in parts for name in ("adapter_config.json", "adapter_model.safetensors")]
     files = _with_named_files(folder, select_files(folder, [*MODEL_FILES, *adapters]))
     record, given = read_record(folder), {"license": license, "base_model": base_model}

@@ -6,13 +6,14 @@ An answer is the first line of what the model writes, so generation stops at the
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hallucination.answer_outcome import fold_answer
+from ..hallucination.exact_match import exact_match
 from ..parameters.structure import base_causal_lm
 from .prompt_tokens import text_tokenizer, tokenize_prompts
 from .prompts import answer_from_generation
@@ -46,7 +47,8 @@ def _newline_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[l
     # `vocab_size` is only part of the cache's key: tokens may be added to a tokenizer
     texts = tokenizer.batch_decode([[i] for i in range(vocab_size)], clean_up_tokenization_spaces=False)
     newline = {i: text.split("\n", 1)[0] for i, text in enumerate(texts) if "\n" in text}
-    return [*newline], [i for i, line in newline.items() if not fold_answer(line)]
+    blank = [i for i, line in newline.items() if not fold_answer(line) and exact_match(f"x{line}", ["x"])]
+    return [*newline], blank
 
 
 @contextmanager
@@ -139,11 +141,14 @@ def generate_tokens(
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    # `generate` takes from the model's own config what `config` leaves out. A PEFT model may have one, beside its base
-    holders = [module for module in (model, base_causal_lm(model)) if "generation_config" in vars(module)]
-    own_configs = [module.generation_config for module in holders]
-    for module in holders:
-        module.generation_config = GenerationConfig()
+    # `generate` takes from the model's own config what `config` leaves out; a PEFT model may have one, too.
+    # A `generate` of the instance alone is the `custom_generate` of its checkpoint: `functools.partial` of a function
+    own = {module: {**vars(module)} for module in (model, base_causal_lm(model))}
+    for module, attributes in own.items():
+        if isinstance(attributes.get("generate"), partial):
+            del module.generate
+        if "generation_config" in attributes:
+            module.generation_config = GenerationConfig()
     try:
         output = model.generate(
             input_ids=input_ids.to(model.device),
@@ -153,8 +158,8 @@ def generate_tokens(
             tokenizer=tokenizer,
         )
     finally:
-        for module, own_config in zip(holders, own_configs, strict=True):
-            module.generation_config = own_config
+        for module, attributes in own.items():
+            vars(module).update(attributes)
     stop_ids = set(config.eos_token_id)
     written = []
     for ids in output[:, width:].tolist():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, DownloadManager, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 
 def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -64,6 +65,7 @@ def load_table(name_or_path: str | os.PathLike, split: str = "train", config: st
 def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
     """The rows, each with its place for errors, as a `Dataset` with the columns of all; what a row lacks is `None`."""
     rows: list[dict] = []
+    places: list[str] = []
     columns: dict[str, None] = {}  # in the order in which they come up
     kinds: dict[str, type] = {}
     for place, row in located_rows:
@@ -75,8 +77,18 @@ def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
             if value is not None and kinds.setdefault(name, kind) is not kind:
                 raise ValueError(f"{place}: {name} is {value!r}, not of the type of the rows before; give it one type")
         rows.append(row)
+        places.append(place)
     table = {name: [row.get(name) for row in rows] for name in columns}
-    return Dataset.from_dict(table, on_mixed_types="use_json")
+    try:
+        return Dataset.from_dict(table, on_mixed_types="use_json")
+    except (OverflowError, UnicodeEncodeError):  # numbers of more than 64 bits, halves of surrogate pairs
+        for place, row in zip(places, rows, strict=True):
+            for name, value in row.items():
+                try:
+                    Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
+                except (OverflowError, UnicodeEncodeError) as error:
+                    raise ValueError(f"{place}: {name} is {value!r}, which no table can hold ({error})") from error
+        raise
 
 
 def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dataset | Iterator[tuple[str, Any]]:
@@ -106,7 +118,10 @@ def _open_file(file: Path, split: str) -> Dataset | Iterator[tuple[str, Any]]:
     if split != "train":
         raise ValueError(f"{file}: a file has only the split 'train', got split={split!r}")
     if suffix == ".parquet":
-        return Dataset.from_parquet(os.fspath(file))
+        try:
+            return Dataset.from_parquet(os.fspath(file))
+        except (ValueError, OSError, DatasetGenerationError) as error:
+            raise ValueError(f"{file}: not Parquet ({error.__cause__ or error}); write the file anew") from error
     if suffix not in _PARSERS:
         raise ValueError(f"{file}: tables are read from {', '.join(_PARSERS)} and .parquet files; convert it")
     return _read_text(os.fspath(file), file, _PARSERS[suffix])
@@ -138,7 +153,7 @@ def _parse_jsonl(name: str, text: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{name}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}, line {number}: not JSON ({error}); write one object per line") from error
 
 
@@ -149,8 +164,8 @@ def _parse_json(name: str, text: str) -> Iterator[tuple[str, Any]]:
         return
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}, line {error.lineno}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from error
     yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
