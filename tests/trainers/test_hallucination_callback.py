@@ -63,7 +63,7 @@ def own_scores(model, rows: Dataset) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("run"), {"heldout": HELDOUT, "new": NEW})
+    return run(tmp_path_factory.mktemp("run"), {"heldout": HELDOUT, "new": NEW.to_list()})
 
 
 def test_it_logs_each_set_before_the_training_and_after_each_epoch(finished):
@@ -145,6 +145,7 @@ def test_the_rules_of_answers_and_the_prompt_are_the_users(tmp_path, prompt_func
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
+        ({"answer": ["a"], "question": [None]}, "a row without a text as `question`"),
         ({"answer": ["a"], "aliases": ["Holland|NL"]}, "a text as `aliases`. Make each a list"),
         ({"answer": ["a"], "aliases": [["a\nb"]]}, r"the answer 'a\\nb' has a line break"),
         ({"answer": ["a", None]}, r"references\[1\]\[0\]` is None; it must be a string"),

@@ -16,6 +16,10 @@ RECORDS_FILE = "accuracy.jsonl"
 TRAINING_FILE = "training.json"
 DRIFT_FILE = "drift.jsonl"
 OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # colours that colour-blind readers can tell apart
+LEGEND = """\
+Held-out facts were known and are never trained on: forgetting is the peak of their accuracy minus its end,
+hallucinated and abstained are shares of them at the end. Known facts were known and are trained on.
+Intervals are over facts."""
 VARIANT_LABELS = {"sft": "SFT", "selfdistill": "Self-distillation", "frozen": "Frozen groups"}
 
 
@@ -167,6 +171,6 @@ def plot_curves(results: list[VariantResult], path: Path) -> None:
         num_facts = len(results[0].records[-1].answers[name])
         axis.set(title=f"{heading} (n = {num_facts})", xlabel="epochs", ylabel="accuracy (exact match)")
     axes[0].legend(frameon=False)
-    model = (results[0].training["origin"] or "a local model").split("/")[-1]
+    model = (results[0].training["origin"] or "A local model").split("/")[-1]
     figure.suptitle(f"{model}: training on known and {results[0].training['mix']['mix']['new_facts']} new facts")
     figure.savefig(path, dpi=150)

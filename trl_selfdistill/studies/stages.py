@@ -33,7 +33,7 @@ from .models import (
     model_identity,
     save_embedded_model,
 )
-from .results import plot_curves, read_result, render_findings, render_table
+from .results import LEGEND, plot_curves, read_result, render_findings, render_table
 from .runs import RunFacts, StudySetup, Variant, copy_config, train_variant
 from .small_llama import SmallLlamaSettings, pretrain_small_llama
 from .stage import run_stage
@@ -234,13 +234,14 @@ def report_stage(folders: list[Path], output: Path) -> str:
     baseline, names = results[0], [result.name for result in results]
     if len(set(names)) < len(names):
         raise ValueError(f"Variants are told apart by the names of their folders, got {names}. Rename some of them.")
-    text = f"{render_table(results)}\n\n{render_findings(results)}\n\nPrecision: {baseline.training['precision']}.\n"
+    text = f"{render_table(results)}\n\n{render_findings(results)}\n\n{LEGEND}"
+    text += f" Precision: {baseline.training['precision']}.\n"
     numbers = {result.name: result.summary() | {"forgetting_difference": None} for result in results}
     for result in results[1:]:
         numbers[result.name]["forgetting_difference"] = result.forgetting_difference(baseline)._asdict()
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", numbers)
-    origin = escape_markdown(baseline.training["origin"] or "a local model")
+    origin = escape_markdown(baseline.training["origin"] or "A local model")
     report = f"# {origin}: what fine-tuning made it forget\n\n{text}\n![Curves](curves.png)\n"
     (output / "report.md").write_text(report, encoding="utf-8")
     with warn_without(output / "curves.png"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often a model hallucinates while it trains: it answers sets of questions, on all processes at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 from accelerate import PartialState
@@ -14,15 +14,18 @@ from ..slick.generation import evaluation_mode, predict_answers
 from ..slick.prompts import answer_completion, question_prompt
 
 
-def accepted_answers(facts: Dataset, name: str) -> list[list[str]]:
+def accepted_answers(facts: Iterable[dict], name: str) -> list[list[str]]:
     """
     For each row the texts that count as its answer: `answer` and, if there are any, `aliases` (a list). A `ValueError`
     that names the argument `name` if there is no row, or one that a model could never answer.
     """
-    aliases = facts["aliases"][:] if "aliases" in facts.column_names else [None] * len(facts)
-    if any(isinstance(forms, str) for forms in aliases):
-        raise ValueError(f"`{name}` has a text as `aliases`. Make each a list of texts.")
-    rows = [[answer, *(forms or [])] for answer, forms in zip(facts["answer"], aliases, strict=True)]
+    rows = []
+    for fact in facts:
+        if not isinstance(fact.get("question"), str):
+            raise ValueError(f"`{name}` has a row without a text as `question`: {fact}.")
+        if isinstance(fact.get("aliases"), str):
+            raise ValueError(f"`{name}` has a text as `aliases`. Make each a list of texts.")
+        rows.append([fact.get("answer"), *(fact.get("aliases") or [])])
     try:
         for form in chain.from_iterable(check_references(rows)):
             answer_completion(form)
@@ -87,8 +90,8 @@ class HallucinationEvalCallback(TrainerCallback):
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer to add the callback to, with `trainer.add_callback`.
-        eval_sets (`dict[str, Dataset]`):
-            By name, tables with the columns `question`, `answer` and, if there are any, `aliases` (lists of texts).
+        eval_sets (`dict[str, Dataset | list[dict]]`):
+            By name, rows with `question`, `answer` and, if there are any, `aliases` (a list of texts).
         prompt_function (`Callable[[str], str | list[dict]]`, *optional*):
             Makes the prompt of a question, a text or a conversation in the form of the training data. Defaults to
             [`~trl_selfdistill.slick.prompts.question_prompt`].
@@ -98,14 +101,14 @@ class HallucinationEvalCallback(TrainerCallback):
             Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`], such as `{"match": "contains"}`.
 
     Raises:
-        ValueError: If a set is empty, its `aliases` are not lists, or an answer has a line break. When training
-            starts, if an `EarlyStoppingCallback` was added before this callback.
+        ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer.
+            When training starts, if an `EarlyStoppingCallback` was added before this callback.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        eval_sets: dict[str, Dataset],
+        eval_sets: dict[str, Dataset | list[dict]],
         *,
         prompt_function: Callable[[str], str | list[dict]] = question_prompt,
         batch_size: int = 64,
@@ -114,8 +117,8 @@ class HallucinationEvalCallback(TrainerCallback):
     ):
         self.trainer = trainer
         self.eval_sets = eval_sets
-        self.prompts = {name: [*map(prompt_function, rows["question"])] for name, rows in eval_sets.items()}
         self.accepted = {name: accepted_answers(rows, f"eval_sets[{name!r}]") for name, rows in eval_sets.items()}
+        self.prompts = {name: [prompt_function(row["question"]) for row in rows] for name, rows in eval_sets.items()}
         self.settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
         self.answer_rules = answer_rules or {}
 
