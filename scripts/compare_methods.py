@@ -41,7 +41,7 @@ def main(args: ComparisonArguments, *shared) -> None:
     before, *outcomes = compare_variants(args, setup, output / "runs")
 
     if PartialState().is_main_process:
-        text = render_comparison(outcomes, before, setup.label)
+        text = f"{render_comparison(outcomes, before, setup.label)}\n{setup.precision}"
         (output / "methods.md").write_text(f"{text}\n![Stability against plasticity](pareto.png)\n", encoding="utf-8")
         write_json(output / "methods.json", summarise([before]) + summarise(outcomes))
         plot_comparison(outcomes, before, setup.label, output / "pareto.png")

@@ -39,7 +39,7 @@ def main(study: MechanismArguments, *shared) -> None:
     results = run_mechanism_study(study, setup, output / "runs")
 
     if PartialState().is_main_process:
-        text = render_mechanism_report(results, setup.label)
+        text = f"{render_mechanism_report(results, setup.label)}\n{setup.precision}"
         figures = plot_mechanism(results, study, setup.label, output)
         images = "\n".join(f"![{file.stem}]({file.name})" for file in figures)
         (output / "report.md").write_text(f"{text}\n{images}\n", encoding="utf-8")

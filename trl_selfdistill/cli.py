@@ -98,8 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _positive_integer(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
 
 
@@ -111,6 +111,14 @@ def _config_path(folder: str, value: str) -> str:
     configs = _configs(folder)
     if value not in configs and not Path(value).is_file():
         raise argparse.ArgumentTypeError(f"{value!r} is no file and none of {', '.join(configs)}")
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(configs.get(value, value)).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{value!r} must hold `name: value` in each line, as a YAML mapping")
     return configs.get(value, value)
 
 
@@ -165,11 +173,12 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
 
 def _check_gpus(config, options: dict[str, str | int], num_gpus: int) -> None:
     """Refuses an accelerate configuration that starts more processes here than there are GPUs."""
-    num_machines = options.get("num_machines", config.num_machines)
-    wanted = options.get("num_processes", config.num_processes) // num_machines
+    settings = vars(config) | options
+    num_machines = int(settings["num_machines"])
+    wanted = int(settings["num_processes"]) // num_machines
     kind = config.distributed_type
     on_cpu = config.use_cpu or (kind == "DEEPSPEED" and os.environ.get("DS_ACCELERATOR") == "cpu")
     if kind in ("MULTI_GPU", "FSDP", "DEEPSPEED") and not on_cpu and wanted > num_gpus:
         name = Path(options["config_file"]).name
-        change = f"Set --num_processes {num_gpus * num_machines}" if num_gpus else "Use --config_file cpu, or none"
+        change = f"Set --num_processes {num_gpus * num_machines}" if num_gpus else "Use --config_file cpu"
         raise ValueError(f"{name} starts {wanted} processes, one a GPU, and torch finds {num_gpus} here. {change}.")

@@ -3,6 +3,7 @@
 
 import logging
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 
 import pytest
@@ -41,6 +42,16 @@ def test_a_cpu_has_bf16_if_onednn_and_its_instructions_say_so(cpu, onednn, instr
     assert precision.has_native_bf16("cpu") is native
 
 
+@pytest.mark.parametrize("instruction", [True, False])
+def test_older_torch_is_asked_for_the_instructions_too(cpu, monkeypatch, instruction):
+    cpu(onednn=True)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instruction)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert precision.has_native_bf16("cpu") is instruction
+
+
 @pytest.mark.parametrize(("major", "native"), [(7, False), (8, True)])
 def test_cuda_has_bf16_from_compute_capability_8_on(monkeypatch, major, native):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -70,8 +81,9 @@ class Arguments:
         (True, "--config {}/c.yaml --bf16 true", None, "no", True, "as asked for"),
         (False, "", {"bf16": True}, "no", True, "like what .*emulates"),  # a study that was moved here
         (True, "", {"config": {"bf16": False}}, "no", False, "like what"),
+        (True, "", {"partial": {"config": {"bf16": False}}}, "no", False, "like what"),  # a killed training run
         (False, "", {"bf16": False}, "bf16", True, "--mixed_precision bf16"),
-        (True, "", None, "fp16", False, "--mixed_precision fp16"),
+        (True, "--bf16 false", None, "bf16", False, "as asked for"),
     ],
 )
 def test_what_is_said_wins_then_what_is_there_then_the_device(
@@ -80,13 +92,23 @@ def test_what_is_said_wins_then_what_is_there_then_the_device(
     cpu(native, avx512_bf16=native)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     if recorded is not None:
-        write_json(tmp_path / ("annotated" if "bf16" in recorded else "") / "run.json", {"arguments": recorded})
+        folder = {"bf16": "out/annotated", "config": "out", "partial": "out.partial"}[next(iter(recorded))]
+        write_json(tmp_path / folder / "run.json", {"arguments": recorded.get("partial", recorded)})
     (tmp_path / "c.yaml").write_text("bf16: false\n")
-    monkeypatch.setattr("sys.argv", f"x.py --output_dir {{}} {flags}".replace("{}", str(tmp_path)).split())
+    monkeypatch.setattr("sys.argv", f"x.py --output_dir {{}}/out {flags}".replace("{}", str(tmp_path)).split())
     parsed = []
     with caplog.at_level(logging.INFO):
         command_line.run_script(parsed.append, (dataclass_type,), "x")
     assert parsed[0].bf16 is bf16 and getattr(parsed[0], "use_cpu", True)
+    assert (getattr(parsed[0], "mixed_precision", "no") == "bf16") <= bf16
     [record] = [record for record in caplog.records if record.message.startswith("Precision: ")]
     assert record.levelno == (logging.WARNING if bf16 and not native else logging.INFO)
     assert re.search(f"Precision: {'bf16' if bf16 else 'fp'}.*{reason}", record.message)
+
+
+def test_fp16_of_the_launcher_is_what_a_training_computes_in_and_a_question_does_not(cpu, monkeypatch):
+    cpu(False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    training = Namespace(output_dir=None, bf16=None, fp16=False, use_cpu=False)
+    assert "fp16 autocast" in precision.choose_precision(training)[1] and training.fp16 and not training.bf16
+    assert "fp32, the fastest" in precision.choose_precision(Namespace(output_dir=None, bf16=None))[1]

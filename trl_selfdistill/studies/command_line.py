@@ -13,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
+from yaml import YAMLError
 
 from .precision import choose_precision
 
@@ -61,7 +62,7 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     )
     try:
         arguments = parser.parse_args_and_config()
-    except ValueError as error:  # of a dataclass, about the values of the command line
+    except (OSError, ValueError, YAMLError) as error:  # of a dataclass, about the values, or of the configuration
         parser.error(str(error))
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs: not
     # told, it takes each of several for the only one

@@ -3,6 +3,7 @@
 
 import logging
 import os
+import platform
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,14 +14,20 @@ from transformers.utils import is_torch_bf16_gpu_available
 from .stage import run_arguments
 
 
+_CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
+
+
 def has_native_bf16(device_type: str) -> bool:
     """
     Whether a device (`"cpu"`, `"cuda"`, ...) multiplies bf16 itself. CUDA does from compute capability 8.0 on; MPS not
     everywhere, so that it counts as none. On a CPU oneDNN says so, but says yes on AVX-512 where it emulates, too.
     """
     if device_type == "cpu":
-        instructions = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()  # of newer torch
-        has_instructions = any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        if hasattr(torch.cpu, "get_capabilities"):  # in newer torch
+            has_instructions = any(torch.cpu.get_capabilities().get(name) for name in _CPU_INSTRUCTIONS)
+        else:
+            has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            has_instructions = has_instructions or platform.machine() not in ("x86_64", "AMD64")
         is_built = torch.backends.mkldnn.is_available()
         return is_built and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_instructions
     if device_type == "cuda":
@@ -43,17 +50,21 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
     device = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
     if hasattr(arguments, "use_cpu"):
         arguments.use_cpu = on_cpu
-    native, fp16 = has_native_bf16(device), vars(arguments).get("fp16")
+    native, has_fp16 = has_native_bf16(device), hasattr(arguments, "fp16")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if arguments.bf16 is not None or fp16:
+    if arguments.bf16 is not None or (has_fp16 and arguments.fp16):
         reason = "as asked for"
-    elif launched != "no":
-        arguments.bf16, reason = launched == "bf16", f"as accelerate launch was told with --mixed_precision {launched}"
+    elif launched == "bf16" or (launched == "fp16" and has_fp16):
+        setattr(arguments, launched, True)
+        reason = f"as accelerate launch was told with --mixed_precision {launched}"
     elif (recorded := _recorded_bf16(arguments.output_dir)) is not None:
         arguments.bf16, reason = recorded, f"like what {arguments.output_dir} holds"
     else:
         arguments.bf16, reason = native, f"the fastest that this device ({device}) computes natively"
-    name = "bf16 autocast" if arguments.bf16 else "fp16 autocast" if fp16 or launched == "fp16" else "fp32"
+    chosen = "bf16" if arguments.bf16 else "fp16" if has_fp16 and arguments.fp16 else "no"
+    if launched != "no":  # transformers would follow it in spite of `bf16=False`
+        os.environ["ACCELERATE_MIXED_PRECISION"] = chosen
+    name = "fp32" if chosen == "no" else f"{chosen} autocast"
     message = f"Precision: {name}, {reason}. --bf16 true or false overrules it."
     if not arguments.bf16 or native:
         return logging.INFO, message
@@ -63,8 +74,9 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
 
 def _recorded_bf16(folder: str | None) -> bool | None:
     """Whether the stages in `folder`, or the one that wrote it, were run in bf16; `None` if there are none."""
-    for stage in ("", "annotated", "annotated.partial"):
-        arguments = run_arguments(Path(folder or "", stage))
+    folder = Path(folder or "trainer_output")  # transformers' default
+    for stage in (folder, f"{folder}.partial", folder / "annotated", folder / "annotated.partial"):
+        arguments = run_arguments(stage)
         recorded = arguments.get("bf16", arguments.get("config", {}).get("bf16"))
         if recorded is not None:
             return recorded

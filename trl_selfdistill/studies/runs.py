@@ -83,6 +83,11 @@ class StudySetup(NamedTuple):
     annotated: Path | None = None
     label: str = ""
 
+    @property
+    def precision(self) -> str:
+        """In which precision the first stage was trained, as a line of a report."""
+        return f"Precision: {read_result(Path(self.start)).training['precision']}.\n"
+
 
 class StepTimes(TrainerCallback):
     """Times each optimizer step, without evaluation and saving."""

@@ -234,8 +234,8 @@ def report_stage(folders: list[Path], output: Path) -> str:
     baseline, names = results[0], [result.name for result in results]
     if len(set(names)) < len(names):
         raise ValueError(f"Variants are told apart by the names of their folders, got {names}. Rename some of them.")
-    text = f"{render_table(results)}\n\n{render_findings(results)}\n\n{LEGEND}"
-    text += f" Precision: {baseline.training['precision']}.\n"
+    precisions = " and ".join(dict.fromkeys(result.training["precision"] for result in results))
+    text = f"{render_table(results)}\n\n{render_findings(results)}\n\n{LEGEND} Precision: {precisions}.\n"
     numbers = {result.name: result.summary() | {"forgetting_difference": None} for result in results}
     for result in results[1:]:
         numbers[result.name]["forgetting_difference"] = result.forgetting_difference(baseline)._asdict()

@@ -59,6 +59,7 @@ def results_of(output: Path, variant: str) -> list:
 
 def test_the_report_holds_what_the_runs_recorded(finished):
     report = (finished / "methods.md").read_text()
+    assert "\nPrecision: float32.\n" in report
     points = {point["label"]: point for point in read_json(finished / "methods.json")}
     assert len(points) == 1 + len(VARIANTS) + 1 + 3  # before, early stopping and three interpolations
     for variant in VARIANTS:

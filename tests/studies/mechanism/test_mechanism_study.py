@@ -84,6 +84,7 @@ STUDY = MechanismArguments(num_synthetic_facts=[8, 24], num_facts_of_overlap=24,
 
 def test_the_report_says_what_was_measured(finished):
     report = (finished / "report.md").read_text()
+    assert "\nPrecision: float32.\n" in report
     results = read_json(finished / "results.json")
     assert [*results["runs"]] == [run.name for run in mechanism_variants(STUDY)]
     for name, run in results["runs"].items():
