@@ -102,7 +102,7 @@ def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
 def test_evaluate_facts(toy_study, tmp_path, capsys):
     facts_file = toy_study.output / "mix" / "heldout.jsonl"
     flags = ["--facts", facts_file, "--output_dir", tmp_path / "out"]
-    run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags)
+    run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags, "--bf16", "false")
     predictions = read_jsonl(tmp_path / "out" / "predictions.jsonl")
     last = read_jsonl(toy_study.output / "sft" / "accuracy.jsonl")[-1]
     assert {row["fact_id"]: [row["outcome"], row["prediction"]] for row in predictions} == last["answers"]["heldout"]
@@ -115,7 +115,7 @@ def test_evaluate_facts(toy_study, tmp_path, capsys):
     shown = ", ".join(f"{rate.replace('_', ' ')} {accuracy['overall']['overall'][rate]:.3f}" for rate in RATES)
     assert f"\noverall: {shown} of 40 facts" in "\n" + capsys.readouterr().out
     before = (tmp_path / "out" / "run.json").read_bytes()
-    run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags)
+    run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags, "--bf16", "false")
     assert (tmp_path / "out" / "run.json").read_bytes() == before
 
 
