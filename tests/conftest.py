@@ -71,10 +71,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config) -> 
 
 
 @pytest.fixture(autouse=True)
-def no_precision_left():
-    """transformers 4 leaves the precision of a run in the environment, where it reaches all later ones."""
+def nothing_left_in_the_environment():
+    """transformers leaves how a run computes (precision, compiler) in the environment, where it reaches all later ones."""
     yield
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_"))]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

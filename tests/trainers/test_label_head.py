@@ -42,6 +42,8 @@ def tiny(name, dtype=torch.float32, seed=0):
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         torch.nn.init.normal_(model.get_output_embeddings().bias)
+    if dtype != torch.float32:  # transformers 4 draws other numbers in another dtype
+        model.load_state_dict(tiny(name, seed=seed).state_dict())
     return model
 
 

@@ -80,7 +80,7 @@ def test_logged_loss_is_the_sum_of_the_logged_terms(tmp_path, kl_weight, tempera
     rows = [row for row in logs(run) if "loss" in row]
     for row in [*rows, run.evaluate(Dataset.from_list(FACTS))]:
         loss, ce, kl = (row.get(key, row.get(f"eval_{key}")) for key in ("loss", "ce_loss", "kl_loss"))
-        assert loss == pytest.approx(ce + kl_weight * temperature**2 * kl)
+        assert loss == pytest.approx(ce + kl_weight * temperature**2 * kl, rel=1e-6, abs=ROUNDING)
     assert rows[-1]["kl_loss"] > 1e-3
     seen, other = [row for row in logs(run) if "eval_ce_loss" in row][:2]
     assert "eval_seen_loss" in seen and {"eval_other_loss", "eval_mean_token_accuracy"} <= other.keys()

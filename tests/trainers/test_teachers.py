@@ -260,7 +260,7 @@ def test_resuming_after_the_snapshot_needs_it(tmp_path):
     with pytest.raises(ValueError, match="checkpoint-3 was written with a teacher.* without one.* as they were"):
         train(tmp_path, resume=True, **options, teacher_snapshot_steps=5)
     shutil.rmtree(tmp_path / "run" / "_teacher")
-    with pytest.raises(OSError, match="_teacher"):
+    with pytest.raises((OSError, ValueError), match="_teacher"):  # huggingface_hub 0.34 takes it for a name
         train(tmp_path, resume=True, **options, teacher_snapshot_steps=2)
 
 

@@ -110,7 +110,7 @@ def hub_id(name: Any) -> str | None:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return None if not name or Path(name).exists() else name
+    return None if not name or not name.isascii() or Path(name).exists() else name
 
 
 def base_model_of(name_or_path: str | None) -> dict[str, str | None]:

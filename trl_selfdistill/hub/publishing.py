@@ -49,6 +49,8 @@ class Publication:
     def __post_init__(self):
         try:
             validate_repo_id(self.repo_id)
+            if not self.repo_id.isascii():  # huggingface_hub 0.34 takes any letter, the Hub does not
+                raise HFValidationError("Use letters of ASCII.")
         except HFValidationError as error:
             raise PublishError(f"The Hub takes no {self.repo_type} called {self.repo_id!r}. {error}") from None
         if "/" not in self.repo_id:

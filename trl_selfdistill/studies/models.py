@@ -112,7 +112,7 @@ def save_embedded_model(folder: str | os.PathLike) -> None:
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
     # The weights are plain now, but transformers would refuse to save them as quantised ones
     model.hf_quantizer = None
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # transformers 4 sets none
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=weights.name).save_pretrained(folder)
     ModelCard(

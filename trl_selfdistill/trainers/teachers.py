@@ -188,7 +188,7 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
         teacher_tokenizer = AutoTokenizer.from_pretrained(
             name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # without one, transformers 4 asks for protobuf or tiktoken
         logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
         return
     if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
