@@ -72,7 +72,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config) -> 
 
 @pytest.fixture(autouse=True)
 def nothing_left_in_the_environment():
-    """transformers leaves how a run computes (precision, compiler) in the environment, where it reaches all later ones."""
+    """transformers leaves how a run computes (precision, compiler) in the environment, where it reaches later ones."""
     yield
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_"))]:
         del os.environ[name]

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers.trainer
-from accelerate import Accelerator, DistributedType, skip_first_batches
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import compare_versions
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
@@ -269,25 +268,6 @@ def label_positions_only() -> Iterator[None]:
         yield
     finally:
         trl_utils._use_triton = _use_triton
-
-
-@contextmanager
-def skipping_within_the_epoch() -> Iterator[None]:
-    """
-    Lets a resumed `Trainer` go on in the order of the epoch that it was in. Before 1.15, accelerate's
-    `skip_first_batches` forgets the number of the epoch, and transformers 4 tells it only before.
-    """
-
-    def skip(dataloader, num_batches=0):
-        skipping = skip_first_batches(dataloader, num_batches)
-        skipping.iteration = getattr(dataloader, "iteration", 0)
-        return skipping
-
-    transformers.trainer.skip_first_batches = skip
-    try:
-        yield
-    finally:
-        transformers.trainer.skip_first_batches = skip_first_batches
 
 
 def train_in_order(trainer: SFTTrainer) -> None:
