@@ -70,7 +70,7 @@ def test_report_holds_the_numbers_of_the_records(toy_study):
         assert row[2].startswith(f"{max(heldout) - heldout[-1]:.3f} [")
         assert float(row[7]) == pytest.approx(results[name]["seconds_per_step"], abs=0.006)
     assert report[report.index("| variant") :].split("\n\n![")[0] in toy_study.stdout
-    assert "\n\nHeld-out facts were known" in report and "over facts. Precision: fp32.\n" in report
+    assert "\n\nHeld-out facts were known" in report and "over facts. Precision: float32.\n" in report
     figure = (toy_study.output / "curves.png").read_bytes()
     assert Image.open(toy_study.output / "curves.png").format == "PNG"
     assert all((toy_study.output / name / "curves.png").read_bytes() == figure for name in VARIANTS)
