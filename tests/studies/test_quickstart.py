@@ -137,6 +137,7 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
     assert plan() == f"Plan, with estimated times: {stages}; {times[-1]} in all."
     for name in ("annotated", "stage1", "sft"):
         (tmp_path / name).mkdir()
+    config.max_steps = 15  # of 8 rows, as in the 4 epochs
     assert plan() == f"Plan, with estimated times: selfdistill {times[3]}; {times[3]} in all."
     (tmp_path / "selfdistill").mkdir()
     assert plan() == ""

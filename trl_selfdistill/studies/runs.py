@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from ..files import read_json, warn_without, write_json
@@ -21,10 +21,11 @@ from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistil
 from ..trainers.resume import last_complete_checkpoint
 from ..trainers.sft_internals import label_positions_only
 from ..trainers.trainer_card import count_categories, describe_training
+from .arguments import rows_per_step
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
-from .progress import RunProgress
+from .progress import show_progress
 from .results import RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
@@ -213,8 +214,7 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
         processing_class=tokenizer,
         **options | variant.trainer_arguments,
     )
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(RunProgress(variant.name))
+    show_progress(trainer, variant.name)
     return trainer
 
 
@@ -268,11 +268,6 @@ def copy_config(config_class: type[TrainingArguments], config: TrainingArguments
     """
     values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
     return config_class(**{**values, **changes})
-
-
-def rows_per_step(config: TrainingArguments) -> int:
-    """Rows of one optimizer step, over all processes."""
-    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size
 
 
 def steps_of_epochs(num_rows: int, config: TrainingArguments) -> int:
