@@ -137,15 +137,16 @@ def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path, rows):
     assert "self-distill-sft" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path):
+def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, capsys):
     dataset = Dataset.from_list(TEXT)
     DatasetDict(train=dataset, validation=dataset.select(range(2))).save_to_disk(tmp_path / "data")
     config = {"dataset_name": str(tmp_path / "data"), "dataset_test_split": "validation", "eval_strategy": "epoch"}
     config |= {"model_name_or_path": str(toy_study.model), "frozen_groups": ["mlp"], "output_dir": "not this one"}
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    run_script(
-        "frozen_groups_sft.py", "--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", *OWN_FLAGS
-    )
+    flags = ["--output_dir", tmp_path / "out", *OWN_FLAGS, "--disable_tqdm", "false"]
+    run_script("frozen_groups_sft.py", "--config", tmp_path / "config.yaml", *flags)
+    shown = capsys.readouterr()
+    assert "\nout: 2 of 2 steps" in shown.err and "'eval_loss'" in shown.out and "\r" not in shown.err + shown.out
     moved = check_trained(toy_study.model, tmp_path / "out")
     assert moved and not any(".mlp." in name for name in moved)
 

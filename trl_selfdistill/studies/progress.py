@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import ModelConfig, SFTConfig
 
 from ..slick.likelihood import score_answers
@@ -53,7 +53,8 @@ class RunProgress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.prints_logs:
-            super().on_log(args, state, control, logs=logs, **kwargs)
+            callback = ProgressCallback if sys.stderr.isatty() else PrinterCallback  # it clears its bar
+            callback.on_log(self, args, state, control, logs=logs, **kwargs)
         elif "loss" in logs and self.training_bar is not None:
             self.training_bar.set_postfix(loss=logs["loss"], refresh=False)
 
