@@ -143,6 +143,18 @@ def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatc
     assert plan() == ""
 
 
+def test_every_stage_loads_the_model_with_the_arguments_asked_for(copied_study, monkeypatch):
+    load, seen = AutoModelForCausalLM.from_pretrained, []
+
+    def note(*args, **kwargs):
+        seen.append(kwargs.get("attn_implementation"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+    rerun(copied_study, "--model_init_kwargs", '{"attn_implementation": "eager"}', "--variants", "sft")
+    assert seen == ["eager"] * 3  # SLiCK, stage 1, SFT
+
+
 def test_facts_that_slick_leaves_out_cannot_be_the_new_ones(copied_study):
     with pytest.raises(ValueError, match="`new_facts='real'`.*`slick_only_highly_known`"):
         rerun(copied_study, "--new_facts", "real", "--slick_only_highly_known", "true")

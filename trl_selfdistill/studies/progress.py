@@ -93,7 +93,8 @@ def announce_plan(
     if not left:
         return
     times = [time.perf_counter()]
-    loaded, tokenizer = load_model_and_tokenizer(model, model_args, config.trust_remote_code)
+    options = config.trust_remote_code, config.model_init_kwargs
+    loaded, tokenizer = load_model_and_tokenizer(model, model_args, *options)
     loaded.to(PartialState().device)
     sample = facts.shuffle(seed=config.seed).select(range(min(_TRIAL_SIZE, len(facts))))
     prompts = [question_prompt(question) for question in sample["question"]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from ..files import read_json, warn_without, write_json
@@ -83,6 +83,11 @@ class StudySetup(NamedTuple):
     model_args: ModelConfig = ModelConfig()
     annotated: Path | None = None
     label: str = ""
+
+    def load(self, model: str | Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model, by default the one that every run starts from, with its tokenizer."""
+        options = self.config.trust_remote_code, self.config.model_init_kwargs
+        return load_model_and_tokenizer(model or self.start, self.model_args, *options)
 
     @property
     def precision(self) -> str:
@@ -199,8 +204,8 @@ def train_variant(
 
 
 def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments, facts: RunFacts) -> Trainer:
-    init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None  # `SFTTrainer` is handed the model
-    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, config.trust_remote_code, init_kwargs)
+    config.model_init_kwargs = None  # `SFTTrainer` is handed the model
+    model, tokenizer = setup.load()
     known, new = (part.select_columns(["prompt", "completion"]) for part in (facts.known, facts.new))
     rows = concatenate_datasets([known, new])
     if variant.rows is not None:

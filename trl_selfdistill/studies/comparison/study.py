@@ -14,7 +14,6 @@ from ...files import read_jsonl, write_jsonl
 from ...slick.prompts import question_prompt
 from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
 from ..facts.table import fold_name, read_facts
-from ..models import load_model_and_tokenizer
 from ..own_answers import own_answers
 from ..results import RECORDS_FILE
 from ..runs import RunFacts, StudySetup, steps_of_epochs, train_variant, training_config
@@ -140,7 +139,7 @@ def _wise_ft(
         model, tokenizer = _load_start(setup)
         # Only the model itself takes memory of the device
         start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-        fine_tuned, _ = load_model_and_tokenizer(sft, setup.model_args, setup.config.trust_remote_code)
+        fine_tuned, _ = setup.load(sft)
         tuned = dict(fine_tuned.named_parameters())
         records = []
         for weight in mixing_weights:
@@ -159,7 +158,7 @@ def _wise_ft(
 
 
 def _load_start(setup: StudySetup) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, setup.config.trust_remote_code)
+    model, tokenizer = setup.load()
     return model.to(PartialState().device), tokenizer
 
 
