@@ -51,6 +51,7 @@ class Variant(NamedTuple):
         prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
         about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
         family (`str`, *optional*): What it is a setting of, if the report speaks of that as a whole.
+        slower (`float`, *optional*, defaults to `1.0`): Divides the learning rate and multiplies the steps.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Variant(NamedTuple):
     prepare: Callable[[Trainer, Path], None] | None = None
     about: dict[str, Any] = {}
     family: str = ""
+    slower: float = 1.0
 
 
 class StudySetup(NamedTuple):
@@ -258,8 +260,12 @@ def training_config(variant: Variant, shared: TrainingArguments, num_steps: int 
         shared (`TrainingArguments`): The configuration of all runs.
         num_steps (`int`, *optional*): Optimizer steps, in place of the epochs.
     """
-    steps = {} if num_steps is None else {"max_steps": num_steps}
-    return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **steps, **variant.changes)
+    changes = dict(variant.changes)
+    if num_steps is not None:
+        changes["max_steps"] = round(num_steps * variant.slower)
+    if variant.slower != 1:
+        changes["learning_rate"] = shared.learning_rate / variant.slower
+    return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **changes)
 
 
 def copy_config(config_class: type[TrainingArguments], config: TrainingArguments, **changes) -> TrainingArguments:
