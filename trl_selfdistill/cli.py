@@ -26,6 +26,7 @@ PROGRAMS = {
     "self-distill": "self_distill_sft.py",
     "frozen-groups": "frozen_groups_sft.py",
     "evaluate": "evaluate_facts.py",
+    "interpolate": "interpolate.py",
     "report": "report.py",
     "publish": "publish_model.py",
     "study": "run_study.py",
