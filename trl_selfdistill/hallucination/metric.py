@@ -6,14 +6,23 @@ The plain function behind the metric in `evaluate_metrics/hallucination`, with t
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
 from .answer_outcome import AnswerJudge
-from .categories import SlickCategory
 from .intervals import mean_interval
+
+
+class SlickCategory(StrEnum):
+    """How well a model knows a fact (SLiCK, arXiv 2405.05904). "Known" means the first three."""
+
+    HIGHLY_KNOWN = "HighlyKnown"
+    MAYBE_KNOWN = "MaybeKnown"
+    WEAKLY_KNOWN = "WeaklyKnown"
+    UNKNOWN = "Unknown"
 
 
 # The rate of each outcome

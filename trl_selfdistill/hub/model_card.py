@@ -6,6 +6,8 @@ which a study adds, of the weights that they were measured on.
 """
 
 import hashlib
+import html
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import read_json, warn_without, write_json, written_whole
-from ..hallucination.categories import SlickCategory
-from .markdown import escape_markdown
+from ..hallucination.metric import SlickCategory
 
 
 CARD_FILE = "README.md"
@@ -88,6 +89,22 @@ def render_model_card(record: dict[str, Any]) -> ModelCard:
         results=results,
         categories=[*SlickCategory],
     )
+
+
+def escape_markdown(value: object) -> str:
+    """
+    A value for a line or a cell of Markdown: nothing in it can end the cell, or become HTML, a link or an image.
+
+    ```python
+    >>> escape_markdown("[a|b]\\n<i>")
+    '&#91;a\\\\|b&#93; &lt;i&gt;'
+    ```
+    """
+    text = ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
+    text = html.escape(text, quote=False)
+    for character in "`*[]":
+        text = text.replace(character, f"&#{ord(character)};")
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _escaped(value: Any) -> Any:

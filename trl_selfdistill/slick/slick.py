@@ -18,8 +18,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hallucination.categories import SlickCategory
 from ..hallucination.exact_match import exact_match
+from ..hallucination.metric import SlickCategory
 from .generation import predict_answers
 from .likelihood import score_answers
 from .process_sharding import ProgressFile, map_in_parallel
@@ -163,7 +163,7 @@ def annotate_facts(
     - `p_correct_greedy`: fraction of the prompts whose greedy answer is right.
     - `p_correct_sampled`: fraction of the samples that are right; with method `"score"`, their mean probability.
     - `p_any_sample_correct`: 1.0 or 0.0; with `"score"`, the probability that at least one of all samples is right.
-    - `slick_category`: a [`~trl_selfdistill.hallucination.categories.SlickCategory`]. With `"score"`, a fact without
+    - `slick_category`: a [`~trl_selfdistill.hallucination.metric.SlickCategory`]. With `"score"`, a fact without
       a right greedy answer is WeaklyKnown if drawing the samples would more likely than not give a right one.
 
     With `only_highly_known`, facts of the other categories are left out, and so are the columns about samples. So are
