@@ -50,14 +50,7 @@ def hide_tokens(text: str) -> str:
 
 
 def portable_command(words: Sequence[str]) -> str:
-    """
-    A command line to show to others: without secrets, and with the last part alone of paths that are not relative.
-
-    ```python
-    >>> portable_command(["scripts/report.py", "--output_dir=/home/alice/study", "--hub_token", "abc"])
-    'scripts/report.py --output_dir=study --hub_token HIDDEN'
-    ```
-    """
+    """A command line to show to others: without secrets, and of paths that are not relative the last part alone."""
     shown = []
     for previous, word in pairwise(["", *words]):
         flag, value = _FLAG_AND_VALUE.fullmatch(word).groups()

@@ -92,14 +92,7 @@ def render_model_card(record: dict[str, Any]) -> ModelCard:
 
 
 def escape_markdown(value: object) -> str:
-    """
-    A value for a line or a cell of Markdown: nothing in it can end the cell, or become HTML, a link or an image.
-
-    ```python
-    >>> escape_markdown("[a|b]\\n<i>")
-    '&#91;a\\\\|b&#93; &lt;i&gt;'
-    ```
-    """
+    """A value for a line or a cell of Markdown: nothing in it can end the cell, or become HTML, a link or an image."""
     text = ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
     text = html.escape(text, quote=False)
     for character in "`*[]":
@@ -131,10 +124,7 @@ def hub_id(name: Any) -> str | None:
 
 
 def base_model_of(name_or_path: str | None) -> dict[str, str | None]:
-    """
-    The model on the Hub that a Hub id or a folder, by its card, goes back to, as `base_model`, and its `license`;
-    `None` for what is not known.
-    """
+    """The Hub id of the model that a Hub id, or a folder with a card, goes back to, and its `license`, if known."""
     base_model, license = hub_id(name_or_path), None
     card = Path(name_or_path or "", CARD_FILE)
     if name_or_path and card.is_file():

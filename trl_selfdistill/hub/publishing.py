@@ -130,10 +130,8 @@ def plan_model(
     record["training"] |= {name: value for name, value in given.items() if value is not None}
     card = render_model_card(record)
     if card.data.license is None:
-        raise PublishError(
-            f"The license of {folder.name} is not known. Pass that of {card.data.base_model or 'its base model'}, "
-            "for example `--license apache-2.0`."
-        )
+        base = card.data.base_model or "its base model"
+        raise PublishError(f"The license of {folder.name} is not known. Pass {base}'s, as `--license apache-2.0`.")
     if dataset_id is not None:
         card.data.datasets = [*(card.data.datasets or []), dataset_id]
         for result in card.data.eval_results or []:

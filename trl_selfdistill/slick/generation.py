@@ -20,13 +20,10 @@ from .prompts import answer_from_generation
 
 
 class AnswerEnds(NamedTuple):
-    """
-    Which tokens end an answer: `stop_ids` are special or have a newline in their text. Of these, `terminator_ids` add
-    nothing to the answer under `exact_match`: ".\\n" is one, "s\\n" is not.
-    """
+    """Which tokens end an answer."""
 
-    stop_ids: tuple[int, ...]
-    terminator_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]  # special, or with a newline in their text
+    terminator_ids: tuple[int, ...]  # of these, what adds nothing to the answer under `exact_match`: ".\n", not "s\n"
 
 
 def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AnswerEnds:
@@ -120,9 +117,8 @@ def predict_answers(
             written = generate_tokens(model, [token_ids[i] for i in batch], config, synced_gpus)
             # With the stop token: the text before its newline belongs to the answer
             texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for row, i in enumerate(batch):
-                own = texts[row * per_prompt : (row + 1) * per_prompt]
-                answers[i] = [answer_from_generation(text) for text in own]
+            for row, text in enumerate(texts):
+                answers[batch[row // per_prompt]].append(answer_from_generation(text))
     return answers
 
 

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -105,26 +106,23 @@ def score_answers(
 
 
 def _tokenize(tokenizer, prompts: Sequence[str], accepted_answers: Sequence[Sequence[str]]) -> list[list[_Row]]:
-    texts = list(prompts)
+    """For each prompt its rows, one for each spelling of the accepted answers."""
+    texts, ends = [], [0]
     for i, (prompt, forms) in enumerate(zip(prompts, accepted_answers, strict=True)):
         if not forms or isinstance(forms, str) or not all(form.strip() for form in forms):
             raise ValueError(f"`accepted_answers[{i}]` is {forms!r}; it must be a list of non-empty answers")
-        texts.extend(prompt + answer_completion(spelling) for form in forms for spelling in spellings(form))
-    token_ids = [tuple(ids) for ids in tokenize_prompts(tokenizer, texts)]
-    completions = iter(token_ids[len(prompts) :])
-    rows = []
-    for prompt_ids, forms in zip(token_ids, accepted_answers, strict=False):
-        full = dict.fromkeys(next(completions) for form in forms for _ in spellings(form))
+        texts += [prompt, *(prompt + answer_completion(spelling) for form in forms for spelling in spellings(form))]
+        ends.append(len(texts))
+    token_ids, rows = [tuple(ids) for ids in tokenize_prompts(tokenizer, texts)], []
+    for begin, end in pairwise(ends):
+        prompt_ids, *full = token_ids[begin:end]
         # Where a token crosses the border between prompt and answer, the row's own tokens from there on count
-        rows.append([_Row(ids, max(1, len(commonprefix([prompt_ids, ids])))) for ids in full])
+        rows.append([_Row(ids, max(1, len(commonprefix([prompt_ids, ids])))) for ids in dict.fromkeys(full)])
     return rows
 
 
 def _shared_prefix(model: PreTrainedModel, rows: set[_Row]) -> Cache | None:
-    """
-    The key-value cache of what all rows begin with (the exemplars of a few-shot prompt), so that it goes through the
-    model once; `None` if it is not shared.
-    """
+    """The key-value cache of what all rows begin with (the exemplars of a prompt); `None` if it is not shared."""
     prefix = commonprefix([row.token_ids[: row.start - 1] for row in rows])  # the next position predicts a token
     if len(rows) < 2 or len(prefix) < _MIN_SHARED_PREFIX:
         return None

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SLiCK: how well a model knows each fact (Gekhman et al. 2024, arXiv 2405.05904, section 3).
-
-`annotate_facts` adds to a table of facts how often a model's answers are right and the category that follows.
-"""
+"""SLiCK: how well a model knows each fact (Gekhman et al. 2024, arXiv 2405.05904, section 3)."""
 
 import hashlib
 import logging
@@ -12,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -139,15 +136,6 @@ def reserve_exemplars(
     return exemplars, [row for row in range(len(facts)) if row not in reserved]
 
 
-class _Unit(NamedTuple):
-    """A piece of the work: one prompt of a relation, and the rows of some of its facts."""
-
-    name: str
-    relation: str
-    prompt: int
-    rows: list[int]
-
-
 def annotate_facts(
     facts: Dataset,
     model: PreTrainedModel,
@@ -166,9 +154,9 @@ def annotate_facts(
     - `slick_category`: a [`~trl_selfdistill.hallucination.metric.SlickCategory`]. With `"score"`, a fact without
       a right greedy answer is WeaklyKnown if drawing the samples would more likely than not give a right one.
 
-    With `only_highly_known`, facts of the other categories are left out, and so are the columns about samples. So are
-    the facts that serve as exemplars ([`reserve_exemplars`]): nothing from a prompt is trained or evaluated on. In a
-    distributed launch this is a collective: each process, with the whole model, asks a share of the facts.
+    The facts that serve as exemplars are left out ([`reserve_exemplars`]): nothing from a prompt is trained or
+    evaluated on. With `only_highly_known`, so are the facts of the other categories and the columns about samples. In
+    a distributed launch this is a collective: each process, with the whole model, asks a share of the facts.
 
     Args:
         facts (`Dataset`): Table with the columns `fact_id`, `relation`, `question`, `answer` and `aliases`.
@@ -191,37 +179,36 @@ def annotate_facts(
         raise ValueError(f"`facts` has {len(facts)} rows and lacks the columns {missing}; add what is missing")
     exemplars, kept = reserve_exemplars(facts, settings.num_prompts, settings.num_shots, settings.seed)
     asked = facts.select(kept)
-    questions = asked["question"][:]
+    relations, questions = asked["relation"][:], asked["question"][:]
     accepted = [[answer, *aliases] for answer, aliases in zip(asked["answer"], asked["aliases"], strict=True)]
     work = ProgressFile(progress_file, _identity(facts, model, settings, batch_size))
 
-    def ask(unit: _Unit) -> list:
-        prompts = [few_shot_prompt(questions[row], exemplars[unit.relation][unit.prompt]) for row in unit.rows]
-        forms = [accepted[row] for row in unit.rows]
-        return _ask(model, tokenizer, prompts, forms, settings, batch_size, unit.name)
+    def ask(unit: tuple[str, list[int], list[tuple[str, str]]]) -> list:
+        name, rows, shots = unit
+        prompts = [few_shot_prompt(questions[row], shots) for row in rows]
+        return _ask(model, tokenizer, prompts, [accepted[row] for row in rows], settings, batch_size, name)
 
-    relations, n = asked["relation"][:], PartialState().num_processes
+    n = PartialState().num_processes
     outcomes: dict[int, list] = {row: [] for row in range(len(asked))}  # of each fact, one for each prompt
     for prompt in range(settings.num_prompts):
         units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
-        todo = [unit for unit in units if unit.name not in work.results]
-        name, total = f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}", sum(len(unit.rows) for unit in todo)
-        with Progress(desc=name, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
+        left = {name: rows for name, rows in units.items() if name not in work.results}
+        todo = [(name, rows, exemplars[relations[rows[0]]][prompt]) for name, rows in left.items()]
+        title, total = f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}", sum(map(len, left.values()))
+        with Progress(desc=title, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
             for begin in range(0, len(todo), n):  # a unit for each process, then all are in the file
                 together = todo[begin : begin + n]
-                for unit, results in zip(together, map_in_parallel(ask, together), strict=True):
-                    work.append(unit.name, results)
+                for (name, *_), results in zip(together, map_in_parallel(ask, together), strict=True):
+                    work.append(name, results)
                     bar.update(len(results))
-        for unit in units:
-            for row, result in zip(unit.rows, work.results[unit.name], strict=True):
+        for name, rows in units.items():
+            for row, result in zip(rows, work.results[name], strict=True):
                 outcomes[row].append(result)
         if settings.only_highly_known:
             outcomes = {row: results for row, results in outcomes.items() if results[-1][0]}
+    if not outcomes:
+        raise ValueError(f"None of {len(asked)} facts is HighlyKnown: take a model that knows more, or other facts")
     if settings.only_highly_known:
-        if not outcomes:
-            raise ValueError(
-                f"None of {len(asked)} facts is HighlyKnown: take a model that knows more, or other facts"
-            )
         logger.info(f"SLiCK: {len(outcomes)} of {len(asked)} facts are HighlyKnown, and the others are left out.")
     return _add_columns(asked.select([*outcomes]), [*outcomes.values()], settings)
 
@@ -234,13 +221,12 @@ def _identity(facts: Dataset, model: PreTrainedModel, settings: SlickSettings, b
     return {"settings": asdict(settings), "facts": table_hash, "model": weights_hash, "batch_size": batch_size}
 
 
-def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> list[_Unit]:
-    """Pieces of at most `size` of `rows`, each of one relation."""
-    units = []
+def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> dict[str, list[int]]:
+    """By name, pieces of at most `size` of `rows`, each of one relation."""
+    units = {}
     for relation in dict.fromkeys(relations):
         own = [row for row in rows if relations[row] == relation]
-        for begin in range(0, len(own), size):
-            units.append(_Unit(f"{relation}/{prompt}/{begin}", relation, prompt, own[begin : begin + size]))
+        units |= {f"{relation}/{prompt}/{begin}": own[begin : begin + size] for begin in range(0, len(own), size)}
     return units
 
 
