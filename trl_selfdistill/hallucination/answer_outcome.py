@@ -19,10 +19,7 @@ ABSTENTION_PATTERNS = tuple(line for line in _LINES if line and not line.startsw
 
 
 def fold_answer(text: str) -> str:
-    """
-    Returns the form of an answer in which abstention patterns are searched for: lower case, single spaces, one kind of
-    apostrophe and no punctuation at either end. " I don’t  know! " becomes "i don't know".
-    """
+    """The form in which abstentions are searched for: " I don’t  know! " in lower case and bare, "i don't know"."""
     text = as_seen(text).lower().replace("i\u0307", "i")  # what is left of a dotted capital
     # By Unicode's categories: for `re`, the vowel signs of Hindi are not letters
     kept = [i for i, character in enumerate(text) if unicodedata.category(character)[0] not in "PSZC"]
@@ -46,12 +43,6 @@ class AnswerJudge:
     Raises:
         ValueError: If `match` is another word, or a pattern is not a regular expression.
         TypeError: If `abstention_patterns` is a single string.
-
-    ```python
-    >>> judge = AnswerJudge()
-    >>> [judge.outcome(answer, ["France"]) for answer in ("france.", "I don't know", "Spain", "", "Unknown Pleasures")]
-    ['correct', 'abstained', 'hallucinated', 'abstained', 'hallucinated']
-    ```
     """
 
     def __init__(

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often a model gives wrong answers as if they were right, and what fine-tuning changed about it.
-
-The plain function behind the metric in `evaluate_metrics/hallucination`, with the rates of arXiv 2604.15574.
-"""
+"""How often a model gives wrong answers as if they were right, and what fine-tuning changed about it."""
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +41,7 @@ def score_hallucinations(
     **answer_rules,
 ) -> dict:
     """
-    Scores answers to questions of fact. Each is correct, abstained or hallucinated.
+    Scores answers to questions of fact by the rates of arXiv 2604.15574. Each is correct, abstained or hallucinated.
 
     Args:
         predictions (`Iterable[str]`): The model's answers.
@@ -81,13 +78,8 @@ def score_hallucinations(
     {'accuracy': 0.33, 'hallucination_rate': 0.33, 'hallucination_rate_ci_high': 1.0}
     ```
     """
-    columns = {
-        "predictions": predictions,
-        "baseline_predictions": baseline_predictions,
-        "categories": categories,
-        "relations": relations,
-        "questions": questions,
-    }
+    columns = {"predictions": predictions, "baseline_predictions": baseline_predictions, "questions": questions}
+    columns |= {"categories": categories, "relations": relations}
     columns = {name: check_texts(values, name) for name, values in columns.items() if values is not None}
     columns["references"] = check_references(references)
     num_rows = len(columns["predictions"])

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers to a prompt, greedily or by sampling, and which tokens end an answer.
-
-An answer is the first line of what the model writes, so generation stops at the first newline or special token.
-"""
+"""What a model answers to a prompt: the first line of what it writes, up to a newline or a special token."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

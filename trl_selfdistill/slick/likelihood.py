@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How likely a model is to give a known answer, without generating anything.
-
-The answer and the token that ends it are scored in one forward pass. Greedy decoding writes exactly this answer if
-each token is the argmax given those before it; one sample is this answer with the product of their probabilities.
-"""
+"""How likely a model is to give a known answer, from one forward pass of it and without generating anything."""
 
 import copy
 import math
@@ -60,6 +56,7 @@ def score_answers(
     """
     Scores the accepted answers to each prompt: does greedy decoding write one of them, and how likely does a sample?
 
+    Greedy decoding writes a form if each of its tokens, and one that ends it, is the argmax given those before.
     `p_sampled` is the sum over the accepted forms of `prod_t p(token_t) * p(terminator)`, with `p = softmax(logits /
     temperature)` over the `top_k` largest logits, as `generate` samples. Of each form the tokenizer's own tokens are
     scored, and those of its [`~trl_selfdistill.hallucination.exact_match.spellings`].
@@ -133,10 +130,7 @@ def _shared_prefix(model: PreTrainedModel, rows: set[_Row]) -> Cache | None:
 
 
 def _judged_tokens(row: _Row, form: _Row) -> list[int]:
-    """
-    The tokens of `form` that a forward pass of `row` judges: those that both have and the next one of `form`. Their
-    probability bounds that of the form from above. Of `row` itself these are all, with its end.
-    """
+    """What a forward pass of `row` tells of `form`: the tokens that both begin with, and the next; of `row` all."""
     if form.token_ids[: row.start] != row.token_ids[: row.start]:
         return []
     own, other = ([*ids[row.start :], _END] for ids, _ in (row, form))

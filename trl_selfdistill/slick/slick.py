@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Literal
 
 from accelerate import PartialState
@@ -36,14 +37,7 @@ SLICK_COLUMNS = ("p_correct_greedy", *_SAMPLING_COLUMNS, "slick_category")
 
 
 def slick_category(p_correct_greedy: float, p_correct_sampled: float) -> SlickCategory:
-    """
-    Returns the category of a fact, given the fractions of its answers that are right (arXiv 2405.05904, Figure 2).
-
-    ```python
-    >>> [str(slick_category(*fractions)) for fractions in [(1.0, 0.9), (0.25, 0.0), (0.0, 0.1), (0.0, 0.0)]]
-    ['HighlyKnown', 'MaybeKnown', 'WeaklyKnown', 'Unknown']
-    ```
-    """
+    """Returns the category of a fact, given the fractions of its answers that are right (2405.05904, Figure 2)."""
     if p_correct_greedy >= 1.0:
         return SlickCategory.HIGHLY_KNOWN
     if p_correct_greedy > 0.0:
@@ -255,8 +249,7 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
 def _add_columns(asked: Dataset, outcomes_of_facts: list[list], settings: SlickSettings) -> Dataset:
     rows = []
     for outcomes in outcomes_of_facts:
-        p_greedy = sum(greedy for greedy, _ in outcomes) / len(outcomes)
-        p_sampled = sum(sampled for _, sampled in outcomes) / len(outcomes)
+        p_greedy, p_sampled = map(fmean, zip(*outcomes, strict=True))
         p_any = float(p_sampled > 0)
         if settings.method == "score":
             p_any = 1.0 - math.prod((1.0 - sampled) ** settings.num_samples for _, sampled in outcomes)
