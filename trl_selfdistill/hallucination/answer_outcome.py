@@ -19,7 +19,7 @@ ABSTENTION_PATTERNS = tuple(line for line in _LINES if line and not line.startsw
 
 
 def fold_answer(text: str) -> str:
-    """The form in which abstentions are searched for: " I don’t  know! " in lower case and bare, "i don't know"."""
+    """Folds case, blanks, apostrophes and outer punctuation: " I don’t  know! " becomes "i don't know"."""
     text = as_seen(text).lower().replace("i\u0307", "i")  # what is left of a dotted capital
     # By Unicode's categories: for `re`, the vowel signs of Hindi are not letters
     kept = [i for i, character in enumerate(text) if unicodedata.category(character)[0] not in "PSZC"]
@@ -71,10 +71,7 @@ class AnswerJudge:
         return normalize_answer(text, **self._options) or fold_answer(text)
 
     def outcome(self, prediction: str, accepted: Sequence[str]) -> Outcome:
-        """
-        `"correct"` if `prediction` matches one of the `accepted` forms, `"abstained"` if it declines to answer, else
-        `"hallucinated"`. A sentence that contains the answer and abstains ("I don't know, France?") is an abstention.
-        """
+        """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
         answer = self.normalize(prediction)
         forms = [form for form in map(self.normalize, accepted) if form]
         if answer in forms:  # first, as "Unknown" may be the answer

@@ -63,8 +63,7 @@ def normalize_answer(
     Args:
         text (`str`): An answer.
         squad (`bool`, *optional*, defaults to `False`):
-            Whether to normalize as SQuAD's evaluation script does, to the letter: lower case, no ASCII punctuation, no
-            English articles, single spaces.
+            Whether to do what SQuAD's script does and no more: lower case, no ASCII punctuation, no English articles.
         strip_accents (`bool`, *optional*, defaults to `False`):
             Whether Latin, Greek and Cyrillic letters lose their accents ("São Tomé" is "sao tome"). Letters of their
             own, such as the first of "Łódź", stay.
@@ -121,7 +120,7 @@ def _may_part(text: str, position: int) -> bool:
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:
-    """Whether [`normalize_answer`] leaves something of `prediction`, and the same of one of the `accepted` answers."""
+    """Whether `prediction` and one of the `accepted` answers are equal, and not empty, after [`normalize_answer`]."""
     normalized = normalize_answer(prediction)
     return bool(normalized) and any(normalized == normalize_answer(form) for form in accepted)
 

@@ -146,18 +146,15 @@ def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray
                 f"`references[{i}]` is {aliases!r}, of which normalizing (lower case, no punctuation) leaves nothing "
                 "that a prediction could match. Drop the row, or add another alias."
             )
-    pairs = list(zip(predictions, references, strict=True))
-    answers = {"outcome": [judge.outcome(*pair) for pair in pairs], "f1": [judge.f1(*pair) for pair in pairs]}
+    answers = {"outcome": map(judge.outcome, predictions, references), "f1": map(judge.f1, predictions, references)}
     if "baseline_predictions" in columns:
-        before = zip(columns["baseline_predictions"], references, strict=True)
-        answers["baseline_outcome"] = [judge.outcome(*pair) for pair in before]
-    return {name: np.array(values) for name, values in answers.items()}
+        answers["baseline_outcome"] = map(judge.outcome, columns["baseline_predictions"], references)
+    return {name: np.array([*values]) for name, values in answers.items()}
 
 
 def _rates(answers: dict[str, np.ndarray]) -> dict:
     right = answers["outcome"] == "correct"
-    means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()}
-    means["f1"] = answers["f1"]
+    means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()} | {"f1": answers["f1"]}
     others = {"num_predictions": len(right)}
     if "baseline_outcome" in answers:
         before = answers["baseline_outcome"] == "correct"

@@ -33,7 +33,7 @@ def describe_environment() -> dict[str, Any]:
     gpus = f", {num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus else ""
     versions = {}
     for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # not installed, or a clone that runs as it is
+        with suppress(PackageNotFoundError):  # peft may be missing
             versions[name] = version(name)
     return {
         "command": portable_command(shlex.split(os.environ.get("TRL_SELFDISTILL_COMMAND", "")) or sys.argv),

@@ -124,7 +124,7 @@ def hub_id(name: Any) -> str | None:
 
 
 def base_model_of(name_or_path: str | None) -> dict[str, str | None]:
-    """The Hub id of the model that a Hub id, or a folder with a card, goes back to, and its `license`, if known."""
+    """`base_model` (a Hub id) and `license` of a model on the Hub or, by its card, in a folder; `None` if unknown."""
     base_model, license = hub_id(name_or_path), None
     card = Path(name_or_path or "", CARD_FILE)
     if name_or_path and card.is_file():

@@ -80,8 +80,7 @@ def predict_answers(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model. Its training mode is restored.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor. The padding side does
-            not matter.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer or processor, whatever the padding side.
         prompts (`Sequence[str]` or `Sequence[list[dict]]`): The prompts, texts or conversations, without the answers.
         num_samples (`int`, *optional*): Answers sampled for each prompt; `None` for the greedy answer.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature.
@@ -96,11 +95,10 @@ def predict_answers(
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
     stop_ids = answer_ends(model, tokenizer).stop_ids
-    ends = {"eos_token_id": list(stop_ids), "pad_token_id": min(stop_ids, default=0)}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends)
-    if num_samples is not None:
-        config.update(do_sample=True, num_return_sequences=num_samples)
-        config.update(temperature=float(temperature), top_k=top_k or 0)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=num_samples is not None)
+    config.update(eos_token_id=list(stop_ids), pad_token_id=min(stop_ids, default=0))
+    if config.do_sample:
+        config.update(num_return_sequences=num_samples, temperature=float(temperature), top_k=top_k or 0)
     # Similar lengths in a batch: little padding. The longest come first: memory runs out early or never
     order = sorted(range(len(prompts)), key=lambda i: (-len(token_ids[i]), i))
     per_prompt = num_samples or 1

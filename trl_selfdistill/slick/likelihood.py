@@ -130,7 +130,7 @@ def _shared_prefix(model: PreTrainedModel, rows: set[_Row]) -> Cache | None:
 
 
 def _judged_tokens(row: _Row, form: _Row) -> list[int]:
-    """What a forward pass of `row` tells of `form`: the tokens that both begin with, and the next; of `row` all."""
+    """The tokens of `form` that a forward pass of `row` judges: those that both begin with, and the one after them."""
     if form.token_ids[: row.start] != row.token_ids[: row.start]:
         return []
     own, other = ([*ids[row.start :], _END] for ids, _ in (row, form))
@@ -168,7 +168,7 @@ class _Scorer:
             for row, (own, *others) in zip(batch, spans, strict=True):
                 scores[row] = AnswerScore(all(hits[own]), math.exp(sum(log_probs[own])))
                 for rival, span in zip(rivals[row], others, strict=True):
-                    if all(hits[span]) or sum(log_probs[span]) > self.negligible_log_prob:
+                    if all(hits[span]) or sum(log_probs[span]) > self.negligible_log_prob:  # a bound from above
                         possible.append(rival)
         return scores, possible
 

@@ -224,12 +224,12 @@ def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) ->
     return units
 
 
-def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_size: int, unit: str) -> list[list]:
-    """For each prompt `[whether the greedy answer is right, fraction or probability of right samples]`."""
+def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_size: int, unit: str) -> list:
+    """For each prompt whether the greedy answer is right, and the fraction or probability of right samples."""
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "batch_size": batch_size}
     if settings.method == "score":
-        sampling |= {"greedy_only": settings.only_highly_known}
-        return [list(score) for score in score_answers(model, tokenizer, prompts, accepted, **sampling)]
+        sampling["greedy_only"] = settings.only_highly_known
+        return score_answers(model, tokenizer, prompts, accepted, **sampling)
     # An answer that is longer than every right one is wrong however it ends; the rest is for articles and full stops
     completions = [answer_completion(form) for forms in accepted for form in forms]
     longest = 8 + max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
@@ -241,7 +241,7 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
         return [[exact_match(answer, forms), 0.0] for [answer], forms in zip(greedy, accepted, strict=True)]
     sampled = predict_answers(model, tokenizer, prompts, **sampling)
     return [
-        [exact_match(answer, forms), sum(exact_match(sample, forms) for sample in samples) / len(samples)]
+        [exact_match(answer, forms), fmean(exact_match(sample, forms) for sample in samples)]
         for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True)
     ]
 
