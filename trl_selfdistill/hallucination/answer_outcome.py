@@ -34,8 +34,7 @@ class AnswerJudge:
         match (`str`, *optional*, defaults to `"exact"`):
             `"exact"`: the whole answer is one of the accepted forms. `"contains"`: an accepted form is among the words
             of the answer, whole words only ("17" is not in "1789"), for models that answer in sentences.
-        squad, strip_accents, exact_numbers:
-            See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
+        squad, strip_accents, exact_numbers: See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
         abstention_patterns (`Iterable[str]`, *optional*, defaults to `ABSTENTION_PATTERNS`):
             Regular expressions in lower case, searched for in [`fold_answer`] of an answer. They replace the list;
             `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.

@@ -155,7 +155,7 @@ def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray
 def _rates(answers: dict[str, np.ndarray]) -> dict:
     right = answers["outcome"] == "correct"
     means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()} | {"f1": answers["f1"]}
-    others = {"num_predictions": len(right)}
+    result: dict[str, float | None] = {"num_predictions": len(right)}
     if "baseline_outcome" in answers:
         before = answers["baseline_outcome"] == "correct"
         means["baseline_accuracy"] = before
@@ -165,11 +165,10 @@ def _rates(answers: dict[str, np.ndarray]) -> dict:
         means["net_change"] = right.astype(int) - before
         # McNemar's exact test (1947): the facts that changed sides against a fair coin
         changed = right[before != right]
-        others["mcnemar_p_value"] = float(binomtest(int(changed.sum()), len(changed)).pvalue) if len(changed) else 1.0
-    result = {}
+        result["mcnemar_p_value"] = float(binomtest(int(changed.sum()), len(changed)).pvalue) if len(changed) else 1.0
     for name, values in means.items():
         result |= _with_interval(name, values)
-    return result | others
+    return result
 
 
 def _with_interval(name: str, values: np.ndarray) -> dict[str, float | None]:

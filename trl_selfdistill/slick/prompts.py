@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place where a question becomes text, and generated text an answer, as in SLiCK (arXiv 2405.05904)."""
+"""The only place where a question becomes text, and generated text an answer, as in arXiv 2405.05904. No torch."""
 
 from collections.abc import Iterable
 

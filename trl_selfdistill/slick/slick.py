@@ -158,8 +158,7 @@ def annotate_facts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SlickSettings`], *optional*, defaults to `PRESETS["quick"]`): How to ask.
         batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
-        progress_file (`str` or `os.PathLike`, *optional*):
-            JSON-lines file of the results so far. A run that was stopped continues with it, to the same result.
+        progress_file (`str` or `os.PathLike`, *optional*): JSON lines of the results, to continue a stopped run.
 
     Returns:
         `Dataset`: The facts that are not exemplars, in their order, with the new columns, the same on each process.
