@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.hallucination.answer_outcome import ABSTENTION_PATTERNS, AnswerJudge
-from trl_selfdistill.hallucination.categories import SlickCategory
 from trl_selfdistill.hallucination.exact_match import exact_match, normalize_answer, spellings
 from trl_selfdistill.hallucination.intervals import mean_interval
+from trl_selfdistill.hallucination.metric import SlickCategory
 
 
 WORDS = st.sampled_from(

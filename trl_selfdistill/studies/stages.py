@@ -16,8 +16,7 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..files import warn_without, write_json
-from ..hub.markdown import escape_markdown
-from ..hub.model_card import CARD_FILE
+from ..hub.model_card import CARD_FILE, escape_markdown
 from ..slick.slick import annotate_facts
 from ..trainers import SelfDistillSFTConfig
 from .arguments import FactsArguments, SlickArguments, Stage1Arguments

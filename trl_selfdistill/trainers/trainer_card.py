@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from ..files import warn_without
-from ..hallucination.categories import SlickCategory
+from ..hallucination.metric import SlickCategory
 from ..hub.environment import describe_environment
 from ..hub.model_card import CARD_FILE, base_model_of, hub_id, read_record, update_model_card
 from ..parameters.structure import base_causal_lm
