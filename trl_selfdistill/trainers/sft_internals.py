@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, skip_first_batches
 from accelerate.utils import compare_versions
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
+from transformers import trainer as transformers_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -54,6 +55,10 @@ with private_names():
     from trl.trainer.utils import get_config_model_id as get_config_model_id
     from trl.trainer.utils import use_adapter as use_adapter
 
+    if compare_versions("transformers", ">=", "5.0"):
+        from transformers.initialization import no_init_weights
+    else:
+        from transformers.modeling_utils import no_init_weights
     # TRL 1.15 has none: its head sees the label positions only, on every device
     _use_triton = trl_utils._use_triton if compare_versions("trl", ">=", "1.16") else None
 
@@ -185,7 +190,9 @@ def _copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
         )
     config = copy.deepcopy(model.config)
     # While ZeRO-3 is on, transformers partitions what it makes, in the same way
-    twin = type(model)._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
+    with no_init_weights():  # transformers 4 would index an embedding that another process holds
+        twin = type(model)._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
+    twin.tie_weights()
     with torch.no_grad():
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             ours.ds_tensor.copy_(theirs.ds_tensor)
@@ -259,15 +266,28 @@ def name_experts(model: PreTrainedModel) -> None:
 
 @contextmanager
 def label_positions_only() -> Iterator[None]:
-    """
-    Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as it does on a GPU. The loss is the
-    same; a step of a small model on short answers takes half as long.
-    """
+    """Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as on a GPU. Same loss."""
     trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
     try:
         yield
     finally:
         trl_utils._use_triton = _use_triton
+
+
+@contextmanager
+def skipping_within_the_epoch() -> Iterator[None]:
+    """Lets transformers 4 resume in the order of the epoch, which accelerate forgets before 1.15."""
+
+    def skip(dataloader, num_batches=0):
+        rest = skip_first_batches(dataloader, num_batches)
+        rest.iteration = getattr(dataloader, "iteration", 0)
+        return rest
+
+    transformers_trainer.skip_first_batches = skip
+    try:
+        yield
+    finally:
+        transformers_trainer.skip_first_batches = skip_first_batches
 
 
 def train_in_order(trainer: SFTTrainer) -> None:
