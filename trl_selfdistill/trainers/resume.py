@@ -12,7 +12,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import read_json, write_json
-from .sft_internals import skipping_within_the_epoch
 
 
 logger = logging.get_logger(__name__)
@@ -73,8 +72,7 @@ class ExactResumeMixin:
                     f"{self.resumed_from} was written by trl-selfdistill 0.1.0 (it holds {old[0]}). Start a new run."
                 )
             self.check_run(read_json(record) if record.is_file() else {}, self.resumed_from)
-        with skipping_within_the_epoch():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def describe_run(self) -> dict:
         """What a resumed run must have in common with this one, as JSON values: `training_data`."""
