@@ -132,8 +132,7 @@ def parameter_table(model: PreTrainedModel) -> GroupTable:
 def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
     """
     Switches off the gradients of the parameters that a selection does not train, and returns the counts afterwards.
-
-    Gradients are never switched on: what was frozen before stays frozen. On an error no parameter has changed.
+    What was frozen before stays frozen. On an error no parameter has changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model, changed in place.

@@ -120,9 +120,8 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
 @torch.no_grad()
 def is_identity(model: torch.nn.Module) -> bool:
     """
-    Whether the active adapter of a PEFT model changes nothing: a LoRA whose every B is zero, as a fresh one's. The
-    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too. Other kinds may change
-    nothing either; their teacher is a copy all the same.
+    Whether the active adapter of a PEFT model is a LoRA that changes nothing: every B is zero, as a fresh one's. The
+    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too.
     """
     [adapter] = model.active_adapters
     if model.peft_config[adapter].peft_type != "LORA":

@@ -128,7 +128,13 @@ class HookedSFTTrainer(SFTTrainer):
         super()._issue_warnings_after_load(load_result)
 
     def _inner_training_loop(self, *args, **kwargs):
-        with patch.object(transformers_trainer, "skip_first_batches", _skip_within_the_epoch):
+        def skip_within_the_epoch(dataloader, num_batches=0):
+            rest = skip_first_batches(dataloader, num_batches)
+            rest.iteration = getattr(dataloader, "iteration", 0)
+            return rest
+
+        # accelerate before 1.15 forgets the epoch: transformers 4 would resume in the order of the first one
+        with patch.object(transformers_trainer, "skip_first_batches", skip_within_the_epoch):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -142,13 +148,6 @@ class HookedSFTTrainer(SFTTrainer):
 with private_names():  # of a method with another name nobody would notice that it is not called any more
     for _name in re.findall(r"\b_[a-z]\w+", " ".join(vars(HookedSFTTrainer))):
         getattr(SFTTrainer, _name)
-
-
-def _skip_within_the_epoch(dataloader, num_batches: int = 0):
-    """accelerate before 1.15 forgets the epoch: transformers 4 would resume in the order of the first one."""
-    rest = skip_first_batches(dataloader, num_batches)
-    rest.iteration = getattr(dataloader, "iteration", 0)
-    return rest
 
 
 class LabelStates(NamedTuple):

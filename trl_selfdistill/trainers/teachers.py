@@ -76,22 +76,19 @@ class ModelTeacher(Teacher):
         self.sha256 = hash_model(model)  # before it is prepared: a shard would have another hash
         add_label_head_forward(base_causal_lm(model))
         self._accelerator = accelerator
-        # The head is read outside of the forward, where shards are not gathered: then each process keeps it whole
+        is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+        if is_fsdp and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it is "
+                "sharded, and the teacher is copied before that. Set it to false, as the configuration `fsdp2` of "
+                "`trl-selfdistill` does, or set `kl_weight=0`."
+            )
         self._lm_head: LMHead | None = None
-        if accelerator.distributed_type == DistributedType.FSDP:
-            if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-                raise ValueError(
-                    "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it "
-                    "is sharded, and the teacher is copied before that. Set it to false, as the configuration `fsdp2` "
-                    "of `trl-selfdistill` does, or set `kl_weight=0`."
-                )
-            head = lm_head_of(base_causal_lm(model))
-            self._lm_head = head.map_tensors(lambda tensor: tensor.detach().to(accelerator.device, copy=True))
-        elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            self._lm_head = frozen_head(model)
+        if is_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            # It is read outside of the forward, where shards are not gathered: each process keeps it whole
+            self._lm_head = frozen_head(model).map_tensors(lambda tensor: tensor.to(accelerator.device, copy=True))
         self.model = prepare_teacher(model, accelerator)
-        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        whole = self.model if is_sharded else base_causal_lm(model)
+        whole = base_causal_lm(model) if self._lm_head is None else self.model
         check_label_head(whole, accelerator, "teacher_model")
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
