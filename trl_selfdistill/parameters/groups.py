@@ -131,12 +131,8 @@ def parameter_table(model: PreTrainedModel) -> GroupTable:
 
 def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
     """
-    Switches off the gradients of the parameters that a selection does not train, and returns the counts afterwards.
-    What was frozen before stays frozen. On an error no parameter has changed.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Causal language model, changed in place.
-        selection ([`GroupSelection`]): What to freeze or to train.
+    Switches off the gradients of the parameters of a causal language model that a selection does not train, and
+    returns the counts afterwards. What was frozen before stays frozen. On an error no parameter has changed.
 
     Raises:
         ValueError: If an entry selects nothing, a tied tensor is selected by some of its names only, a group is asked

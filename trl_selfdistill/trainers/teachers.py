@@ -65,10 +65,7 @@ class Teacher:
 class ModelTeacher(Teacher):
     """
     A model beside the student, frozen in place. The accelerator places it, or shards it like the student under FSDP
-    and ZeRO-3, in the student's mixed precision.
-
-    Raises:
-        ValueError: Under FSDP, if only the main process holds the weights.
+    and ZeRO-3, in the student's mixed precision. A `ValueError` under FSDP if only the main process holds the weights.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
@@ -126,11 +123,8 @@ def load_teacher(
     args: SelfDistillSFTConfig,
 ) -> PreTrainedModel:
     """
-    Loads the teacher that the user has named by path or Hub id, as `args` says, or takes the one that was passed in,
-    and checks that it fits the student and its tokenizer.
-
-    Raises:
-        ValueError: If it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
+    Loads the teacher that the user has named by path or Hub id, as `args` says, or takes the one that was passed in. A
+    `ValueError` if it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
     """
     if isinstance(teacher, str):
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
