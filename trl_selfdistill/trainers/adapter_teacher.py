@@ -35,11 +35,8 @@ TEACHER_ADAPTER = "self_distill_teacher"
 class AdapterTeacher(Teacher):
     """
     The student as it is now, without a second base model in memory. Where the student's adapter changes nothing yet
-    (a fresh one), the teacher is the base with its adapters disabled, else a frozen copy of the adapter, which is
-    added to the student and never saved with it.
-
-    Attributes:
-        adapter_name (`str` or `None`): Name of the copy; `None` where the teacher is the base.
+    (a fresh one), the teacher is the base with its adapters disabled, and `adapter_name` is `None`; else it is a
+    frozen copy of the adapter, which is added to the student under that name and never saved with it.
     """
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator):

@@ -67,15 +67,9 @@ def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide, **op
         )
     lm_head = lm_head_of(model)
     device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
-    ce_kl = linear_ce_kl(
-        states.hidden_states.to(device),
-        lm_head,
-        teacher.hidden_states.to(device),
-        teacher.lm_head.map_tensors(lambda tensor: tensor.to(device)),
-        states.shift_labels.to(device),
-        **options,
-    )
-    return ce_kl, states.aux_loss
+    student_side = states.hidden_states.to(device), lm_head
+    teacher_side = teacher.hidden_states.to(device), teacher.lm_head.map_tensors(lambda tensor: tensor.to(device))
+    return linear_ce_kl(*student_side, *teacher_side, states.shift_labels.to(device), **options), states.aux_loss
 
 
 def check_label_head(model: torch.nn.Module, accelerator: Accelerator, name: str) -> None:

@@ -33,16 +33,10 @@ logger = logging.get_logger(__name__)
 
 
 class Teacher:
-    """
-    A frozen model that the student is pulled to.
+    """A frozen model that the student is pulled to."""
 
-    Attributes:
-        sha256 (`str`): Hash of its weights and settings. A run resumes only with a teacher of the same hash.
-        model ([`~transformers.PreTrainedModel`] or `None`): The model, where it is one of its own.
-    """
-
-    sha256: str
-    model: PreTrainedModel | None = None
+    sha256: str  # of its weights and settings: a run resumes only with a teacher of the same hash
+    model: PreTrainedModel | None = None  # where it is one of its own
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         """
