@@ -65,11 +65,6 @@ def group_of(names: list[ParameterName]) -> str | None:
     return "embeddings" if "embeddings" in groups else groups[0]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    # By class, as shapes do not tell: the q_norm of Cohere has a 2-D weight. `InklingNormedEmbedding` is not a norm.
-    return "norm" in type(module).__name__.lower() and not isinstance(module, nn.Embedding)
-
-
 def _is_block_list(module: nn.Module) -> bool:
     # A block is made of several modules. That leaves out lists of projections (Gemma 3n's `altup_projections`).
     return isinstance(module, nn.ModuleList) and any(next(block.children(), None) is not None for block in module)
@@ -112,7 +107,8 @@ class _Structure:
         landmark = "lm_head" if inside(self.lm_head) else "embeddings" if inside(self.embeddings) else None
         if landmark is None and not inside(self.decoder):
             return None  # a vision tower, a projector
-        if _is_norm(path[-1]):
+        # By class, as shapes do not tell: the q_norm of Cohere has a 2-D weight. `InklingNormedEmbedding` is no norm
+        if "norm" in type(path[-1]).__name__.lower() and not isinstance(path[-1], nn.Embedding):
             return "norm"
         if landmark is not None:
             return landmark

@@ -167,5 +167,4 @@ def _unrounded_afterwards(model: torch.nn.Module) -> Iterator[None]:
         for parameter, data in parameters:
             parameter.data = data
         for module, name, buffer in buffers:
-            now = getattr(module, name)
-            setattr(module, name, now if now.dtype == buffer.dtype else buffer.to(now.device))
+            setattr(module, name, buffer)

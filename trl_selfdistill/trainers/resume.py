@@ -42,10 +42,8 @@ def _is_complete(checkpoint: str | os.PathLike) -> bool:
 
 class ExactResumeMixin:
     """
-    Makes a trainer resume exactly or raise an error. Put it before `HookedSFTTrainer` in the bases.
-
-    `resume_from_checkpoint=True` takes the last complete checkpoint. Each holds [`describe_run`], and [`check_run`]
-    compares it with the present run before anything is loaded. Subclasses extend both methods.
+    Makes a trainer resume exactly or raise an error. `resume_from_checkpoint=True` takes the last complete checkpoint.
+    Each holds [`describe_run`], and [`check_run`] compares it with the present run before anything is loaded.
     """
 
     resumed_from: Path | None = None  # the checkpoint of this `train()` call
