@@ -99,9 +99,8 @@ def test_kl_is_that_of_the_logits_given_the_images(build):
         with torch.no_grad():
             own = student(**inputs, pixel_values=batch["pixel_values"]).logits[:, :-1][mask] / 0.7
             theirs = teacher(**inputs, pixel_values=pixel_values_of_teacher).logits[:, :-1][mask] / 0.7
-        return torch.nn.functional.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="sum").item() / int(
-            number
-        )
+        total = torch.nn.functional.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="sum")
+        return total.item() / int(number)
 
     # That of the CE: transformers 4 counts a row's first token, which is a label here and which nothing predicts
     _, number = run.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
