@@ -76,9 +76,7 @@ ARCHITECTURES = {
         config=DEEPSEEK | MOE,
     ),
     "gpt_oss": Expected(
-        QKVO + " sinks",
-        "router gate_up_proj gate_up_proj_bias down_proj down_proj_bias",
-        config=HEAD_DIM | MOE,
+        QKVO + " sinks", "router gate_up_proj gate_up_proj_bias down_proj down_proj_bias", config=HEAD_DIM | MOE
     ),
     "qwen3_next": Expected(
         QKVO + " dt_bias A_log conv1d in_proj_qkvz in_proj_ba out_proj",

@@ -11,13 +11,7 @@ from conftest import build_tokenizer
 from datasets import Dataset
 from PIL import Image
 from sft_runs import config, logs, weights
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from trl import SFTConfig
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -99,9 +93,8 @@ def test_kl_is_that_of_the_logits_given_the_images(build):
         with torch.no_grad():
             own = student(**inputs, pixel_values=batch["pixel_values"]).logits[:, :-1][mask] / 0.7
             theirs = teacher(**inputs, pixel_values=pixel_values_of_teacher).logits[:, :-1][mask] / 0.7
-        return torch.nn.functional.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="sum").item() / int(
-            number
-        )
+        total = torch.nn.functional.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="sum")
+        return total.item() / int(number)
 
     # That of the CE: transformers 4 counts a row's first token, which is a label here and which nothing predicts
     _, number = run.get_batch_samples(iter([batch]), 1, torch.device("cpu"))

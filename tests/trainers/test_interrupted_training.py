@@ -184,12 +184,7 @@ OTHER_ROWS = [{**FACTS[0], "completion": " Peru"}, *FACTS[1:]]
 
 @pytest.mark.parametrize(
     "rows, options",
-    [
-        (OTHER_ROWS, {}),
-        (FACTS[::-1], {}),
-        (FACTS, dict(completion_only_loss=False)),
-        (FACTS, dict(max_length=9)),
-    ],
+    [(OTHER_ROWS, {}), (FACTS[::-1], {}), (FACTS, dict(completion_only_loss=False)), (FACTS, dict(max_length=9))],
     ids=["a row", "order", "loss mask", "length"],
 )
 def test_a_dataset_that_changed_is_refused(copy_of_stopped, rows, options):

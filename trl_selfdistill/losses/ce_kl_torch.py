@@ -1,14 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile kernel in PyTorch, for every device: blocks of rows small enough to stay in the processor's cache."""
+"""The tile kernel in PyTorch, for every device, and what every kernel reads: rows few enough to stay in the cache."""
+
+from typing import NamedTuple
 
 import torch
-
-from .objective import Tile, TileObjective
 
 
 # Elements of a block of rows. On a CPU each of its five fp32 buffers is then 2 MiB, so that the dozen elementwise
 # passes run in the cache; elsewhere a pass over few elements would leave the device idle.
 BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**24}
+
+
+class Tile(NamedTuple):
+    """Products of hidden states and an LM head. The logits are `softcap * tanh(scale * products / softcap)`."""
+
+    products: torch.Tensor  # (num_tokens, vocab_size), contiguous
+    scale: float
+    softcap: float | None
+
+
+class TileObjective(NamedTuple):
+    """`grad_scale * (ce_weight * CE + kl_weight * temperature**2 * KL(teacher ‖ student))`, summed over the rows."""
+
+    ce_weight: float
+    kl_weight: float  # at 0 there is no teacher
+    temperature: float  # of both distributions in the KL; the cross-entropy is at temperature 1
+    grad_scale: float  # one over the number of labels in the batch
+
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Returns the loss, from the tokens' sums `(4,)` of cross-entropy, KL, entropy and top-1."""
+        return (self.ce_weight * sums[0] + self.kl_weight * self.temperature**2 * sums[1]) * self.grad_scale
 
 
 def ce_kl_tile_(

@@ -9,9 +9,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from .ce_kl_torch import TileObjective
 from .fused_head import fused_losses
 from .lm_head import LMHead, ModelSide
-from .objective import TileObjective
 
 
 IGNORE_INDEX = -100

@@ -36,10 +36,7 @@ class ParameterName(NamedTuple):
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """
-    Keeps bitsandbytes from repacking 4-bit weights in place at the first forward in evaluation mode, as it does on
-    CPUs with AVX512-BF16: the new layout has no backward, so that adapters below would silently get no gradient.
-    """
+    """Keeps bitsandbytes from repacking 4-bit weights in evaluation mode on a CPU: that layout has no backward."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

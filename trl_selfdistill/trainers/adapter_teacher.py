@@ -96,19 +96,18 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
     """
     if not is_peft_model(model):
         return False
-    config, adapters, reason = model.active_peft_config, model.active_adapters, None
+    config, adapters = model.active_peft_config, model.active_adapters
     # With another adapter they would still be read
     beside = [name for name, p in model.named_parameters() if p.requires_grad and not {*adapters} & {*name.split(".")}]
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        reason = "it adds tokens or attends to prompts"
-    elif len(adapters) != 1:
-        reason = f"{len(adapters)} adapters are active"
-    elif getattr(config, "bias", "none") != "none":
-        reason = f"PEFT trains the base model's own biases with `bias={config.bias!r}`"
-    elif beside:
-        reason = f"{len(beside)} parameters beside the adapter are trained too, such as {beside[0]}"
-    elif getattr(config, "target_parameters", None):
-        reason = "PEFT holds one adapter only with `target_parameters`"
+    bias = getattr(config, "bias", "none")
+    obstacles = {
+        "it adds tokens or attends to prompts": config.is_prompt_learning or config.is_adaption_prompt,
+        f"{len(adapters)} adapters are active": len(adapters) != 1,
+        f"PEFT trains the base model's own biases with `bias={bias!r}`": bias != "none",
+        f"{len(beside)} parameters beside the adapter are trained too, such as {beside[:1]}": beside,
+        "PEFT holds one adapter only with `target_parameters`": getattr(config, "target_parameters", None),
+    }
+    reason = next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
     if reason is not None:
         logger.warning(f"The teacher is a copy of the whole model, as its adapter cannot be held twice: {reason}.")
     return reason is None

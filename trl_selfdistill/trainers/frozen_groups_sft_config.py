@@ -98,8 +98,8 @@ def config_from(
     args: TrainingArguments | None, config_class: type, model: str | PreTrainedModel, suffix: str
 ) -> TrainingArguments:
     """
-    The configuration that a trainer works with: `args` as a `config_class`. The values of a config of another class
-    are kept. Without `args`, `output_dir` is made of the model's name and `suffix`.
+    `args` as a `config_class`, with the values that they have. Without any, `output_dir` is made of the model's name
+    and `suffix`.
     """
     if isinstance(args, config_class):
         return args

@@ -160,10 +160,8 @@ class LabelStates(NamedTuple):
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     """
-    A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own.
-
-    TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy
-    they would keep running the weights of the student in training, and accelerate would not prepare it anew.
+    A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own. Those that TRL and
+    accelerate bind to the instance would keep running the student, and accelerate would not prepare the copy anew.
     """
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     teacher = _copy_partitioned(model) if partitioned else copy.deepcopy(model)
@@ -214,11 +212,10 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator) -> torch.n
 
 def add_label_head_forward(model: PreTrainedModel) -> None:
     """
-    Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`.
-
-    The backbone runs as in any other forward, and `function` gets its [`LabelStates`]. It is a `forward`, as in TRL,
-    because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's autocast wrap: parameters are gathered and cast,
-    and prompt-learning tokens are added. The model, without a PEFT wrapper, is changed in place.
+    Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`, with the
+    [`LabelStates`] of its backbone. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and
+    accelerate's autocast wrap: parameters are gathered and cast, and prompt-learning tokens are added. The model,
+    without a PEFT wrapper, is changed in place.
     """
     original_forward = model.forward
 

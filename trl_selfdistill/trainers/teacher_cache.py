@@ -33,9 +33,7 @@ from .teachers import Teacher
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_CACHE_DIR = os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache")
 _STATES, _INPUTS = CACHE_COLUMNS = ("teacher_hidden_states", "teacher_inputs")
-_FEATURES = Features({name: Value("large_binary") for name in CACHE_COLUMNS})
 _NAMES = ("input_ids", "position_ids", "token_type_ids")  # what a model may see of a token
 _OTHER_INPUTS = (
     "The tokens, positions or labels of a batch are not those that the teacher was run on. With "
@@ -96,7 +94,7 @@ def precompute_teacher(trainer) -> CachedTeacher:
     collective: the processes share the rows. A `ValueError` if that cannot be done with the datasets or the folder.
     """
     args, teacher, evaluated = trainer.args, trainer.teacher, trainer.eval_dataset
-    folder = Path(args.teacher_cache_dir or DEFAULT_CACHE_DIR)
+    folder = Path(args.teacher_cache_dir or os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache"))
     if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
             f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, which is pushed "
@@ -171,7 +169,8 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
     share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
     starts = range(0, len(share), batch_size)
     file = folder / f"rows-{accelerator.process_index:05d}.arrow"
-    with ArrowWriter(path=os.fspath(file), features=_FEATURES) as writer:
+    features = Features({name: Value("large_binary") for name in CACHE_COLUMNS})
+    with ArrowWriter(path=os.fspath(file), features=features) as writer:
         for start in tqdm(starts, "Running the teacher", disable=None if accelerator.is_main_process else True):
             rows = [share[row] for row in range(start, min(start + batch_size, len(share)))]
             batch = collator(rows)
