@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from conftest import build_model
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from sft_runs import FACTS, TOKENIZER, StopAt, architecture, assert_same_weights, train, trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -184,12 +184,7 @@ OTHER_ROWS = [{**FACTS[0], "completion": " Peru"}, *FACTS[1:]]
 
 @pytest.mark.parametrize(
     "rows, options",
-    [
-        (OTHER_ROWS, {}),
-        (FACTS[::-1], {}),
-        (FACTS, dict(completion_only_loss=False)),
-        (FACTS, dict(max_length=9)),
-    ],
+    [(OTHER_ROWS, {}), (FACTS[::-1], {}), (FACTS, dict(completion_only_loss=False)), (FACTS, dict(max_length=9))],
     ids=["a row", "order", "loss mask", "length"],
 )
 def test_a_dataset_that_changed_is_refused(copy_of_stopped, rows, options):
@@ -206,12 +201,20 @@ def test_a_column_that_happens_to_have_a_name_of_ours_is_no_part_of_the_data(val
 
 
 def test_the_same_data_by_other_ways_are_the_same(copy_of_stopped, whole):
-    """Tokenised anew, in another order of columns, with others; and on purpose with other data."""
+    """Tokenised anew, in another order of columns, with others; tokens of int64, where SFTTrainer's are of int32."""
     rows = [
         {"seq_lengths": i, "completion": row["completion"], "prompt": row["prompt"]} for i, row in enumerate(FACTS)
     ]
-    extra = with_teacher() | dict(train_dataset=Dataset.from_list(rows))
-    resumed = train(copy_of_stopped, student(), extra, resume=True, **RUN)
-    assert_same_weights(resumed.model, whole.model)
+    tokens = whole.train_dataset.select_columns(["input_ids", "labels"])
+    tokens = tokens.cast_column("input_ids", List(Value("int64")))
+    assert tokens.features != whole.train_dataset.select_columns(["input_ids", "labels"]).features
+    for data in (Dataset.from_list(rows), tokens):
+        extra = with_teacher() | dict(train_dataset=data)
+        resumed = train(copy_of_stopped, student(), extra, resume=f"{copy_of_stopped}/run/checkpoint-4", **RUN)
+        assert_same_weights(resumed.model, whole.model)
+
+
+def test_other_data_are_taken_on_purpose(copy_of_stopped):
     other = with_teacher() | dict(train_dataset=Dataset.from_list(OTHER_ROWS))
-    train(copy_of_stopped, student(), other, resume=True, ignore_data_skip=True, **{**RUN, "max_steps": 8})
+    run = train(copy_of_stopped, student(), other, resume=True, ignore_data_skip=True, **RUN)
+    assert run.state.global_step == 6
