@@ -42,7 +42,7 @@ def adapted(name: str) -> PeftModel:
     model = get_peft_model(build_model(TOKENIZER, initializer_range=0.3), copy.deepcopy(ADAPTERS[name]))
     if name == "a trained whole head":
         model.base_model.model.lm_head.modules_to_save["default"].weight.data.normal_(std=0.3)
-    if name == "IA3":
+    if name in ("IA3", "AdaLoRA"):
         for parameter in model.parameters():
             parameter.data.add_(0.2 * torch.randn_like(parameter) * parameter.requires_grad)
     return model
