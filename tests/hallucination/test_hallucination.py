@@ -108,36 +108,21 @@ def test_letters_and_marks_tell_answers_apart(pair):
     assert not exact_match(first, [second])
 
 
-@pytest.mark.parametrize(
-    ("answer", "form", "is_in"),
-    [
-        ("答えは東京です。", "東京", True),
-        ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพมหานคร", True),
-        ("ມັນແມ່ນວຽງຈັນ", "ວຽງຈັນ", True),
-        ("វាគឺភ្នំពេញ។", "ភ្នំពេញ", True),
-        ("서울입니다.", "서울", True),
-        ("남서울", "서울", False),
-        ("首都はParisです", "Paris", True),
-        ("1789年です", "1789", True),
-        ("1789年です", "89", False),
-        ("十三", "三", False),
-        ("インドネシアです", "インド", False),  # Indonesia is not India
-        ("これはレオナルド・ダ・ヴィンチです", "ダ・ヴィンチ", True),
-        ("인도네시아입니다", "인도", False),
-        ("인도에서", "인도", True),
-        ("It's Paris—the capital", "Paris", True),
-        ("Berlin,Paris(France)", "Paris", True),
-        ("La réponse est l’Italie.", "Italie", True),
-        ("Guinea-Bissau", "Guinea", False),
-        ("กรุง", "กร", False),  # a vowel sign belongs to the letter before it
-        ("Parisian", "Paris", False),
-        ("यह दिल्ली है।", "दिल्ली", True),
-        ("दिल्ली", "दिल्", False),
-        ("It is Côte d’Ivoire.", "Côte d'Ivoire", True),
-    ],
-)
-def test_contains_knows_scripts_without_spaces(answer, form, is_in):
-    assert (AnswerJudge(match="contains").outcome(answer, [form]) == "correct") == is_in
+# A form is found as words, and in scripts without spaces between other letters of its script too, but not in a longer
+# name: Indonesia is not India, and a vowel sign belongs to the letter before it
+CONTAINS = """答えは東京です。=東京|กรุงเทพมหานครเป็นเมืองหลวง=กรุงเทพมหานคร|ມັນແມ່ນວຽງຈັນ=ວຽງຈັນ
+    វាគឺភ្នំពេញ។=ភ្នំពេញ|서울입니다.=서울|인도에서=인도|首都はParisです=Paris|1789年です=1789
+    これはレオナルド・ダ・ヴィンチです=ダ・ヴィンチ|यह दिल्ली है।=दिल्ली|It's Paris—the capital=Paris
+    Berlin,Paris(France)=Paris|La réponse est l’Italie.=Italie|It is Côte d’Ivoire.=Côte d'Ivoire"""
+CONTAINS_NOT = """남서울=서울|1789年です=89|十三=三|インドネシアです=インド|인도네시아입니다=인도|กรุง=กร
+    दिल्ली=दिल्|Guinea-Bissau=Guinea|Parisian=Paris"""
+
+
+@pytest.mark.parametrize("outcome, pairs", [("correct", CONTAINS), ("hallucinated", CONTAINS_NOT)])
+def test_contains_knows_scripts_without_spaces(outcome, pairs):
+    judge = AnswerJudge(match="contains")
+    for answer, form in (pair.split("=") for pair in pairs.replace("\n    ", "|").split("|")):
+        assert judge.outcome(answer, [form]) == outcome, (answer, form)
 
 
 ABSTENTIONS = """I don't know.|I donʼt know|I don´t know|\u200fI don‘t k\u00adnow\u200f|I don’t know!|
@@ -291,10 +276,3 @@ def test_interval_holds_the_mean_of_other_seeds_and_facts(seed_effect):
         _, low, high = mean_interval(seed_effect * seeds + facts + noise)
         held += low <= 0 <= high
     assert 0.90 <= held / 400 <= 1.0
-
-
-def test_the_ends_of_the_intervals_are_what_the_rates_can_be():
-    predictions, references = ["Paris", "Bonn", "Rome"], ["Paris", "Berlin", "Rom"]
-    scores = score_hallucinations(predictions, references, baseline_predictions=["Lyon", "Berlin", "Rom"])
-    assert (scores["f1_ci_low"], scores["f1_ci_high"]) == (0.0, 1.0)
-    assert (scores["net_change_ci_low"], scores["net_change_ci_high"]) == (-1.0, 1.0)

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss is that of the model's own logits in every family, or the family is refused by name."""
 
-import copy
-
 import pytest
 import torch
 from conftest import build_model
-from sft_runs import ARCHITECTURES, TINY, TOKENIZER, logs, train, trainer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from sft_runs import ARCHITECTURES, TOKENIZER, architecture, logs, train, trainer
+from transformers import CONFIG_MAPPING
 
 from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 
@@ -36,12 +34,7 @@ OTHERS = {
 def tiny(name, dtype=torch.float32, seed=0):
     if name not in CONFIG_MAPPING:
         pytest.skip(f"transformers has no {name}")
-    options = OTHERS[name][1] if name in OTHERS else FAMILIES.get(name)
-    torch.manual_seed(seed)
-    config = copy.deepcopy(ARCHITECTURES[name]) if options is None else AutoConfig.for_model(name, **TINY | options)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model = architecture(name, seed, dtype, **OTHERS[name][1] if name in OTHERS else FAMILIES.get(name, {}))
     if dtype != torch.float32:  # transformers 4 draws other numbers in another dtype
         model.load_state_dict(tiny(name, seed=seed).state_dict())
     return model
