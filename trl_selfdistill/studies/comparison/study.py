@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import read_jsonl, write_jsonl
 from ...slick.prompts import question_prompt
+from ...trainers.own_answers import own_answers
 from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
 from ..facts.table import fold_name, read_facts
-from ..own_answers import own_answers
 from ..results import RECORDS_FILE
 from ..runs import RunFacts, StudySetup, steps_of_epochs, train_variant, training_config
 from ..stage import run_stage

@@ -10,7 +10,7 @@ from conftest import build_model
 from sft_runs import TOKENIZER
 
 from trl_selfdistill.slick.prompts import question_prompt
-from trl_selfdistill.studies.own_answers import own_answers
+from trl_selfdistill.trainers.own_answers import own_answers
 
 
 PROMPTS = [question_prompt(question) for question in QUESTIONS]
