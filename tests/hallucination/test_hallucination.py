@@ -90,16 +90,18 @@ SAME = """東京。=東京|Côte d’Ivoire=Côte d'Ivoire|Côte dʼIvoire=Côte
     تونس،=تونس|दिल्ली।=दिल्ली|क़=क\u093c|İstanbul=istanbul|İSTANBUL=istanbul|IĞDIR=ığdır|STRASSE=Straße|ΑΘΗΝΑΣ=αθηνας
     Iaşi=Iași|Москва\u0301=Москва|Hawaiʻi=Hawai'i|Cœur=Coeur|ﬁn=fin|ｶﾞﾅ=ガナ|レオナルド・ダ・ヴィンチ=レオナルドダヴィンチ
     「東京」=東京|«Paris»=Paris|“Paris”=Paris|¿Perú?=Perú|አዲስ፡አበባ=አዲስ አበባ|Ⅳ=IV|ทํา=ทำ|iPhone™=iPhone
-    C♯=C#|ΑΘΗΝΑ=Αθήνα|한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk"""
+    C♯=C#|ΑΘΗΝΑ=Αθήνα|한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk
+    Guinea Bissau=Guinea-Bissau|Newyork=New York|1 000 000=1,000,000|Hoà Bình=Hòa Bình|ൻ=ന്|Երևան=Երեվան"""
 SAME = SAME.replace("\n    ", "|").split("|")
 DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C
-C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι""".replace("\n", "|")
+C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι|1 0000=10000""".replace("\n", "|")
 
 
 @pytest.mark.parametrize("pair", SAME)
 def test_what_a_person_takes_for_the_same_answer_is_right(pair):
     first, second = pair.split("=")
     assert exact_match(first, [second]) and exact_match(second, [first])
+    assert AnswerJudge().outcome(first, [second]) == "correct"
 
 
 @pytest.mark.parametrize("pair", DIFFERENT.split("|"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Literal
 
-from .exact_match import as_seen, contains_words, normalize_answer, part_words
+from .exact_match import as_seen, contains_words, joined, normalize_answer, part_words
 
 
 Outcome = Literal["correct", "abstained", "hallucinated"]
@@ -73,7 +73,8 @@ class AnswerJudge:
         """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
         answer = self.normalize(prediction)
         forms = [form for form in map(self.normalize, accepted) if form]
-        if answer in forms:  # first, as "Unknown" may be the answer
+        same = answer in forms or (not self._options["squad"] and joined(answer) in map(joined, forms))
+        if same:  # first, as "Unknown" may be the answer
             return "correct"
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
