@@ -23,6 +23,7 @@ FAMILIES = {
     "falcon_mamba": {},
     "granitemoe": dict(**MOE, logits_scaling=4.0),
     "phimoe": dict(**MOE, num_key_value_heads=2),
+    "doge": dict(is_moe=True, num_experts=16, num_experts_per_tok=2),
 }
 OTHERS = {
     "bert": ("BertLMHeadModel", dict(is_decoder=True)),
@@ -111,3 +112,9 @@ def test_dtypes_may_differ(tmp_path, name, dtypes):
         given = dict(teacher_model=tiny(name, teacher, seed=1))
         losses.append(logs(train(tmp_path, tiny(name, student), given, **options))[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_router_loss_of_another_form_is_refused_by_name(tmp_path):
+    run = trainer(tmp_path, tiny("doge"), router_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match="load-balancing loss of DogeForCausalLM .* Set `router_aux_loss_coef=0`"):
+        run.train()

@@ -126,7 +126,7 @@ def _may_part(text: str, position: int) -> bool:
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:
-    """Whether `prediction` and one of `accepted` are equal, and not empty, after [`normalize_answer`] and [`joined`]."""
+    """Whether `prediction` and one of `accepted` are equal, not empty, after [`normalize_answer`] and [`joined`]."""
     normalized = joined(normalize_answer(prediction))
     return bool(normalized) and any(normalized == joined(normalize_answer(form)) for form in accepted)
 

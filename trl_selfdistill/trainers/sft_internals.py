@@ -235,8 +235,14 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
         if kwargs.get("output_router_logits"):
             # In some families only the model or only the config has both, as transformers' versions go
             owner = self if hasattr(self, "num_experts_per_tok") else self.config.get_text_config()
-            experts = owner.num_experts, owner.num_experts_per_tok
-            aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, kwargs.get("attention_mask"))
+            try:
+                experts = owner.num_experts, owner.num_experts_per_tok
+                aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, kwargs.get("attention_mask"))
+            except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"The load-balancing loss of {type(self).__name__} is not Mixtral's, which the trainer computes "
+                    f"({error}). Set `router_aux_loss_coef=0` to train without it."
+                ) from error
         return label_head(self, LabelStates(hidden_states, shift_labels[mask], aux_loss))
 
     model.forward = types.MethodType(forward, model)
