@@ -124,7 +124,7 @@ def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path, rows):
     assert "self-distill-sft" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("adapter", ["", "--use_peft --lora_target_modules q_proj"], ids=["full", "adapter"])
+@pytest.mark.parametrize("adapter", ["", "--use_peft --lora_target_modules q_proj v_proj"], ids=["full", "adapter"])
 def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, monkeypatch, capsys, adapter):
     trained, save = [], FrozenGroupsSFTTrainer.save_model
     monkeypatch.setattr(FrozenGroupsSFTTrainer, "save_model", lambda run: trained.append(run.model) or save(run))

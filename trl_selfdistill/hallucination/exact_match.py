@@ -78,8 +78,8 @@ def normalize_answer(
     if not squad:
         text = as_seen(as_seen(text).casefold()).replace("i\u0307", "i")  # what is left of a dotted capital
         text = text.replace("\u0565\u0582", "\u0565\u057e")  # Armenian "and", as a ligature and in two letters
-        text = _TONES.sub(r"\1\3\2", _STRESS.sub("", unicodedata.normalize("NFD", text)))
-        text = unicodedata.normalize("NFC", text)
+        text = _STRESS.sub("", unicodedata.normalize("NFD", text))
+        text = unicodedata.normalize("NFC", _TONES.sub(r"\1\3\2", text))
     if strip_accents:
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
     kept = [pattern for pattern, is_kept in ((_IN_NUMBERS, exact_numbers), (_IN_NAMES, not squad)) if is_kept]

@@ -23,7 +23,6 @@ from .publishing import MODEL_FILES
 _ADAPTER_CONFIG = "adapter_config.json"
 _FILES = {*MODEL_FILES, "*.py"} - {"README.md", "model_card.json", "curves.png", "accuracy.json*"}
 _FILES -= {"base_accuracy.jsonl", "parameter_groups.json"}  # of the fine-tuned weights
-_UNCOMPARED = ("inference_mode", "revision")  # of adapters
 
 
 def interpolate(
@@ -151,15 +150,11 @@ def _check_adapters(end: dict, start: dict | None) -> None:
         raise ValueError(
             f"`end` is an adapter of type {kind}; LoRA alone can be interpolated. Merge it into the model."
         )
-    if start is not None:
-        names = {*end, *start} - {*_UNCOMPARED}
+    for name in sorted({*end, *start} - {"inference_mode", "revision"} if start else ()):
         # Lists of modules are saved in any order
-        values = [
-            {name: sorted(x) if isinstance(x := c.get(name), list) else x for name in names} for c in (start, end)
-        ]
-        if different := sorted(name for name in names if values[0][name] != values[1][name]):
-            name = different[0]
-            raise ValueError(f"The adapters differ in `{name}`: {values[0][name]!r} in `start`, {values[1][name]!r}.")
+        before, after = (sorted(x) if isinstance(x := config.get(name), list) else x for config in (start, end))
+        if before != after:
+            raise ValueError(f"The adapters differ in `{name}`: {before!r} in `start`, {after!r} in `end`.")
 
 
 def _with_twice_the_rank(config: dict) -> dict:
