@@ -73,9 +73,8 @@ class AnswerJudge:
         """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
         answer = self.normalize(prediction)
         forms = [form for form in map(self.normalize, accepted) if form]
-        same = answer in forms or (not self._options["squad"] and joined(answer) in map(joined, forms))
-        if same:  # first, as "Unknown" may be the answer
-            return "correct"
+        if answer in forms or (not self._options["squad"] and joined(answer) in map(joined, forms)):
+            return "correct"  # before the patterns, as "Unknown" may be the answer
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
             return "abstained"

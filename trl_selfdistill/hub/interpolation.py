@@ -29,7 +29,7 @@ def interpolate(
     end: str | os.PathLike, alpha: float, output_dir: str | os.PathLike, start: str | os.PathLike | None = None
 ) -> Path:
     """
-    Writes a checkpoint with the weights `(1 - alpha) * start + alpha * end` and its card.
+    Writes a checkpoint with the weights `(1 - alpha) * start + alpha * end` and its card, and returns `output_dir`.
 
     Full models are interpolated file by file, computed in fp32 and stored in the dtype and files of `end`. LoRA
     adapters are interpolated in what they add to the base model: two of rank r become one of rank 2r.
@@ -40,9 +40,6 @@ def interpolate(
         output_dir (`str` or `os.PathLike`): Folder of the checkpoint; a new or an empty one.
         start (`str` or `os.PathLike`, *optional*): Folder or Hub id of the model or adapter before fine-tuning. For an
             adapter that started from nothing it is left out.
-
-    Returns:
-        `Path`: `output_dir`.
 
     Raises:
         ValueError: If `alpha` is not in [0, 1], `output_dir` is not empty, an adapter meets a full model, weights
