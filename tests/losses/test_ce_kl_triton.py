@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_selfdistill.losses import ce_kl_triton
-from trl_selfdistill.losses.objective import Tile, TileObjective
+from trl_selfdistill.losses.ce_kl_torch import Tile, TileObjective
 
 
 # In a process of its own, as `TRITON_INTERPRET` is read when Triton is imported
