@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from accelerate.utils import compare_versions
 from conftest import build_model
 from sft_runs import ARCHITECTURES, TOKENIZER, architecture, logs, train, trainer
 from transformers import CONFIG_MAPPING
@@ -33,8 +34,8 @@ OTHERS = {
 
 
 def tiny(name, dtype=torch.float32, seed=0):
-    if name not in CONFIG_MAPPING:
-        pytest.skip(f"transformers has no {name}")
+    if name not in CONFIG_MAPPING or (name == "doge" and compare_versions("transformers", "<", "5.0")):
+        pytest.skip(f"transformers has no {name}, or one that does not run")
     model = architecture(name, seed, dtype, **OTHERS[name][1] if name in OTHERS else FAMILIES.get(name, {}))
     if dtype != torch.float32:  # transformers 4 draws other numbers in another dtype
         model.load_state_dict(tiny(name, seed=seed).state_dict())

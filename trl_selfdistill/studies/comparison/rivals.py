@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import compare_versions
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, OSFConfig
-from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -38,8 +38,9 @@ KNOWN_PATCH_SHARE = 0.3
 STM_MAX_PERPLEXITY = 2.5
 # ASFT: weight of the KL, the paper's
 ASFT_KL_WEIGHT = 0.05
-_NAMES = ["sft", "slow", "lora", "mica", "intruders", "osf", "frozen", "l2", "replay", "known_patch", "stm", "eaft"]
-_NAMES += ["asft", "selfdistill", "rehearsal"]
+_OF_NEWER_PEFT = ["mica", "intruders", "osf"] if compare_versions("peft", ">=", "0.21") else []
+_NAMES = ["sft", "slow", "lora", *_OF_NEWER_PEFT, "frozen", "l2", "replay", "known_patch", "stm", "eaft", "asft"]
+_NAMES += ["selfdistill", "rehearsal"]
 
 
 @dataclass
@@ -125,7 +126,7 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
                 prepare=_reduce_intruders,
             )
         ],
-        "osf": [Variant("osf", "Orthogonal subspace (OSF)", trainer_arguments={"peft_config": OSFConfig(**linear)})],
+        "osf": _osf(linear) if "osf" in args.variants else [],
         "frozen": [Variant("frozen", "Frozen groups (attention only)", FrozenGroupsSFTTrainer, attention)],
         "l2": _l2(args),
         "replay": [Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=_replay_rows)],
@@ -137,6 +138,12 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
         "rehearsal": _rehearsal(args, answers),
     }
     return [variant for name in sorted(args.variants, key=lambda name: name != "sft") for variant in found[name]]
+
+
+def _osf(options: dict[str, str]) -> list[Variant]:
+    from peft import OSFConfig  # not in older ones
+
+    return [Variant("osf", "Orthogonal subspace (OSF)", trainer_arguments={"peft_config": OSFConfig(**options)})]
 
 
 def _self_distillation(args: ComparisonArguments) -> list[Variant]:
@@ -211,6 +218,8 @@ class _ReduceIntruders(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         if control.should_training_stop:
+            from peft.tuners.lora.intruders import reduce_intruder_dimension  # not in older ones
+
             reduce_intruder_dimension(model, logging_sink=None)
 
 
