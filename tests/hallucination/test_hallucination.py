@@ -91,17 +91,18 @@ SAME = """東京。=東京|Côte d’Ivoire=Côte d'Ivoire|Côte dʼIvoire=Côte
     Iaşi=Iași|Москва\u0301=Москва|Hawaiʻi=Hawai'i|Cœur=Coeur|ﬁn=fin|ｶﾞﾅ=ガナ|レオナルド・ダ・ヴィンチ=レオナルドダヴィンチ
     「東京」=東京|«Paris»=Paris|“Paris”=Paris|¿Perú?=Perú|አዲስ፡አበባ=አዲስ አበባ|Ⅳ=IV|ทํา=ทำ|iPhone™=iPhone
     C♯=C#|ΑΘΗΝΑ=Αθήνα|한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk
-    Guinea Bissau=Guinea-Bissau|Newyork=New York|1 000 000=1,000,000|Hoà Bình=Hòa Bình|ൻ=ന്|Երևան=Երեվան"""
+    Guinea Bissau=Guinea-Bissau|1 000 000=1,000,000|1914 – 1918=1914-1918|Hoà Bình=Hòa Bình|ൻ=ന്\u200d
+    Երևան=Երեվան|উৎসব=উত্\u200dসব|װ=וו|ᠮᠣᠩ᠋ᠭᠣᠯ=ᠮᠣᠩᠭᠣᠯ|Æthelred=Aethelred"""
 SAME = SAME.replace("\n    ", "|").split("|")
 DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C
-C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι|1 0000=10000""".replace("\n", "|")
+C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι|1 0000=10000|O-=O|I ran=Iran|അവൻ=അവന്""".replace("\n", "|")
 
 
 @pytest.mark.parametrize("pair", SAME)
 def test_what_a_person_takes_for_the_same_answer_is_right(pair):
     first, second = pair.split("=")
     assert exact_match(first, [second]) and exact_match(second, [first])
-    assert AnswerJudge().outcome(first, [second]) == "correct"
+    assert AnswerJudge().outcome(first, [second]) == "correct" and AnswerJudge().f1(first, [second]) == 1
 
 
 @pytest.mark.parametrize("pair", DIFFERENT.split("|"))
@@ -115,9 +116,10 @@ def test_letters_and_marks_tell_answers_apart(pair):
 CONTAINS = """答えは東京です。=東京|กรุงเทพมหานครเป็นเมืองหลวง=กรุงเทพมหานคร|ມັນແມ່ນວຽງຈັນ=ວຽງຈັນ
     វាគឺភ្នំពេញ។=ភ្នំពេញ|서울입니다.=서울|인도에서=인도|首都はParisです=Paris|1789年です=1789
     これはレオナルド・ダ・ヴィンチです=ダ・ヴィンチ|यह दिल्ली है।=दिल्ली|It's Paris—the capital=Paris
-    Berlin,Paris(France)=Paris|La réponse est l’Italie.=Italie|It is Côte d’Ivoire.=Côte d'Ivoire"""
+    Berlin,Paris(France)=Paris|La réponse est l’Italie.=Italie|It is Côte d’Ivoire.=Côte d'Ivoire
+    It weighs 12 500 kg.=12,500"""
 CONTAINS_NOT = """남서울=서울|1789年です=89|十三=三|インドネシアです=インド|인도네시아입니다=인도|กรุง=กร
-    दिल्ली=दिल्|Guinea-Bissau=Guinea|Parisian=Paris"""
+    दिल्ली=दिल्|Guinea-Bissau=Guinea|Parisian=Paris|It weighs 12 500 kg.=12|It is O-.=O"""
 
 
 @pytest.mark.parametrize("outcome, pairs", [("correct", CONTAINS), ("hallucinated", CONTAINS_NOT)])

@@ -103,19 +103,22 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
     other = adapter("other", LoraConfig(target_modules=["q_proj"], r=3))
     saved = adapter("saved", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ia3 = adapter("ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    pissa = adapter("pissa", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     (tmp_path / "empty").mkdir()
     cases = [
         (end, 1.1, start, r"`alpha` .* in \[0, 1\], got 1.1"),
         (end, float("nan"), start, "`alpha`"),
         (end, 0.5, None, "`start` is needed for a full model"),
-        (lora, 0.5, start, "`end` is an adapter and `start` is a full model"),
-        (end, 0.5, lora, "`end` is a full model and `start` is an adapter"),
+        (lora, 0.5, start, "`end` is an adapter and `start` is not"),
+        (end, 0.5, lora, "`end` is a full model and `start` is not"),
         (end, 0.5, changed("fewer", lambda tensors: tensors.pop(first)), f"1 tensors are .* only, such as {first}"),
         (end, 0.5, changed("wide", lambda t: t.update({first: t[first].repeat(1, 2)})), f"{first} is of shape"),
         (end, 0.5, changed("int", lambda t: t.update({first: t[first].to(torch.uint8)})), f"{first} is quantised"),
         (dora, 0.5, None, "type DoRA"),
         (ia3, 0.5, None, "type IA3"),
-        (lora, 0.5, other, "adapters differ in `r`: 3 in `start`, 8"),
+        (pissa, 0.5, pissa, "LORA with another `init_lora_weights`"),
+        (end, 0.5, changed("fp8", lambda t: t.update({first: t[first].to(torch.float8_e4m3fn)})), f"{first} is quan"),
+        (lora, 0.5, other, "adapters differ in `r`: 3 in `start`, 8."),
         (saved, 0.5, None, "modules_to_save"),
         (tmp_path / "empty", 0.5, start, "holds no weights"),
         ("no such folder", 0.5, start, "neither a folder nor the id"),

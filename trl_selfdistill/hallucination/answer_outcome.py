@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Literal
 
-from .exact_match import as_seen, contains_words, joined, normalize_answer, part_words
+from .exact_match import as_seen, contains_words, normalize_answer, part_words, with_parted
 
 
 Outcome = Literal["correct", "abstained", "hallucinated"]
@@ -71,22 +71,27 @@ class AnswerJudge:
 
     def outcome(self, prediction: str, accepted: Sequence[str]) -> Outcome:
         """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
-        answer = self.normalize(prediction)
-        forms = [form for form in map(self.normalize, accepted) if form]
-        if answer in forms or (not self._options["squad"] and joined(answer) in map(joined, forms)):
+        if self._is_form(prediction, accepted):
             return "correct"  # before the patterns, as "Unknown" may be the answer
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
             return "abstained"
         if self.match == "contains":
-            parted, *parted_forms = (self.normalize(part_words(text)) for text in (prediction, *accepted))
-            pairs = [(answer, form) for form in forms] + [(parted, form) for form in parted_forms if form]
-            if any(contains_words(*pair) for pair in pairs):
-                return "correct"
+            for part in (str, part_words):
+                answer, *forms = (self.normalize(part(text)) for text in (prediction, *accepted))
+                if any(form and contains_words(answer, form) for form in forms):
+                    return "correct"
         return "hallucinated"
+
+    def _is_form(self, prediction: str, accepted: Sequence[str]) -> bool:
+        parted = (lambda text: {text}) if self._options["squad"] else with_parted
+        answers = {self.normalize(text) for text in parted(prediction)} - {""}
+        return any(self.normalize(text) in answers for form in accepted for text in parted(form))
 
     def f1(self, prediction: str, accepted: Sequence[str]) -> float:
         """SQuAD's token F1 of `prediction` with the nearest of the `accepted` forms, in [0, 1]."""
+        if self._is_form(prediction, accepted):
+            return 1.0
         words = Counter(self.normalize(prediction).split())
         forms = [Counter(self.normalize(form).split()) for form in accepted]
         # Without a word on either side there is no F1

@@ -16,21 +16,21 @@ _SIGNS |= {"\u1361": " ", "\u266f": "#"}  # Ethiopic, between words; sharp
 # Cedilla for comma below (Romanian), dotless i, ligature, Persian for Arabic letters
 _LETTERS = {"\u015f": "\u0219", "\u0163": "\u021b", "\u0131": "i", "\u0153": "oe"}
 _LETTERS |= {"\u06cc": "\u064a", "\u06a9": "\u0643"}
-# Malayalam's consonants without a vowel, each a letter or two
-_LETTERS |= {chillu: f"{letter}\u0d4d" for chillu, letter in zip("ൺൻർൽൾൿ", "ണനരലളക", strict=True)}
+_LETTERS |= {"æ": "ae", "\u09ce": "\u09a4\u09cd", "\u05f0": "וו", "\u05f1": "וי", "\u05f2": "יי"}  # Bengali; Yiddish
+_CHILLUS = dict(zip("ണനരലളക", "ൺൻർൽൾൿ", strict=True))  # Malayalam's, which older texts write with a joiner
 # Variation selectors, blanks that are no spaces, trade marks; and vowel points that readers of Hebrew and Arabic do
 # without, with tatweel. The marks of other scripts are letters
-_UNSEEN = "\ufe00-\ufe0f\U000e0100-\U000e01ef\u034f\u115f\u1160\u3164\uffa0\u2800\u17b4\u17b5©®™"
+_UNSEEN = "\ufe00-\ufe0f\U000e0100-\U000e01ef\u034f\u115f\u1160\u3164\uffa0\u2800\u17b4\u17b5\u180b-\u180d\u180f©®™"
 _UNSEEN += "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u0652\u0670\u06d6-\u06ed"
 _STRESS = re.compile("(?<=[аеиоуыэюяієαεηιουω])\u0301+")  # of Cyrillic in dictionaries, of Greek not in capitals
-_TONES = re.compile("([ou])([\u0300\u0301\u0303\u0309\u0323])([aey])")  # of Vietnamese, on either vowel
+_TONES = re.compile("([ou])([\u0300\u0301\u0303\u0309\u0323])([aey])(?!\\w)")  # Vietnamese, on either vowel
 _ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
 _ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
 _SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
 _IN_NUMBERS = r"(?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d)"
-_BLANKS = re.compile(r"(?<!\d) | (?!\d)| (?=\d{3}(?!\d))")  # between words, and in thousands
-_IN_NAMES = r"(?<=[^\W_])[+#]+"  # C++ and C# are not C, nor is blood type O+ O
+_THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?: \d{3})+(?!\d)")
+_IN_NAMES = r"(?<=[^\W_])(?:[+#]+|-(?![\w+#]))"  # C++ and C# are not C, nor are blood types O+ and O- O
 # Where words end in a text for `contains`: not at hyphens and full stops, nor in "1,789"
 _BREAKS = re.compile(r"[—―,;:/()\[\]、。・،؛]+(?!\d)|['’](?=s\b)|(?<=\b[LlDd])['’]|(?<=ll)['’]")
 
@@ -53,7 +53,8 @@ def _as_word(character: str) -> str:
 
 def as_seen(text: str) -> str:
     """The text as a reader sees it: NFKC, no invisible characters, one kind of apostrophe, dash, digit and blank."""
-    return unicodedata.normalize("NFKC", "".join(map(_as_seen, text)))
+    text = re.sub(f"([{''.join(_CHILLUS)}])\u0d4d\u200d", lambda match: _CHILLUS[match[1]], text)
+    return re.sub(r"(?<=\d) - (?=\d)", "-", unicodedata.normalize("NFKC", "".join(map(_as_seen, text))))
 
 
 def normalize_answer(
@@ -78,16 +79,18 @@ def normalize_answer(
     if not squad:
         text = as_seen(as_seen(text).casefold()).replace("i\u0307", "i")  # what is left of a dotted capital
         text = text.replace("\u0565\u0582", "\u0565\u057e")  # Armenian "and", as a ligature and in two letters
-        text = _STRESS.sub("", unicodedata.normalize("NFD", text))
-        text = unicodedata.normalize("NFC", _TONES.sub(r"\1\3\2", text))
+        text = unicodedata.normalize("NFC", _STRESS.sub("", unicodedata.normalize("NFD", text)))
     if strip_accents:
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
     kept = [pattern for pattern, is_kept in ((_IN_NUMBERS, exact_numbers), (_IN_NAMES, not squad)) if is_kept]
     parts = re.split(f"({'|'.join(kept)})", text.lower()) if kept else [text.lower()]
     for i in range(0, len(parts), 2):  # the others are in numbers and names
         parts[i] = parts[i].translate(_SQUAD_PUNCTUATION) if squad else "".join(map(_as_word, parts[i]))
-    text = "".join(parts) if squad else unicodedata.normalize("NFC", "".join(parts))
-    return " ".join(_ARTICLES.sub(" ", text).split())
+    if squad:
+        return " ".join(_ARTICLES.sub(" ", "".join(parts)).split())
+    text = unicodedata.normalize("NFC", _TONES.sub(r"\1\3\2", unicodedata.normalize("NFD", "".join(parts))))
+    text = " ".join(_ARTICLES.sub(" ", text).split())
+    return _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
 
 
 # Beginnings of the names of characters whose scripts put no spaces between words
@@ -126,14 +129,14 @@ def _may_part(text: str, position: int) -> bool:
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:
-    """Whether `prediction` and one of `accepted` are equal, not empty, after [`normalize_answer`] and [`joined`]."""
-    normalized = joined(normalize_answer(prediction))
-    return bool(normalized) and any(normalized == joined(normalize_answer(form)) for form in accepted)
+    """Whether `prediction` and one of `accepted` are equal, and not empty, after [`normalize_answer`]."""
+    answers = {normalize_answer(text) for text in with_parted(prediction)} - {""}
+    return any(normalize_answer(text) in answers for form in accepted for text in with_parted(form))
 
 
-def joined(normalized: str) -> str:
-    """A normalized answer without blanks that may be missing: "Guinea Bissau" is Guinea-Bissau, "1 000" 1,000."""
-    return _BLANKS.sub("", normalized)
+def with_parted(text: str) -> set[str]:
+    """The text, and the same with blanks for hyphens between letters: "Guinea-Bissau" is "Guinea Bissau", too."""
+    return {text, re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", as_seen(text))}
 
 
 def spellings(form: str) -> list[str]:

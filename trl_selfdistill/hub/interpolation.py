@@ -45,7 +45,7 @@ def interpolate(
         ValueError: If `alpha` is not in [0, 1], `output_dir` is not empty, an adapter meets a full model, weights
             differ in name or shape or are quantised, or adapters are no LoRA or differ in their settings.
     """
-    output = Path(output_dir)
+    output = Path(output_dir).expanduser().resolve()
     if not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` is the share of the fine-tuned weights and must be in [0, 1], got {alpha!r}.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -55,10 +55,9 @@ def interpolate(
     if first is None and not is_adapter:
         raise ValueError("`start` is needed for a full model: the model that the fine-tuning began with.")
     if first is not None and (first / _ADAPTER_CONFIG).is_file() != is_adapter:
-        kinds = ("an adapter", "a full model") if is_adapter else ("a full model", "an adapter")
         raise ValueError(
-            f"`end` is {kinds[0]} and `start` is {kinds[1]}. Pass two of a kind: merge the adapter "
-            "(`merge_and_unload`), or leave `start` out for an adapter that started from nothing."
+            f"`end` is {'an adapter' if is_adapter else 'a full model'} and `start` is not. Pass two of a kind: merge "
+            "the adapter (`merge_and_unload`), or leave `start` out for an adapter that started from nothing."
         )
     with written_whole(output) as partial:
         partial.mkdir()
@@ -101,7 +100,9 @@ def _write_weights(end: Path, start: Path | None, alpha: float, output: Path, is
     # Of tied embeddings, some versions of transformers save both names and some one
     different = {*names} - {*earlier} | ({*earlier} - {*names} - {"lm_head.weight"})
     if start is not None and different:
-        raise ValueError(f"{len(different)} tensors are in `start` or `end` only, such as {min(different)}.")
+        raise ValueError(
+            f"{len(different)} tensors are in `start` or `end` only, such as {min(different)}. Save both alike."
+        )
     mix = _adapter_between if is_adapter else _between
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in {*names.values(), *earlier.values()}}
@@ -118,9 +119,9 @@ def _write_weights(end: Path, start: Path | None, alpha: float, output: Path, is
 
 
 def _between(name: str, before: torch.Tensor, after: torch.Tensor, alpha: float) -> torch.Tensor:
-    if torch.equal(before, after):
+    if before.dtype == after.dtype and torch.equal(before, after):
         return after
-    if not (before.is_floating_point() and after.is_floating_point()):
+    if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in (before, after)):
         raise ValueError(f"{name} is quantised ({after.dtype}): interpolate dequantised models, or adapters.")
     return torch.lerp(before.float(), after.float(), alpha).to(after.dtype)
 
@@ -142,16 +143,15 @@ def _adapter_between(name: str, before: torch.Tensor | None, after: torch.Tensor
 
 
 def _check_adapters(end: dict, start: dict | None) -> None:
-    if end["peft_type"] != "LORA" or end.get("use_dora"):
-        kind = "DoRA" if end.get("use_dora") else end["peft_type"]
-        raise ValueError(
-            f"`end` is an adapter of type {kind}; LoRA alone can be interpolated. Merge it into the model."
-        )
-    for name in sorted({*end, *start} - {"inference_mode", "revision"} if start else ()):
-        # Lists of modules are saved in any order
-        before, after = (sorted(x) if isinstance(x := config.get(name), list) else x for config in (start, end))
-        if before != after:
-            raise ValueError(f"The adapters differ in `{name}`: {before!r} in `start`, {after!r} in `end`.")
+    kind = "DoRA" if end.get("use_dora") else end["peft_type"]
+    # The others change the base model, or what a second half would be read as
+    if end.get("init_lora_weights") not in (True, False, "gaussian") or end.get("target_parameters"):
+        kind = f"{kind} with another `init_lora_weights` or `target_parameters`"
+    if kind != "LORA":
+        raise ValueError(f"`end` is an adapter of type {kind}; plain LoRA alone can be interpolated. Merge it.")
+    for name in ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern") if start else ():
+        if start.get(name) != end.get(name):
+            raise ValueError(f"The adapters differ in `{name}`: {start.get(name)!r} in `start`, {end.get(name)!r}.")
 
 
 def _with_twice_the_rank(config: dict) -> dict:
