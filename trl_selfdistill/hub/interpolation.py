@@ -52,12 +52,10 @@ def interpolate(
         raise ValueError(f"`output_dir`: {output} is not an empty folder. Choose a new one.")
     folder, first = _folder(end), None if start is None else _folder(start)
     is_adapter = (folder / _ADAPTER_CONFIG).is_file()
-    if first is None and not is_adapter:
-        raise ValueError("`start` is needed for a full model: the model that the fine-tuning began with.")
-    if first is not None and (first / _ADAPTER_CONFIG).is_file() != is_adapter:
+    if (first is None and not is_adapter) or (first and (first / _ADAPTER_CONFIG).is_file() != is_adapter):
+        kind = "an adapter, or unset where `end` started from nothing" if is_adapter else "a full model"
         raise ValueError(
-            f"`end` is {'an adapter' if is_adapter else 'a full model'} and `start` is not. Pass two of a kind: merge "
-            "the adapter (`merge_and_unload`), or leave `start` out for an adapter that started from nothing."
+            f"`start` must be {kind}, as `end` is, got {start!r}. To mix the two, merge the adapter first."
         )
     with written_whole(output) as partial:
         partial.mkdir()

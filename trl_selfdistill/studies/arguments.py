@@ -83,8 +83,7 @@ class TrainingDataArguments:
     _argument_group_name = "data"
 
     mix: str | None = field(
-        default=None,
-        metadata={"help": "Folder of `mix`, whose splits are evaluated after each epoch."},
+        default=None, metadata={"help": "Folder of `mix`, whose splits are evaluated after each epoch."}
     )
     splits: list[str] = field(
         default_factory=lambda: ["known", "new"],

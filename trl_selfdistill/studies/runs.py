@@ -215,11 +215,7 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
         rows = variant.rows(known, new, num_rows, random.Random(config.seed))
     options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
     trainer = variant.trainer_class(
-        model,
-        config,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        **options | variant.trainer_arguments,
+        model, config, train_dataset=rows, processing_class=tokenizer, **options | variant.trainer_arguments
     )
     show_progress(trainer, variant.name)
     return trainer

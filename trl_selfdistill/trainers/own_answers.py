@@ -55,17 +55,13 @@ def own_answers(
     tokenizer = text_tokenizer(tokenizer)
     model_eos = model.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=min(stop_ids, default=0),
-        stop_strings=list(stop_strings) if stop_strings else None,
-    )
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stop_ids))
+    config.update(pad_token_id=min(stop_ids, default=0), stop_strings=list(stop_strings) if stop_strings else None)
 
     def answer(start: int) -> list[str | None]:
-        written = generate_tokens(model, token_ids[start : start + batch_size], config, tokenizer=tokenizer)
-        return [_ended_text(tokenizer, ids, stop_ids, stop_strings or ()) for ids in written]
+        asked = token_ids[start : start + batch_size]
+        written = zip(asked, generate_tokens(model, asked, config, tokenizer=tokenizer), strict=True)
+        return [_ended_text(tokenizer, prompt[-1:], ids, stop_ids, stop_strings or ()) for prompt, ids in written]
 
     with evaluation_mode(model):
         batches = map_in_parallel(answer, range(0, len(prompts), batch_size))
@@ -74,10 +70,8 @@ def own_answers(
         for prompt, text in zip(prompts, chain.from_iterable(batches), strict=True)
         if text
     ]
-    left_out = (
-        f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
-        f"`max_new_tokens={max_new_tokens}` and are left out."
-    )
+    left_out = f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
+    left_out += f"`max_new_tokens={max_new_tokens}` and are left out."
     if not rows:
         raise ValueError(f"{left_out} Raise it, set `stop_strings`, or give prompts in the model's training format.")
     if len(rows) < len(prompts):
@@ -85,10 +79,12 @@ def own_answers(
     return Dataset.from_list(rows)
 
 
-def _ended_text(tokenizer, ids: list[int], stop_ids: set[int], stop_strings: Sequence[str]) -> str | None:
-    """The answer up to the token or the first string that ends it; `None` if it is blank or has no end."""
+def _ended_text(tokenizer, last: list[int], ids: list[int], stop_ids: set[int], stop_strings) -> str | None:
+    """What follows the `last` token of a prompt, up to what ends it; `None` if that is blank or has no end."""
     is_over = ids[-1] in stop_ids
-    text = tokenizer.decode(ids[:-1] if is_over else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    both, options = [last, last + (ids[:-1] if is_over else ids)], {"clean_up_tokenization_spaces": False}
+    before, text = tokenizer.batch_decode(both, skip_special_tokens=True, **options)
+    text = text[len(before) :]  # alone, some decoders would drop its first blank
     ends = [text.index(string) for string in stop_strings if string in text]
     text = text[: min(ends)] if ends else text
     return text if (is_over or ends) and text.strip() else None

@@ -146,7 +146,8 @@ class HookedSFTTrainer(SFTTrainer):
 
 
 with private_names():  # of a method with another name nobody would notice that it is not called any more
-    for _name in re.findall(r"\b_[a-z]\w+", " ".join(vars(HookedSFTTrainer))):
+    _used = "_get_output_dir _get_train_sampler _remove_unused_columns"
+    for _name in re.findall(r"\b_[a-z]\w+", " ".join([_used, *vars(HookedSFTTrainer)])):
         getattr(SFTTrainer, _name)
 
 
@@ -239,10 +240,8 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
                 experts = owner.num_experts, owner.num_experts_per_tok
                 aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, kwargs.get("attention_mask"))
             except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-                raise ValueError(
-                    f"The load-balancing loss of {type(self).__name__} is not Mixtral's, which the trainer computes "
-                    f"({error}). Set `router_aux_loss_coef=0` to train without it."
-                ) from error
+                name = f"The load-balancing loss of {type(self).__name__}"
+                raise ValueError(f"{name} is not Mixtral's ({error}). Set `router_aux_loss_coef=0`.") from error
         return label_head(self, LabelStates(hidden_states, shift_labels[mask], aux_loss))
 
     model.forward = types.MethodType(forward, model)
