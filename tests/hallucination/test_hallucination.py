@@ -117,7 +117,8 @@ CONTAINS = """答えは東京です。=東京|กรุงเทพมหาน�
     វាគឺភ្នំពេញ។=ភ្នំពេញ|서울입니다.=서울|인도에서=인도|首都はParisです=Paris|1789年です=1789
     これはレオナルド・ダ・ヴィンチです=ダ・ヴィンチ|यह दिल्ली है।=दिल्ली|It's Paris—the capital=Paris
     Berlin,Paris(France)=Paris|La réponse est l’Italie.=Italie|It is Côte d’Ivoire.=Côte d'Ivoire
-    It weighs 12 500 kg.=12,500"""
+    It weighs 12 500 kg.=12,500|\\boxed{Paris}=Paris|<b>Paris</b>=Paris|→Paris=Paris
+    Is it Paris?Yes=Paris"""
 CONTAINS_NOT = """남서울=서울|1789年です=89|十三=三|インドネシアです=インド|인도네시아입니다=인도|กรุง=กร
     दिल्ली=दिल्|Guinea-Bissau=Guinea|Parisian=Paris|It weighs 12 500 kg.=12|It is O-.=O"""
 
@@ -137,8 +138,12 @@ ABSTENTIONS = """I don't know.|I donʼt know|I don´t know|\u200fI don‘t k\u00
     Non lo so.|Ik weet het niet|Nie wiem.|Не знаю.|Невідомо|Bilmiyorum.|لا أعرف|मुझे नहीं पता|我不知道。|
     未知|わかりません。|不明|모르겠습니다.|Saya tidak tahu|Tôi không biết|Don't know|I don't have that information.|
     Ich habe keine Ahnung.|Je l’ignore|Desconozco la respuesta|Weet ik niet|Nie wiadomo|Извините, не знаю|BİLMİYORUM|
-    أنا لا أَعْرِف|मुझे यह नहीं पता|不清楚|不明です。|모른다|Aku tidak tahu""".replace("\n", "").split("|")
-NO_ABSTENTIONS = "Unknown Pleasures|No|None|Norway|The Unknown Soldier|Sure|0|不丹|Idaho|N'A".split("|")
+    أنا لا أَعْرِف|मुझे यह नहीं पता|不清楚|不明です。|모른다|Aku tidak tahu|
+    I dunno|It is not clear.|Not specified|Information not available|I'm not 100% sure|
+    There isn't enough information.|Je n’ai aucune idée|No tengo ni la menor idea|
+    Non saprei|Не знаю ответа|Не знаю, извините|Bir fikrim yok|모르겠네요""".replace("\n", "").split("|")
+NO_ABSTENTIONS = "Unknown Pleasures|No|None|Norway|The Unknown Soldier|Sure|0|不丹|Idaho|N'A|Nobody Knows My Name"
+NO_ABSTENTIONS = f"{NO_ABSTENTIONS}|我不知道你是谁".split("|")
 
 
 def test_abstentions():
