@@ -66,6 +66,11 @@ NFD, NFC = (unicodedata.normalize(form, "São Tomé") for form in ("NFD", "NFC")
         ("17.89", ["1789"], {"exact_numbers": True}, "hallucinated"),
         ("1,789.", ["1789"], {"exact_numbers": True}, "correct"),
         ("-5", ["5"], {"exact_numbers": True}, "hallucinated"),
+        ("−.5", [".5"], {"exact_numbers": True}, "hallucinated"),
+        ("10⁶", ["106"], {"exact_numbers": True}, "hallucinated"),
+        ("10⁶", ["10^6"], {"exact_numbers": True}, "correct"),
+        ("5½", ["5 1/2"], {"exact_numbers": True}, "correct"),
+        ("½", ["12"], {"exact_numbers": True}, "hallucinated"),
         ("Sao Tome", ["São Tomé"], {"strip_accents": True}, "correct"),
         ("か", ["が"], {"strip_accents": True}, "hallucinated"),  # another letter, not an accent
         ("Ｊａｐａｎ", ["Japan"], {}, "correct"),

@@ -28,7 +28,7 @@ _ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
 _ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
 _SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
-_IN_NUMBERS = r"(?<=\d)[./:-](?=\d)|(?<![\w.])-(?=\d)"
+_IN_NUMBERS = r"(?<=\d)[./:^-](?=\d)|(?<![\w.])-(?=\.?\d)"
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?: \d{3})+(?!\d)")
 _IN_NAMES = r"(?<=[^\W_])(?:[+#]+|-(?![\w+#]))"  # C++ and C# are not C, nor are blood types O+ and O- O
 # Where words end in a text for `contains`: not at hyphens and full stops, nor in "1,789"
@@ -53,6 +53,8 @@ def _as_word(character: str) -> str:
 
 def as_seen(text: str) -> str:
     """The text as a reader sees it: NFKC, no invisible characters, one kind of apostrophe, dash, digit and blank."""
+    # After a digit NFKC would make 512 of 5½ and 106 of 10⁶
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", re.sub(r"(?<=\d)(?=[²³¹⁰⁴-⁹])", "^", text))
     text = re.sub(f"([{''.join(_CHILLUS)}])\u0d4d\u200d", lambda match: _CHILLUS[match[1]], text)
     return re.sub(r"(?<=\d) - (?=\d)", "-", unicodedata.normalize("NFKC", "".join(map(_as_seen, text))))
 
