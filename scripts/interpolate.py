@@ -11,6 +11,7 @@ Input: two checkpoints of one model, or a LoRA adapter. Output: a checkpoint wit
     trl-selfdistill interpolate --end outputs/adapter --alpha 0.5 --output_dir outputs/adapter-0.5
 """
 
+import sys
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
@@ -36,8 +37,12 @@ class InterpolationArguments:
 
 def main(args: InterpolationArguments) -> None:
     """Writes the checkpoint."""
-    if PartialState().is_main_process:
+    if not PartialState().is_main_process:
+        return
+    try:
         print(f"Model: {interpolate(args.end, args.alpha, args.output_dir, args.start)}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"Nothing was written. {error}")
 
 
 if __name__ == "__main__":
