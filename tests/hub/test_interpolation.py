@@ -104,6 +104,7 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
     saved = adapter("saved", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ia3 = adapter("ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     pissa = adapter("pissa", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    raw = adapter("raw", LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"]))
     (tmp_path / "empty").mkdir()
     cases = [
         (end, 1.1, start, r"`alpha` .* in \[0, 1\], got 1.1"),
@@ -116,6 +117,7 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
         (end, 0.5, changed("int", lambda t: t.update({first: t[first].to(torch.uint8)})), f"{first} is quantised"),
         (dora, 0.5, None, "type DoRA"),
         (ia3, 0.5, None, "type IA3"),
+        (raw, 0.5, None, "or `target_parameters`"),
         (pissa, 0.5, pissa, "LORA with another `init_lora_weights`"),
         (end, 0.5, changed("fp8", lambda t: t.update({first: t[first].to(torch.float8_e4m3fn)})), f"{first} is quan"),
         (lora, 0.5, other, "adapters differ in `r`: 3 in `start`, 8."),
