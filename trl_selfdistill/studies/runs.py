@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
+from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
@@ -50,8 +51,10 @@ class Variant(NamedTuple):
         trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`.
         prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
         about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
-        family (`str`, *optional*): What it is a setting of, if the report speaks of that as a whole.
-        slower (`float`, *optional*, defaults to `1.0`): Divides the learning rate and multiplies the steps.
+        group (`str`, *optional*): The kind of remedy that it is.
+        steps (`float`, *optional*, defaults to `1.0`): Multiplies the steps.
+        rate (`float`, *optional*, defaults to `1.0`): Multiplies the learning rate.
+        adapter (`Callable`, *optional*): `adapter(model, tokenizer, rows)`, a PEFT configuration.
     """
 
     name: str
@@ -62,8 +65,15 @@ class Variant(NamedTuple):
     trainer_arguments: dict[str, Any] = {}
     prepare: Callable[[Trainer, Path], None] | None = None
     about: dict[str, Any] = {}
-    family: str = ""
-    slower: float = 1.0
+    group: str = ""
+    steps: float = 1.0
+    rate: float = 1.0
+    adapter: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Dataset], PeftConfig] | None = None
+
+    @property
+    def title(self) -> str:
+        """Its label, and how many steps it makes."""
+        return self.label if self.steps == 1 else f"{self.label}, {self.steps:g} times the steps"
 
 
 class StudySetup(NamedTuple):
@@ -98,20 +108,37 @@ class StudySetup(NamedTuple):
 
 
 class StepTimes(TrainerCallback):
-    """Times each optimizer step, without evaluation and saving."""
+    """
+    Times each optimizer step, without evaluation and saving. What a step costs includes drawing its rows, and is
+    processor time on a CPU, which others may use too.
+    """
 
     def __init__(self):
         self.seconds: list[float] = []
+        self.costs: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._clock = time.process_time if args.device.type == "cpu" else time.perf_counter
+        self._ended = self._clock()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self._started)
+        self.costs.append(self._clock() - self._ended)
+        self._ended = self._clock()
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # after the evaluation
+        self._ended = self._clock()
 
     def seconds_per_step(self) -> float | None:
         """The median; `None` if no step was made."""
         return statistics.median(self.seconds) if self.seconds else None
+
+    def cost(self, num_steps: int) -> float | None:
+        """Seconds of so many steps, by the mean of those that were timed; `None` if none was made."""
+        return num_steps * statistics.fmean(self.costs) if self.costs else None
 
 
 class RunFacts(NamedTuple):
@@ -192,7 +219,9 @@ def train_variant(
             trainer.save_model()
         if trainer.is_world_process_zero():
             training = _describe_run(trainer, variant, setup, run_facts)
-            write_json(partial / TRAINING_FILE, {**training, "seconds_per_step": times.seconds_per_step()})
+            cost = times.cost(training["num_steps"])
+            training |= {"seconds_per_step": times.seconds_per_step(), "training_seconds": cost}
+            write_json(partial / TRAINING_FILE, training)
             for path in [*partial.glob("checkpoint-*"), *partial.glob("_*")]:  # optimizers, teachers, caches
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if keep_model:
@@ -214,6 +243,8 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
         num_rows = rows_per_step(config) * max(config.max_steps, 0)
         rows = variant.rows(known, new, num_rows, random.Random(config.seed))
     options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
+    if variant.adapter is not None:
+        options["peft_config"] = variant.adapter(model, tokenizer, rows)
     trainer = variant.trainer_class(
         model, config, train_dataset=rows, processing_class=tokenizer, **options | variant.trainer_arguments
     )
@@ -226,7 +257,7 @@ def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: 
     trained_on = {name: part for name, part in (("known", facts.known), ("new", facts.new)) if len(part)}
     return {
         **describe_training(trainer),
-        "label": variant.label,
+        "label": variant.title,
         "about": variant.about,
         "origin": _origin(setup.start),
         "started_from": Path(setup.start).name if (Path(setup.start) / TRAINING_FILE).is_file() else None,
@@ -258,9 +289,9 @@ def training_config(variant: Variant, shared: TrainingArguments, num_steps: int 
     """
     changes = dict(variant.changes)
     if num_steps is not None:
-        changes["max_steps"] = round(num_steps * variant.slower)
-    if variant.slower != 1:
-        changes["learning_rate"] = shared.learning_rate / variant.slower
+        changes["max_steps"] = max(1, round(num_steps * variant.steps))
+    if variant.rate != 1:
+        changes["learning_rate"] = shared.learning_rate * variant.rate
     return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **changes)
 
 

@@ -18,12 +18,8 @@ from toy_study import STUDY_FLAGS, run_script, runs_of
 from trl import SFTTrainer
 
 from trl_selfdistill.files import read_json
-from trl_selfdistill.studies.comparison.rivals import (
-    ComparisonArguments,
-    _known_patch_rows,
-    _replay_rows,
-    mask_unlikely_tokens,
-)
+from trl_selfdistill.studies.comparison.rivals import ComparisonArguments
+from trl_selfdistill.studies.comparison.rows import known_patch_rows, mask_unlikely_tokens, replay_rows
 from trl_selfdistill.studies.comparison.study import best_epoch
 from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, read_records
 from trl_selfdistill.studies.results import read_result
@@ -149,13 +145,13 @@ def rows_of(make, num_rows: int, num_known: int, num_new: int, seed: int = 0) ->
 
 
 def test_replay_shows_known_facts_three_times():
-    assert sorted(rows_of(_replay_rows, 12, 2, 2)) == ["k0"] * 3 + ["k1"] * 3 + ["n0", "n1"]
+    assert sorted(rows_of(replay_rows, 12, 2, 2)) == ["k0"] * 3 + ["k1"] * 3 + ["n0", "n1"]
 
 
 @pytest.mark.parametrize(("num_known", "num_new"), [(4, 8), (20, 80), (500, 500)])
 def test_known_patch_mixes_its_share_of_known_facts_into_its_last_part(num_known, num_new):
-    rows = rows_of(_known_patch_rows, 1000, num_known, num_new)
-    assert len(rows) == 1000 and rows == rows_of(_known_patch_rows, 1000, num_known, num_new)
+    rows = rows_of(known_patch_rows, 1000, num_known, num_new)
+    assert len(rows) == 1000 and rows == rows_of(known_patch_rows, 1000, num_known, num_new)
     assert all(row.startswith("n") for row in rows[:700])
     assert sum(row.startswith("k") for row in rows[700:]) == 200
     for kind, number in (("k", num_known), ("n", num_new)):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ...hallucination.intervals import mean_interval
 from ..markdown import format_interval, markdown_table
-from .rivals import SELF_DISTILLATION, WITH_OWN_ANSWERS
+from .rivals import OWN_ANSWERS, SELF_DISTILLATION
 
 
 _COLOURS = {"SFT": "#D55E00", SELF_DISTILLATION: "#0072B2", "WiSE-FT": "#009E73"}
@@ -24,13 +24,15 @@ class Outcome(NamedTuple):
         old (`np.ndarray` of shape `(num_seeds, num_old_facts)`):
             Right (1) or wrong (0) after training, on old facts that were not trained on.
         new (`np.ndarray` of shape `(num_seeds, num_new_facts)`): The same of the new facts.
-        family (`str`, *optional*): What it is a setting of, if the report speaks of that as a whole.
+        group (`str`, *optional*): The kind of remedy that it is.
+        cost (`float`, *optional*): Seconds of training.
     """
 
     label: str
     old: np.ndarray
     new: np.ndarray
-    family: str = ""
+    group: str = ""
+    cost: float | None = None
 
     def clear_leads(self, other: "Outcome") -> list[str]:
         """On which facts the 95 % interval of the paired difference from another is above 0."""
@@ -53,7 +55,8 @@ def summarise(outcomes: list[Outcome]) -> list[dict]:
             "stability": mean_interval(outcome.old == 1)._asdict(),
             "plasticity": mean_interval(outcome.new == 1)._asdict(),
             "dominated_by": [other.label for other in dominators(outcome, outcomes)],
-            "family": outcome.family,
+            "group": outcome.group,
+            "cost": outcome.cost,
         }
         for outcome in outcomes
     ]
@@ -101,8 +104,8 @@ def render_verdict(outcomes: list[Outcome]) -> list[str]:
     better = {outcome.label: [other.label for other in dominators(outcome, outcomes)] for outcome in outcomes}
     front = [label for label, others in better.items() if not others]
     lines = [f"- On the front (no other variant is as good on both and better on one): {'; '.join(front)}."]
-    for family in (SELF_DISTILLATION, WITH_OWN_ANSWERS):
-        ours = [outcome.label for outcome in outcomes if outcome.family == family]
+    for family in (SELF_DISTILLATION, OWN_ANSWERS):
+        ours = [outcome.label for outcome in outcomes if outcome.group == family]
         best = [label for label in ours if label in front]
         if best:
             lines.append(f"- {family} is on the front with {len(best)} of {len(ours)} settings: {'; '.join(best)}.")

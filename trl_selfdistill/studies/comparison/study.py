@@ -3,6 +3,8 @@
 
 import random
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,22 +16,24 @@ from ...files import read_jsonl, write_jsonl
 from ...slick.prompts import question_prompt
 from ...trainers.own_answers import own_answers
 from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
-from ..facts.table import fold_name, read_facts
-from ..results import RECORDS_FILE
-from ..runs import RunFacts, StudySetup, steps_of_epochs, train_variant, training_config
+from ..facts.table import fold_name, load_facts, read_facts
+from ..results import RECORDS_FILE, VariantResult
+from ..runs import RunFacts, StudySetup, Variant, steps_of_epochs, train_variant, training_config
 from ..stage import run_stage
 from ..training_mix import load_mix
 from .report import Outcome
-from .rivals import ComparisonArguments, variants_of
+from .rivals import ADAPTERS, SFT, USE_PROMPTS, WISE_FT, ComparisonArguments, variants_of
 
 
 EARLY_STOPPING = "SFT, stopped early"
 
 
-def compare_variants(args: ComparisonArguments, setup: StudySetup, folder: Path) -> list[Outcome]:
+def compare_variants(
+    args: ComparisonArguments, setup: StudySetup, folder: Path
+) -> tuple[Outcome, list[Outcome], list[Outcome]]:
     """
-    Makes all runs, each in a folder of its own, and returns the model before them and what each variant did; plain SFT
-    is the first.
+    Makes all runs, each in a folder of its own. Returns the model before them, what each variant did, plain SFT first,
+    and what each did in the same processor time, if that is asked for.
 
     Of the held-out facts, one half chooses where to stop early; every variant is judged by the other half.
 
@@ -41,38 +45,109 @@ def compare_variants(args: ComparisonArguments, setup: StudySetup, folder: Path)
     Raises:
         ValueError: If there are too few facts, or a setting that a trainer refuses; before the first run.
     """
-    facts = _facts(setup.mix)
-    answers = None
-    if "rehearsal" in args.variants:
-        answers = _own_answers(args.num_rehearsal, facts.asked, setup, folder.with_name("own_answers"))
-    variants = variants_of(args, answers)
+    facts, prompts, answers = _facts(setup.mix), [], None
+    if USE_PROMPTS & {*args.variants}:
+        prompts = _prompts(args, facts.asked, setup)
+    if "own_answers" in args.variants:
+        own = prompts[: args.num_own_answers]
+        answers = _own_answers(own, setup, folder.with_name("own_answers"))
+    variants = variants_of(args, prompts, answers)
     num_steps = steps_of_epochs(len(facts.known) + len(facts.new), setup.config)
     for variant in variants:
         training_config(variant, setup.config, num_steps)  # refuses what cannot be
-    outcomes = []
-    for variant in variants:
-        is_sft = variant.name == "sft"
-        results = [
+    full = {variant.name for variant in variants if variant.group != ADAPTERS}
+    if not {*args.mixed} <= full:
+        raise ValueError(f"`mixed` may hold {', '.join(sorted(full))}, got {args.mixed}.")
+    runs = _Runs(args, setup, folder, facts, num_steps)
+    sft, *others = variants
+    results = runs.of(sft)
+    before = _outcome("before", [result.records[0] for result in results])
+    early = _outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results], SFT, results)
+    outcomes = runs.outcomes([sft])
+    outcomes = [outcomes[0], early, *outcomes[1:], *runs.outcomes(others)]
+    in_equal_time = runs.outcomes(runs.in_equal_time(variants)) if args.equal_time else []
+    return before, outcomes, in_equal_time
+
+
+class _Runs(NamedTuple):
+    """The runs of the variants, made when they are asked for."""
+
+    args: ComparisonArguments
+    setup: StudySetup
+    folder: Path
+    facts: RunFacts
+    num_steps: int
+
+    def of(self, variant: Variant) -> list[VariantResult]:
+        """Those of a variant, one for each seed."""
+        every_epoch = variant.name == "sft" and variant.steps == 1  # the best of its epochs is a variant by itself
+        return [
             train_variant(
                 variant._replace(changes=variant.changes | {"seed": seed}),
-                setup,
-                folder / f"{variant.name}-seed{seed}",
-                lambda _: facts,
-                num_steps=num_steps,
-                eval_epochs=int(is_sft),  # the best of its epochs is a variant by itself
-                keep_model=is_sft,  # for WiSE-FT
+                self.setup,
+                self._folder(variant, seed),
+                lambda _: self.facts,
+                num_steps=self.num_steps,
+                eval_epochs=int(every_epoch),
+                keep_model=variant.name in self.args.mixed,
             )
-            for seed in args.seeds
+            for seed in self.args.seeds
         ]
-        if is_sft:
-            outcomes.append(_outcome("before", [result.records[0] for result in results]))
-        outcomes.append(_outcome(variant.label, [result.records[-1] for result in results], variant.family))
-        if is_sft:
-            outcomes.append(_outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results]))
-            mixed = [_wise_ft(folder, seed, args.mixing_weights, setup, facts.asked) for seed in args.seeds]
-            for weight, records in zip(args.mixing_weights, zip(*mixed, strict=True), strict=True):
-                outcomes.append(_outcome(f"WiSE-FT, {weight:g} of SFT", records))
-    return outcomes
+
+    def _folder(self, variant: Variant, seed: int, prefix: str = "") -> Path:
+        steps = f"-steps{variant.steps:g}" if variant.steps != 1 else ""
+        return self.folder / f"{prefix}{variant.name}{steps}-seed{seed}"
+
+    def outcomes(self, variants: list[Variant]) -> list[Outcome]:
+        """What the variants did, and weights between the start and those that `mixed` names."""
+        found = []
+        for variant in variants:
+            results = self.of(variant)
+            found.append(_outcome(variant.title, [result.records[-1] for result in results], variant.group, results))
+            if variant.name in self.args.mixed:
+                mixed = [self._wise_ft(variant, seed) for seed in self.args.seeds]
+                for weight, records in zip(self.args.mixing_weights, zip(*mixed, strict=True), strict=True):
+                    group = WISE_FT if variant.group == SFT else variant.group
+                    found.append(_outcome(f"WiSE-FT, {weight:g} of {variant.title}", records, group, results))
+        return found
+
+    def in_equal_time(self, variants: list[Variant]) -> list[Variant]:
+        """The variants with as many steps, to a tenth of SFT's, as take `equal_time` times the time that SFT took."""
+        found = {}
+        for variant in variants:
+            share = training_seconds(self.of(variants[0])) / training_seconds(self.of(variant))
+            steps = max(0.1, round(self.args.equal_time * share * variant.steps, 1))
+            found.setdefault(variant.label, variant._replace(steps=steps))
+        return [*found.values()]
+
+    def _wise_ft(self, variant: Variant, seed: int) -> list[AccuracyRecord]:
+        """
+        Asks the facts with weights between those of the start and of a run (WiSE-FT, arXiv 2109.01903): a record for
+        each share of the run's weights, which is its `epoch`.
+        """
+        setup, mixing_weights = self.setup, self.args.mixing_weights
+        trained, target = self._folder(variant, seed), self._folder(variant, seed, "wise_ft-")
+
+        def work(partial: Path) -> None:
+            model, tokenizer = _load_start(setup)
+            # Only the model itself takes memory of the device
+            start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+            fine_tuned, _ = setup.load(trained)
+            tuned = dict(fine_tuned.named_parameters())
+            records = []
+            for weight in mixing_weights:
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        parameter.copy_(torch.lerp(start[name], tuned[name], weight))
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
+                    answers = {name: ask_facts(model, tokenizer, facts) for name, facts in self.facts.asked.items()}
+                records.append(AccuracyRecord(0, weight, answers))
+            if PartialState().is_main_process:
+                write_records(partial / RECORDS_FILE, records)
+
+        arguments = {"mixing_weights": mixing_weights, "bf16": setup.config.bf16}
+        run_stage(target, arguments, [setup.start, trained, setup.mix], work, every_process=True)
+        return read_records(target / RECORDS_FILE)
 
 
 def best_epoch(records: list[AccuracyRecord]) -> AccuracyRecord:
@@ -93,25 +168,30 @@ def _facts(mix: Path) -> RunFacts:
     return RunFacts(splits["known"], splits["new"], asked)
 
 
-def _own_answers(number: int, asked: dict[str, Dataset], setup: StudySetup, folder: Path) -> Dataset:
+def _prompts(args: ComparisonArguments, asked: dict[str, Dataset], setup: StudySetup) -> list[str]:
     """
-    What the start model answers to questions of further facts, rows of `prompt` and `completion`, kept in `folder`.
-
-    The facts are of the asked ones' relations and about other subjects, drawn at random but always the same. Neither
-    are their answers looked at, nor whether the model knows them.
+    Questions about other subjects than the asked ones, and of their relations, drawn at random but always the same.
+    Neither are their answers looked at, nor whether the model knows them.
     """
     used = {fold_name(subject) for facts in asked.values() for subject in facts["subject"]}
     relations = {relation for facts in asked.values() for relation in facts["relation"]}
+    facts = read_facts(setup.annotated) if args.anchor_facts is None else load_facts(args.anchor_facts)
     questions = [
-        fact["question"]
-        for fact in read_facts(setup.annotated)
-        if fact["relation"] in relations and fold_name(fact["subject"]) not in used
+        fact["question"] for fact in facts if fact["relation"] in relations and fold_name(fact["subject"]) not in used
     ]
-    if len(questions) < number:
-        raise ValueError(
-            f"`num_rehearsal={number}`, but only {len(questions)} facts are in no split. Lower it, or take more facts."
-        )
-    prompts = [question_prompt(question) for question in random.Random(0).sample(questions, number)]
+    needed = {"num_own_answers": args.num_own_answers} if "own_answers" in args.variants else {}
+    needed |= {"num_anchors": max(args.num_anchors)} if "kl_anchors" in args.variants else {}
+    for name, number in needed.items():
+        if len(questions) < number:
+            raise ValueError(
+                f"`{name}={number}`, but only {len(questions)} facts are in no split. Lower it, or take more facts."
+            )
+    questions = random.Random(0).sample(questions, len(questions))[: max(needed.values())]
+    return [question_prompt(question) for question in questions]
+
+
+def _own_answers(prompts: list[str], setup: StudySetup, folder: Path) -> Dataset:
+    """What the start model answers, rows of `prompt` and `completion`, kept in `folder`."""
 
     def work(partial: Path) -> None:
         model, tokenizer = _load_start(setup)
@@ -126,42 +206,18 @@ def _own_answers(number: int, asked: dict[str, Dataset], setup: StudySetup, fold
     return Dataset.from_list(read_jsonl(folder / "answers.jsonl"))
 
 
-def _wise_ft(
-    folder: Path, seed: int, mixing_weights: list[float], setup: StudySetup, asked: dict[str, Dataset]
-) -> list[AccuracyRecord]:
-    """
-    Asks the facts with weights between those of the start and of SFT (WiSE-FT, arXiv 2109.01903): a record for each
-    share of SFT's weights, which is its `epoch`.
-    """
-    sft, target = folder / f"sft-seed{seed}", folder / f"wise_ft-seed{seed}"
-
-    def work(partial: Path) -> None:
-        model, tokenizer = _load_start(setup)
-        # Only the model itself takes memory of the device
-        start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-        fine_tuned, _ = setup.load(sft)
-        tuned = dict(fine_tuned.named_parameters())
-        records = []
-        for weight in mixing_weights:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(torch.lerp(start[name], tuned[name], weight))
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
-                answers = {name: ask_facts(model, tokenizer, facts) for name, facts in asked.items()}
-            records.append(AccuracyRecord(0, weight, answers))
-        if PartialState().is_main_process:
-            write_records(partial / RECORDS_FILE, records)
-
-    arguments = {"mixing_weights": mixing_weights, "bf16": setup.config.bf16}
-    run_stage(target, arguments, [setup.start, sft, setup.mix], work, every_process=True)
-    return read_records(target / RECORDS_FILE)
-
-
 def _load_start(setup: StudySetup) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = setup.load()
     return model.to(PartialState().device), tokenizer
 
 
-def _outcome(label: str, records: list[AccuracyRecord], family: str = "") -> Outcome:
+def _outcome(
+    label: str, records: list[AccuracyRecord], group: str = "", results: list[VariantResult] | None = None
+) -> Outcome:
     old, new = (np.stack([record.outcomes(name) for record in records]) for name in ("heldout", "new"))
-    return Outcome(label, old, new, family)
+    return Outcome(label, old, new, group, training_seconds(results) if results else None)
+
+
+def training_seconds(results: list[VariantResult]) -> float:
+    """What training took on average."""
+    return fmean(result.training["training_seconds"] for result in results)
