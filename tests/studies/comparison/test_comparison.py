@@ -29,7 +29,7 @@ from trl_selfdistill.studies.training_mix import load_mix
 VARIANTS = ("sft", "sft-slower2", "lora", "frozen", "l2", "replay", "known_patch", "stm")
 VARIANTS += tuple({"mica", "intruders", "osf"} & {*ComparisonArguments().variants})  # of newer versions of PEFT
 VARIANTS += ("eaft", "asft", "selfdistill-lambda1-tau0.5", "rehearsal", "rehearsal-selfdistill-lambda1-tau0.5")
-FLAGS = "--kl_weights 1 --temperatures 0.5 --mixing_weights 0 0.5 1 --num_rehearsal 4 --slower 2".split()
+FLAGS = "--settings 1/0.5 --mixing_weights 0 0.5 1 --num_own_answers 4 --slower 2".split()
 FLAGS += ["--num_heldout", "30", "--lora_rank", "4"]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import compare_versions
 from datasets import Dataset, concatenate_datasets
-from peft import CordaConfig, LoraConfig
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
