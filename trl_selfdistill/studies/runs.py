@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
-from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
@@ -48,13 +47,13 @@ class Variant(NamedTuple):
         changes (`dict`, *optional*): What it sets in the training configuration.
         rows (`Callable`, *optional*): `rows(known, new, num_rows, generator)`, its training rows of `prompt` and
             `completion`, by default all. The run's steps take `num_rows` of them.
-        trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`.
+        trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`, which may be a
+            function of the model, its tokenizer and the rows.
         prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
         about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
         group (`str`, *optional*): The kind of remedy that it is.
         steps (`float`, *optional*, defaults to `1.0`): Multiplies the steps.
         rate (`float`, *optional*, defaults to `1.0`): Multiplies the learning rate.
-        adapter (`Callable`, *optional*): `adapter(model, tokenizer, rows)`, a PEFT configuration.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Variant(NamedTuple):
     group: str = ""
     steps: float = 1.0
     rate: float = 1.0
-    adapter: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Dataset], PeftConfig] | None = None
 
     @property
     def title(self) -> str:
@@ -108,16 +106,14 @@ class StudySetup(NamedTuple):
 
 
 class StepTimes(TrainerCallback):
-    """
-    Times each optimizer step, without evaluation and saving. What a step costs includes drawing its rows, and is
-    processor time on a CPU, which others may use too.
-    """
+    """Times each optimizer step, without evaluation and saving."""
 
     def __init__(self):
         self.seconds: list[float] = []
         self.costs: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # Of a processor, others may take a share
         self._clock = time.process_time if args.device.type == "cpu" else time.perf_counter
         self._ended = self._clock()
 
@@ -126,19 +122,18 @@ class StepTimes(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self._started)
-        self.costs.append(self._clock() - self._ended)
+        self.costs.append(self._clock() - self._ended)  # with drawing its rows
         self._ended = self._clock()
 
     def on_epoch_end(self, args, state, control, **kwargs):  # after the evaluation
         self._ended = self._clock()
 
-    def seconds_per_step(self) -> float | None:
-        """The median; `None` if no step was made."""
-        return statistics.median(self.seconds) if self.seconds else None
-
-    def cost(self, num_steps: int) -> float | None:
-        """Seconds of so many steps, by the mean of those that were timed; `None` if none was made."""
-        return num_steps * statistics.fmean(self.costs) if self.costs else None
+    def summary(self, num_steps: int) -> dict[str, float | None]:
+        """Median seconds a step, and what all of a run cost: processor time on a CPU. `None` if no step was made."""
+        if not self.seconds:
+            return {"seconds_per_step": None, "training_seconds": None}
+        cost = num_steps * statistics.fmean(self.costs)
+        return {"seconds_per_step": statistics.median(self.seconds), "training_seconds": cost}
 
 
 class RunFacts(NamedTuple):
@@ -219,9 +214,7 @@ def train_variant(
             trainer.save_model()
         if trainer.is_world_process_zero():
             training = _describe_run(trainer, variant, setup, run_facts)
-            cost = times.cost(training["num_steps"])
-            training |= {"seconds_per_step": times.seconds_per_step(), "training_seconds": cost}
-            write_json(partial / TRAINING_FILE, training)
+            write_json(partial / TRAINING_FILE, training | times.summary(training["num_steps"]))
             for path in [*partial.glob("checkpoint-*"), *partial.glob("_*")]:  # optimizers, teachers, caches
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if keep_model:
@@ -243,11 +236,10 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
         num_rows = rows_per_step(config) * max(config.max_steps, 0)
         rows = variant.rows(known, new, num_rows, random.Random(config.seed))
     options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
-    if variant.adapter is not None:
-        options["peft_config"] = variant.adapter(model, tokenizer, rows)
-    trainer = variant.trainer_class(
-        model, config, train_dataset=rows, processing_class=tokenizer, **options | variant.trainer_arguments
-    )
+    options |= variant.trainer_arguments
+    if callable(options.get("peft_config")):
+        options["peft_config"] = options["peft_config"](model, tokenizer, rows)
+    trainer = variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
     show_progress(trainer, variant.name)
     return trainer
 

@@ -17,7 +17,7 @@ from study_records import answered
 from toy_study import STUDY_FLAGS, run_script, runs_of
 from trl import SFTTrainer
 
-from trl_selfdistill.files import read_json
+from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.studies.comparison.rivals import ComparisonArguments
 from trl_selfdistill.studies.comparison.rows import known_patch_rows, mask_unlikely_tokens, replay_rows
 from trl_selfdistill.studies.comparison.study import best_epoch
@@ -26,10 +26,12 @@ from trl_selfdistill.studies.results import read_result
 from trl_selfdistill.studies.training_mix import load_mix
 
 
-VARIANTS = ("sft", "sft-slower2", "lora", "frozen", "l2", "replay", "known_patch", "stm")
+VARIANTS = ("sft", "sft-slower2-steps2", "lora", "corda", "frozen", "l2", "replay", "known_patch", "stm")
 VARIANTS += tuple({"mica", "intruders", "osf"} & {*ComparisonArguments().variants})  # of newer versions of PEFT
-VARIANTS += ("eaft", "asft", "selfdistill-lambda1-tau0.5", "rehearsal", "rehearsal-selfdistill-lambda1-tau0.5")
+VARIANTS += ("eaft", "asft", "selfdistill-lambda1-tau0.5", "own_answers", "own_answers-selfdistill-lambda1-tau0.5")
+VARIANTS += ("kl_anchors-weight1-lambda0.3-4", "self_anchors-weight1-lambda0.3")
 FLAGS = "--settings 1/0.5 --mixing_weights 0 0.5 1 --num_own_answers 4 --slower 2".split()
+FLAGS += "--num_anchors 4 --anchor_settings 1/0.3 --anchor_max_new_tokens 4".split()
 FLAGS += ["--num_heldout", "30", "--lora_rank", "4"]
 
 
@@ -72,7 +74,7 @@ def test_all_variants_start_alike_and_make_as_many_steps(finished):
     results = [result for variant in VARIANTS for result in results_of(finished, variant)]
     assert all(result.training["num_steps"] == (16 if "slower" in result.name else 8) for result in results)
     rates = {name: results_of(finished, name)[0].training["settings"]["learning_rate"] for name in VARIANTS}
-    assert rates["sft-slower2"] == rates["sft"] / 2
+    assert rates["sft-slower2-steps2"] == rates["sft"] / 2
     assert all(result.records[0].answers == results[0].records[0].answers for result in results)
     logs = [result.training["log_history"] for result in results_of(finished, "sft")]
     assert logs[0] != logs[1] != logs[2]  # seeds matter
@@ -99,7 +101,7 @@ def test_the_facts_that_choose_when_to_stop_are_not_those_that_judge(finished):
 
 def test_wise_ft_goes_from_the_start_to_sft(finished):
     for result in results_of(finished, "sft"):
-        folder = finished / "runs" / result.name.replace("sft", "wise_ft")
+        folder = finished / "runs" / f"wise_ft-{result.name}"
         start, middle, end = read_records(folder / "accuracy.jsonl")
         assert [start.epoch, middle.epoch, end.epoch] == [0.0, 0.5, 1.0]
         assert start.answers == result.records[0].answers and end.answers == result.records[-1].answers
@@ -111,17 +113,34 @@ def test_other_mixing_weights_and_further_l2_weights_train_nothing_again(toy_stu
     flags = ["--variants", "sft", "l2", "--mixing_weights", "0.25", "--l2_weights", "1e6", "--save_strategy", "no"]
     compare(toy_study, output, *flags)
     changed = {name for name, content in runs_of(output / "runs").items() if before.get(name) != content}
-    assert changed == {f"{name}-seed{seed}" for seed in range(3) for name in ("wise_ft", "l2-weight1e+06")}
+    assert changed == {f"{name}-seed{seed}" for seed in range(3) for name in ("wise_ft-sft", "l2-weight1e+06")}
     labels = {point["label"] for point in read_json(output / "methods.json")}
     assert {"WiSE-FT, 0.25 of SFT", "L2 to the start, matched", "L2 to the start, weight 1e+06"} <= labels
     assert results_of(output, "l2-weight1e+06")[0].training["about"] == {"l2_weight": 1e6}
 
 
+def test_in_the_same_time_what_costs_more_makes_fewer_steps(toy_study, finished, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "study"))
+    for number, variant in enumerate(("sft", "asft", "sft-slower2-steps2"), start=1):
+        for seed in range(3):
+            path = output / "runs" / f"{variant}-seed{seed}" / "training.json"
+            write_json(path, read_json(path) | {"training_seconds": float(number)})
+    flags = ["--variants", "sft", "asft", "slow", "--equal_time", "0.75", "--save_strategy", "no"]
+    compare(toy_study, output, *flags)
+    points = [point for point in read_json(output / "methods.json") if "equal_time" in point]
+    steps = {"": 0.8, "ASFT: DFT and KL, λ = 0.05": 0.4, "SFT, 1/2 of the rate": 0.5}  # 0.75, 0.75 / 2, 2 * 0.75 / 3
+    labels = [f"{label or 'SFT'}, {share:g} times the steps" for label, share in steps.items()]
+    assert {point["label"] for point in points} >= {*labels} and len(points) == 3 + 3
+    assert results_of(output, "asft-steps0.4")[0].training["num_steps"] == 3
+    assert "# The same in 0.75 times the processor time of SFT" in (output / "methods.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_rehearsal", "4000"], "`num_rehearsal=4000`, but only [0-9]+ facts are in no split"),
-        (["--temperatures", "0"], "`temperature` must be .*, got 0.0"),
+        (["--num_own_answers", "4000"], "`num_own_answers=4000`, but only [0-9]+ facts are in no split"),
+        (["--settings", "1/0"], "`temperature` must be .*, got 0.0"),
+        (["--mixed", "lora"], "`mixed` may hold .*, got .'lora'"),
         (["--max_steps", "3"], "`max_steps=3`"),
         (["--use_peft"], "`use_peft`: the variants train the full model"),
     ],
@@ -183,7 +202,8 @@ def test_tokens_above_the_perplexity_are_masked_and_no_others(tmp_path):
         (dict(variants=["sft", "ewc"]), r"`variants` may hold .*, got \['sft', 'ewc'\]"),
         (dict(variants=["lora"]), "`sft` must be one"),
         (dict(seeds=[0, 1]), "`seeds` needs at least 3"),
-        (dict(kl_weights=[1.0, 1.0000001]), r"`kl_weights` .* none twice to six digits, got \[1.0, 1.0000001\]"),
+        (dict(slower=[1.0, 1.0000001]), r"`slower` .* none twice to six digits, got \[1.0, 1.0000001\]"),
+        (dict(settings=["0.3"]), "`settings` are two or three numbers each, as in 0.7/1/3, got"),
         (dict(mixing_weights=[0.5, 2.0]), r"`mixing_weights` must be shares in \[0, 1\], got \[0.5, 2.0\]"),
     ],
 )

@@ -9,10 +9,9 @@ from matplotlib.figure import Figure
 
 from ...hallucination.intervals import mean_interval
 from ..markdown import format_interval, markdown_table
-from .rivals import OWN_ANSWERS, SELF_DISTILLATION
 
 
-_COLOURS = {"SFT": "#D55E00", SELF_DISTILLATION: "#0072B2", "WiSE-FT": "#009E73"}
+_COLOURS = {"SFT": "#D55E00", "Self-distillation": "#0072B2", "WiSE-FT": "#009E73"}
 
 
 class Outcome(NamedTuple):
@@ -104,7 +103,7 @@ def render_verdict(outcomes: list[Outcome]) -> list[str]:
     better = {outcome.label: [other.label for other in dominators(outcome, outcomes)] for outcome in outcomes}
     front = [label for label, others in better.items() if not others]
     lines = [f"- On the front (no other variant is as good on both and better on one): {'; '.join(front)}."]
-    for family in (SELF_DISTILLATION, OWN_ANSWERS):
+    for family in ("Self-distillation", "Own answers"):
         ours = [outcome.label for outcome in outcomes if outcome.group == family]
         best = [label for label in ours if label in front]
         if best:

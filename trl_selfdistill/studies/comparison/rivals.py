@@ -6,8 +6,10 @@ another number; a lower learning rate gets as many more as it is lower.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import compare_versions
@@ -16,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from trl import SFTTrainer
 
 from ...trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from ...trainers.sft_internals import train_in_order
@@ -39,15 +42,16 @@ STM_MAX_PERPLEXITY = 2.5
 ASFT_KL_WEIGHT = 0.05
 # CorDA: rows of Known facts that show which directions their answers use
 CORDA_ROWS = 256
-# The kinds of remedies, in the order of the table
-SFT, LOWER_RATE, WISE_FT = "SFT", "Lower rate", "WiSE-FT"
-ADAPTERS, PARTS = "Adapters", "Parts of the weights"
-KNOWN_AGAIN, LOSSES, SELF_DISTILLATION = "Known facts again", "Other losses", "Self-distillation"
-OWN_ANSWERS, ANCHORS = "Own answers", "KL on anchors"
-_OF_NEWER_PEFT = ["mica", "intruders", "osf"] if compare_versions("peft", ">=", "0.21") else []
-_NAMES = ["sft", "slow", "lora", "corda", *_OF_NEWER_PEFT, "frozen", "l2", "replay", "known_patch", "stm", "eaft"]
-_NAMES += ["asft", "selfdistill", "own_answers", "kl_anchors", "self_anchors"]
-USE_PROMPTS = {"own_answers", "kl_anchors"}
+ADAPTERS = "Adapters"
+# Each with the kind of remedy that it is
+GROUPS = {"sft": "SFT", "slow": "Lower rate"} | dict.fromkeys(["lora", "corda"], ADAPTERS)
+if compare_versions("peft", ">=", "0.21"):
+    GROUPS |= dict.fromkeys(["mica", "intruders", "osf"], ADAPTERS)
+GROUPS |= dict.fromkeys(["frozen", "l2"], "Parts of the weights")
+GROUPS |= dict.fromkeys(["replay", "known_patch"], "Known facts again")
+GROUPS |= dict.fromkeys(["stm", "eaft", "asft"], "Other losses")
+GROUPS |= {"selfdistill": "Self-distillation", "own_answers": "Own answers"}
+GROUPS |= dict.fromkeys(["kl_anchors", "self_anchors"], "KL on anchors")
 
 
 @dataclass
@@ -57,7 +61,7 @@ class ComparisonArguments:
     _argument_group_name = "comparison"
 
     variants: list[str] = field(
-        default_factory=lambda: [*_NAMES],
+        default_factory=lambda: [*GROUPS],
         metadata={"help": "Variants to train. `sft` gives early stopping, too."},
     )
     seeds: list[int] = field(
@@ -69,9 +73,7 @@ class ComparisonArguments:
     )
     anchor_settings: list[str] = field(
         default_factory=lambda: ["1/0", "1/0.3"],
-        metadata={
-            "help": "Anchors with a KL of their own, τ = 1: their weight/λ of the rows, or that/times the steps."
-        },
+        metadata={"help": "Anchors with a KL, τ = 1: their weight/λ of the rows, or weight/λ/times the steps."},
     )
     num_anchors: list[int] = field(
         default_factory=lambda: [400], metadata={"help": "KL on anchors: numbers of prompts."}
@@ -106,24 +108,22 @@ class ComparisonArguments:
     )
 
     def __post_init__(self):
-        if set(self.variants) - {*_NAMES} or "sft" not in self.variants:
-            raise ValueError(f"`variants` may hold {', '.join(_NAMES)}, and `sft` must be one, got {self.variants}.")
+        if set(self.variants) - {*GROUPS} or "sft" not in self.variants:
+            raise ValueError(f"`variants` may hold {', '.join(GROUPS)}, and `sft` must be one, got {self.variants}.")
         check_different("seeds", self.seeds, at_least=3)
         for name in ("variants", "settings", "anchor_settings", "num_anchors", "mixing_weights", "slower"):
             check_different(name, getattr(self, name))
         check_different("l2_weights", self.l2_weights, at_least=0)
-        for name in ("settings", "anchor_settings"):
-            self.parse(name)
-        if min(*self.slower, *self.num_anchors, self.num_own_answers, self.equal_time or 1) <= 0:
-            raise ValueError(
-                "`slower`, `num_anchors`, `num_own_answers` and `equal_time` must be above 0, got "
-                f"{self.slower}, {self.num_anchors}, {self.num_own_answers} and {self.equal_time}."
-            )
+        self.parsed_settings, self.parsed_anchor_settings = self._parse("settings"), self._parse("anchor_settings")
+        for name in ("slower", "num_anchors", "num_own_answers", "equal_time"):
+            value = getattr(self, name)
+            if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
         if not all(0 <= weight <= 1 for weight in self.mixing_weights):
             raise ValueError(f"`mixing_weights` must be shares in [0, 1], got {self.mixing_weights}.")
 
-    def parse(self, name: str) -> list[tuple[float, float, float]]:
-        """The settings of that argument as numbers, the last the times of the steps, 1 if it is not given."""
+    def _parse(self, name: str) -> list[tuple[float, float, float]]:
+        """The settings as numbers, the last the times of the steps, 1 if it is not given."""
         settings = getattr(self, name)
         try:
             parsed = [[*map(float, setting.split("/"))] for setting in settings]
@@ -133,77 +133,73 @@ class ComparisonArguments:
 
 
 def variants_of(
-    args: ComparisonArguments, prompts: list[str] | None = None, answers: Dataset | None = None
+    args: ComparisonArguments, prompts: Sequence[str] = (), answers: Dataset | None = None
 ) -> list[Variant]:
     """
     The variants to train, plain SFT first.
 
     Args:
         args ([`ComparisonArguments`]): Which, and their settings.
-        prompts (`list[str]`, *optional*): Prompts without labels.
+        prompts (`Sequence[str]`, *optional*): Prompts without labels.
         answers (`Dataset`, *optional*): The start model's own answers, rows of `prompt` and `completion`.
     """
-    in_order = {"prepare": lambda trainer, folder: train_in_order(trainer)}
-    linear = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    options = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank}
-    rate = {"learning_rate": args.lora_learning_rate}
+    attention, in_order = {"trainable_groups": ["attention"]}, lambda trainer, folder: train_in_order(trainer)
+    asft = {"loss_type": "dft", "kl_weight": ASFT_KL_WEIGHT, "temperature": 1.0}
+    known_patch = f"KnownPatch, {100 * KNOWN_PATCH_RATIO:g} % of all rows, in the last {100 * KNOWN_PATCH_SHARE:g} %"
+    stm = f"Masked tokens (STM), perplexity above {STM_MAX_PERPLEXITY:g}"
+    written = {"anchor_max_new_tokens": args.anchor_max_new_tokens}
+    found: dict[str, list[Variant]] = {
+        "sft": [Variant("sft", "SFT")],
+        "slow": [
+            Variant(f"sft-slower{by:g}", f"SFT, 1/{by:g} of the rate", rate=1 / by, steps=by) for by in args.slower
+        ],
+        **_adapters(args),
+        "frozen": [Variant("frozen", "Attention only", FrozenGroupsSFTTrainer, attention)],
+        "l2": _l2(args),
+        "replay": [Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=replay_rows)],
+        "known_patch": [Variant("known_patch", known_patch, rows=known_patch_rows, prepare=in_order)],
+        "stm": [Variant("stm", stm, prepare=_mask_unlikely)],
+        "eaft": [Variant("eaft", "Entropy-adaptive (EAFT)", EAFTSFTTrainer)],
+        "asft": [Variant("asft", f"ASFT: DFT and KL, λ = {ASFT_KL_WEIGHT:g}", SelfDistillSFTTrainer, asft)],
+        "selfdistill": _self_distillation(args),
+        "own_answers": _own_answers(args, answers),
+        "kl_anchors": [variant for number in args.num_anchors for variant in _kl_anchors(args, prompts[:number])],
+        "self_anchors": _anchors(args, "self", "KL on self-samples", **written),
+    }
+    names = sorted(args.variants, key=lambda name: name != "sft")
+    return [variant._replace(group=GROUPS[name]) for name in names for variant in found[name]]
 
-    def adapter(name: str, label: str, init: bool | str = True, **hooks) -> Variant:
-        config = {"peft_config": LoraConfig(**options, **linear, init_lora_weights=init)}
-        label = label.replace("rank", f"rank {args.lora_rank}")
-        return Variant(name, label, changes=rate, trainer_arguments=config, group=ADAPTERS, **hooks)
+
+def _adapters(args: ComparisonArguments) -> dict[str, list[Variant]]:
+    rate, rank = {"learning_rate": args.lora_learning_rate}, f"rank {args.lora_rank}"
+    linear = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    options = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, **linear}
+    lora, mica = ({"peft_config": LoraConfig(init_lora_weights=init, **options)} for init in (True, "mica"))
 
     def corda(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> LoraConfig:
         return _corda(model, tokenizer, rows, options)
 
-    asft = {"loss_type": "dft", "kl_weight": ASFT_KL_WEIGHT, "temperature": 1.0}
-    known_patch = f"KnownPatch, {100 * KNOWN_PATCH_RATIO:g} % of all rows, in the last {100 * KNOWN_PATCH_SHARE:g} %"
-    stm = f"Masked tokens (STM), perplexity above {STM_MAX_PERPLEXITY:g}"
     found = {
-        "sft": lambda: [Variant("sft", "SFT", group=SFT)],
-        "slow": lambda: [
-            Variant(f"sft-slower{by:g}", f"SFT, 1/{by:g} of the rate", rate=1 / by, steps=by, group=LOWER_RATE)
-            for by in args.slower
+        "lora": [Variant("lora", f"LoRA, {rank}", changes=rate, trainer_arguments=lora)],
+        "corda": [Variant("corda", f"CorDA, {rank}", changes=rate, trainer_arguments={"peft_config": corda})],
+        "mica": [Variant("mica", f"MiCA, {rank}", changes=rate, trainer_arguments=mica)],
+        "intruders": [
+            Variant("intruders", f"LoRA, {rank}, without intruders", SFTTrainer, rate, None, lora, _reduce_intruders)
         ],
-        "lora": lambda: [adapter("lora", "LoRA, rank")],
-        "corda": lambda: [
-            Variant("corda", f"CorDA, rank {args.lora_rank}", changes=rate, adapter=corda, group=ADAPTERS)
-        ],
-        "mica": lambda: [adapter("mica", "MiCA, rank", "mica")],
-        "intruders": lambda: [adapter("intruders", "LoRA, rank, without intruders", prepare=_reduce_intruders)],
-        "osf": lambda: [_osf(linear)],
-        "frozen": lambda: [
-            Variant(
-                "frozen", "Attention only", FrozenGroupsSFTTrainer, {"trainable_groups": ["attention"]}, group=PARTS
-            )
-        ],
-        "l2": lambda: _l2(args),
-        "replay": lambda: [
-            Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=replay_rows, group=KNOWN_AGAIN)
-        ],
-        "known_patch": lambda: [
-            Variant("known_patch", known_patch, rows=known_patch_rows, group=KNOWN_AGAIN, **in_order)
-        ],
-        "stm": lambda: [Variant("stm", stm, prepare=_mask_unlikely, group=LOSSES)],
-        "eaft": lambda: [Variant("eaft", "Entropy-adaptive (EAFT)", EAFTSFTTrainer, group=LOSSES)],
-        "asft": lambda: [
-            Variant("asft", f"ASFT: DFT and KL, λ = {ASFT_KL_WEIGHT:g}", SelfDistillSFTTrainer, asft, group=LOSSES)
-        ],
-        "selfdistill": lambda: _self_distillation(args),
-        "own_answers": lambda: _own_answers(args, answers),
-        "kl_anchors": lambda: _kl_anchors(args, prompts),
-        "self_anchors": lambda: _anchors(
-            args, "self", "Self-samples", anchor_max_new_tokens=args.anchor_max_new_tokens
-        ),
     }
-    return [variant for name in sorted(args.variants, key=lambda name: name != "sft") for variant in found[name]()]
+    if "osf" in args.variants:
+        from peft import OSFConfig  # not in older ones
+
+        osf = {"peft_config": OSFConfig(**linear)}
+        found["osf"] = [Variant("osf", "Orthogonal subspace (OSF)", trainer_arguments=osf)]
+    return found
 
 
-def _corda(model: PreTrainedModel, tokenizer, rows: Dataset, options: dict[str, int]) -> LoraConfig:
+def _corda(model: PreTrainedModel, tokenizer, rows: Dataset, options: dict[str, Any]) -> LoraConfig:
     """CorDA (arXiv 2406.05223) that keeps what the Known facts, which come first among the rows, use."""
     linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-    linear = {"target_modules": sorted(linear - {"lm_head"}), "task_type": "CAUSAL_LM"}
-    config = LoraConfig(**options, **linear, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    options = options | {"target_modules": sorted(linear - {"lm_head"}), "init_lora_weights": "corda"}
+    config = LoraConfig(**options, corda_config=CordaConfig(corda_method="kpm"))
 
     def run() -> None:
         for row in rows.select(range(min(CORDA_ROWS, len(rows)))):
@@ -213,14 +209,6 @@ def _corda(model: PreTrainedModel, tokenizer, rows: Dataset, options: dict[str, 
     return config
 
 
-def _osf(options: dict[str, str]) -> Variant:
-    from peft import OSFConfig  # not in older ones
-
-    return Variant(
-        "osf", "Orthogonal subspace (OSF)", trainer_arguments={"peft_config": OSFConfig(**options)}, group=ADAPTERS
-    )
-
-
 def _self_distillation(args: ComparisonArguments) -> list[Variant]:
     return [
         Variant(
@@ -228,66 +216,56 @@ def _self_distillation(args: ComparisonArguments) -> list[Variant]:
             f"Self-distillation, λ = {kl_weight:g}, τ = {temperature:g}",
             SelfDistillSFTTrainer,
             {"kl_weight": kl_weight, "temperature": temperature},
-            group=SELF_DISTILLATION,
             steps=times,
         )
-        for kl_weight, temperature, times in args.parse("settings")
+        for kl_weight, temperature, times in args.parsed_settings
     ]
 
 
 def _own_answers(args: ComparisonArguments, answers: Dataset | None) -> list[Variant]:
     """Self-distillation with the start model's own answers to further prompts, and these answers without the KL."""
-    about = {"num_own_answers": args.num_own_answers}
+    own = f"{args.num_own_answers} own answers"
 
     def rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
         return concatenate_datasets([known, new, answers])
 
-    variants = [Variant("own_answers", "SFT"), *_self_distillation(args)]
+    variants = [Variant("own_answers", f"SFT, {own}")]
+    variants += [
+        variant._replace(name=f"own_answers-{variant.name}", label=f"{variant.label}, {own}")
+        for variant in _self_distillation(args)
+    ]
+    return [variant._replace(rows=rows, about={"num_own_answers": args.num_own_answers}) for variant in variants]
+
+
+def _kl_anchors(args: ComparisonArguments, prompts: Sequence[str]) -> list[Variant]:
+    given = {"anchor_dataset": Dataset.from_dict({"prompt": [*prompts]})}
+    variants = _anchors(args, "kl", f"KL on {len(prompts):,} prompts")
     return [
-        variant._replace(
-            name=f"own_answers-{variant.name}".replace("-own_answers", ""),
-            label=f"{variant.label}, {args.num_own_answers} own answers",
-            rows=rows,
-            about=about,
-            group=OWN_ANSWERS,
-        )
+        variant._replace(name=f"{variant.name}-{len(prompts)}", trainer_arguments=given, about={"num": len(prompts)})
         for variant in variants
     ]
 
 
-def _kl_anchors(args: ComparisonArguments, prompts: list[str] | None) -> list[Variant]:
-    return [
-        variant._replace(trainer_arguments={"anchor_dataset": Dataset.from_dict({"prompt": prompts[:number]})})
-        for number in args.num_anchors
-        for variant in _anchors(args, "kl", f"KL on {number} prompts", str(number))
-    ]
-
-
-def _anchors(args: ComparisonArguments, kind: str, label: str, number: str = "", **changes) -> list[Variant]:
-    """Self-distillation on anchors of a kind, and on the training rows with a weight λ of their own."""
+def _anchors(args: ComparisonArguments, kind: str, label: str, **changes) -> list[Variant]:
+    """A KL on anchors of a kind, and on the training rows with a weight λ of their own."""
     return [
         Variant(
-            f"{kind}_anchors{number}-weight{weight:g}-lambda{kl_weight:g}",
-            label
-            + (f", weight {weight:g}" if weight != 1 else "")
-            + (f", rows λ = {kl_weight:g}" if kl_weight else ""),
+            f"{kind}_anchors-weight{weight:g}-lambda{kl_weight:g}",
+            f"{label}, weight {weight:g}, λ = {kl_weight:g} on rows",
             SelfDistillSFTTrainer,
             {"anchors": kind, "anchor_weight": weight, "kl_weight": kl_weight, "temperature": 1.0, **changes},
-            about={"num_anchors": number},
-            group=ANCHORS,
             steps=times,
         )
-        for weight, kl_weight, times in args.parse("anchor_settings")
+        for weight, kl_weight, times in args.parsed_anchor_settings
     ]
 
 
 def _l2(args: ComparisonArguments) -> list[Variant]:
     """The weight that is matched to the KL one step from the start, which is too strong later, and other weights."""
-    variants = [Variant("l2", "L2 to the start, matched", L2ToStartSFTTrainer, group=PARTS)]
+    variants = [Variant("l2", "L2 to the start, matched", L2ToStartSFTTrainer)]
     for weight in args.l2_weights:
-        setting = {"trainer_arguments": {"l2_weight": weight}, "about": {"l2_weight": weight}, "group": PARTS}
-        label = f"L2 to the start, weight {weight:g}"
-        variants.append(Variant(f"l2-weight{weight:g}", label, L2ToStartSFTTrainer, **setting))
+        name, label, setting = f"l2-weight{weight:g}", f"L2 to the start, weight {weight:g}", {"l2_weight": weight}
+        variants.append(Variant(name, label, L2ToStartSFTTrainer, trainer_arguments=setting, about=setting))
     return variants
 
 

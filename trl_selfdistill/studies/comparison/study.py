@@ -22,7 +22,7 @@ from ..runs import RunFacts, StudySetup, Variant, steps_of_epochs, train_variant
 from ..stage import run_stage
 from ..training_mix import load_mix
 from .report import Outcome
-from .rivals import ADAPTERS, SFT, USE_PROMPTS, WISE_FT, ComparisonArguments, variants_of
+from .rivals import ADAPTERS, ComparisonArguments, variants_of
 
 
 EARLY_STOPPING = "SFT, stopped early"
@@ -46,7 +46,7 @@ def compare_variants(
         ValueError: If there are too few facts, or a setting that a trainer refuses; before the first run.
     """
     facts, prompts, answers = _facts(setup.mix), [], None
-    if USE_PROMPTS & {*args.variants}:
+    if {"own_answers", "kl_anchors"} & {*args.variants}:
         prompts = _prompts(args, facts.asked, setup)
     if "own_answers" in args.variants:
         own = prompts[: args.num_own_answers]
@@ -62,7 +62,7 @@ def compare_variants(
     sft, *others = variants
     results = runs.of(sft)
     before = _outcome("before", [result.records[0] for result in results])
-    early = _outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results], SFT, results)
+    early = _outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results], sft.group, results)
     outcomes = runs.outcomes([sft])
     outcomes = [outcomes[0], early, *outcomes[1:], *runs.outcomes(others)]
     in_equal_time = runs.outcomes(runs.in_equal_time(variants)) if args.equal_time else []
@@ -107,7 +107,7 @@ class _Runs(NamedTuple):
             if variant.name in self.args.mixed:
                 mixed = [self._wise_ft(variant, seed) for seed in self.args.seeds]
                 for weight, records in zip(self.args.mixing_weights, zip(*mixed, strict=True), strict=True):
-                    group = WISE_FT if variant.group == SFT else variant.group
+                    group = "WiSE-FT" if variant.name == "sft" else variant.group
                     found.append(_outcome(f"WiSE-FT, {weight:g} of {variant.title}", records, group, results))
         return found
 
