@@ -109,11 +109,9 @@ class StepTimes(TrainerCallback):
     """Times each optimizer step, without evaluation and saving."""
 
     def __init__(self):
-        self.seconds: list[float] = []
-        self.costs: list[float] = []
+        self.seconds, self.costs = [], []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Of a processor, others may take a share
         self._clock = time.process_time if args.device.type == "cpu" else time.perf_counter
         self._ended = self._clock()
 
@@ -125,15 +123,13 @@ class StepTimes(TrainerCallback):
         self.costs.append(self._clock() - self._ended)  # with drawing its rows
         self._ended = self._clock()
 
-    def on_epoch_end(self, args, state, control, **kwargs):  # after the evaluation
-        self._ended = self._clock()
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._ended = self._clock()  # after the evaluation
 
     def summary(self, num_steps: int) -> dict[str, float | None]:
         """Median seconds a step, and what all of a run cost: processor time on a CPU. `None` if no step was made."""
-        if not self.seconds:
-            return {"seconds_per_step": None, "training_seconds": None}
-        cost = num_steps * statistics.fmean(self.costs)
-        return {"seconds_per_step": statistics.median(self.seconds), "training_seconds": cost}
+        cost = num_steps * statistics.fmean(self.costs) if self.costs else None
+        return {"seconds_per_step": statistics.median(self.seconds or [None]), "training_seconds": cost}
 
 
 class RunFacts(NamedTuple):
