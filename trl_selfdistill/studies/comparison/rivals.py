@@ -68,8 +68,11 @@ class ComparisonArguments:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training's order, at least 3."}
     )
     settings: list[str] = field(
-        default_factory=lambda: ["0.3/1", "1/0.5", "0.7/1/3"],
-        metadata={"help": "Self-distillation, alone and with own answers: λ/τ, or λ/τ/times the steps."},
+        default_factory=lambda: ["0.3/1", "1/0.5"],
+        metadata={"help": "Self-distillation: λ/τ, or λ/τ/times the steps."},
+    )
+    own_answers_settings: list[str] = field(
+        default_factory=lambda: ["0.3/1", "0.7/1/3"], metadata={"help": "The same with own answers."}
     )
     anchor_settings: list[str] = field(
         default_factory=lambda: ["1/0", "1/0.3"],
@@ -111,10 +114,11 @@ class ComparisonArguments:
         if set(self.variants) - {*GROUPS} or "sft" not in self.variants:
             raise ValueError(f"`variants` may hold {', '.join(GROUPS)}, and `sft` must be one, got {self.variants}.")
         check_different("seeds", self.seeds, at_least=3)
-        for name in ("variants", "settings", "anchor_settings", "num_anchors", "mixing_weights", "slower"):
+        kinds = ("settings", "own_answers_settings", "anchor_settings")
+        for name in ("variants", *kinds, "num_anchors", "mixing_weights", "slower"):
             check_different(name, getattr(self, name))
         check_different("l2_weights", self.l2_weights, at_least=0)
-        self.parsed_settings, self.parsed_anchor_settings = self._parse("settings"), self._parse("anchor_settings")
+        self.parsed = {name: self._parse(name) for name in kinds}
         for name in ("slower", "num_anchors", "num_own_answers", "equal_time"):
             value = getattr(self, name)
             if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
@@ -161,7 +165,7 @@ def variants_of(
         "stm": [Variant("stm", stm, prepare=_mask_unlikely)],
         "eaft": [Variant("eaft", "Entropy-adaptive (EAFT)", EAFTSFTTrainer)],
         "asft": [Variant("asft", f"ASFT: DFT and KL, λ = {ASFT_KL_WEIGHT:g}", SelfDistillSFTTrainer, asft)],
-        "selfdistill": _self_distillation(args),
+        "selfdistill": _self_distillation(args.parsed["settings"]),
         "own_answers": _own_answers(args, answers),
         "kl_anchors": [variant for number in args.num_anchors for variant in _kl_anchors(args, prompts[:number])],
         "self_anchors": _anchors(args, "self", "KL on self-samples", **written),
@@ -209,7 +213,7 @@ def _corda(model: PreTrainedModel, tokenizer, rows: Dataset, options: dict[str, 
     return config
 
 
-def _self_distillation(args: ComparisonArguments) -> list[Variant]:
+def _self_distillation(settings: list[tuple[float, float, float]]) -> list[Variant]:
     return [
         Variant(
             f"selfdistill-lambda{kl_weight:g}-tau{temperature:g}",
@@ -218,7 +222,7 @@ def _self_distillation(args: ComparisonArguments) -> list[Variant]:
             {"kl_weight": kl_weight, "temperature": temperature},
             steps=times,
         )
-        for kl_weight, temperature, times in args.parsed_settings
+        for kl_weight, temperature, times in settings
     ]
 
 
@@ -232,7 +236,7 @@ def _own_answers(args: ComparisonArguments, answers: Dataset | None) -> list[Var
     variants = [Variant("own_answers", f"SFT, {own}")]
     variants += [
         variant._replace(name=f"own_answers-{variant.name}", label=f"{variant.label}, {own}")
-        for variant in _self_distillation(args)
+        for variant in _self_distillation(args.parsed["own_answers_settings"])
     ]
     return [variant._replace(rows=rows, about={"num_own_answers": args.num_own_answers}) for variant in variants]
 
@@ -256,7 +260,7 @@ def _anchors(args: ComparisonArguments, kind: str, label: str, **changes) -> lis
             {"anchors": kind, "anchor_weight": weight, "kl_weight": kl_weight, "temperature": 1.0, **changes},
             steps=times,
         )
-        for weight, kl_weight, times in args.parsed_anchor_settings
+        for weight, kl_weight, times in args.parsed["anchor_settings"]
     ]
 
 
