@@ -66,7 +66,7 @@ def test_the_share_of_forgetting_is_paired_by_fact(before, sft):
 )
 def test_who_reaches_the_aim(before, sft, old, new, sentence):
     report = render_comparison([sft, outcome("KL", old, new, "KL on anchors", 60.0)], before, "a model")
-    assert report.endswith(f":\n\n{sentence}") and "At least 0.95 of SFT's new facts at no more than 0.2" in report
+    assert report.endswith(f":\n\n{sentence}") and "at least 0.95 of SFT's new facts at no more than 0.2" in report
 
 
 def test_table_and_figure_have_the_methods_of_a_group_together(before, sft, tmp_path):

@@ -108,8 +108,8 @@ def render_comparison(outcomes: list[Outcome], before: Outcome, model: str) -> s
         "processor time. On the front no other method is, by the means, as good on both and better on one."
     )
     aim = (
-        f"At least {LEAST_NEW:g} of SFT's new facts at no more than {MOST_FORGETTING:g} of its forgetting, the aim, "
-        "by the means (clearly, if both\nintervals of the difference from it, paired by seed and fact, are above 0):"
+        f"These reach the aim by the means, at least {LEAST_NEW:g} of SFT's new facts at no more than "
+        f"{MOST_FORGETTING:g} of its forgetting\n(clearly: the intervals of both differences, paired, are above 0):"
     )
     table = markdown_table([*header, "cost, SFT = 1", "front"], rows)
     return "\n\n".join([f"# Methods against forgetting: {model}", intro, table, aim, f"{verdict}\n"])
@@ -138,7 +138,7 @@ def plot_comparison(outcomes: list[Outcome], before: Outcome, model: str, path: 
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.3, "relpos": (0, 0.5), "shrinkA": 0}
             place = {"xytext": (1.03, (named.index(outcome.label) + 0.7) / len(named)), "textcoords": "axes fraction"}
             axis.annotate(text, (x.value, y.value), **place, va="center", color=colour, fontsize=7, arrowprops=line)
-    # On a cubic axis there is room where most methods are
+    # A cubic axis has room near 1, where most methods are
     axis.set_xscale("function", functions=(lambda x: np.sign(x) * np.abs(x) ** 3, np.cbrt))
     axis.set(xlabel="new facts learnt (cubic axis)", xticks=[0, 0.5, 0.7, 0.8, 0.9, 0.95, 1], xlim=(-0.3, 1.01))
     axis.set(ylabel="old facts kept", ylim=(min(o.old.mean() for o in outcomes) - 0.05, 1.01), title=model)
