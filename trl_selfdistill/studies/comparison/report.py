@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison as old facts kept against new ones learnt: a table, which variants reach the aim, and a figure."""
 
+import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -117,8 +118,8 @@ def render_comparison(outcomes: list[Outcome], before: Outcome, model: str) -> s
 
 def plot_comparison(outcomes: list[Outcome], before: Outcome, model: str, path: Path) -> None:
     """
-    Old facts kept against new ones learnt, at the width of a page, with intervals, as a PNG file. Names are those of
-    plain SFT, the front and the best of each group, if they learn half of SFT's new facts. See [`render_comparison`].
+    Old facts kept against new ones learnt, at the width of a page, with intervals and a line through the settings of
+    one, as a PNG file. Plain SFT, the front and the best of each group have names if they learn half of what SFT does.
     """
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axis, sft, start = figure.subplots(), outcomes[0], before.old.mean()
@@ -128,16 +129,20 @@ def plot_comparison(outcomes: list[Outcome], before: Outcome, model: str, path: 
     learnt = sorted((o for o in outcomes if o.new.mean() >= sft.new.mean() / 2), key=lambda o: o.old.mean())
     best = {o.group: o for o in sorted(learnt, key=lambda o: o.old.mean() + o.new.mean())}
     named = [o.label for o in learnt if o is sft or o is best[o.group] or not dominators(o, outcomes)]
+    settings: dict[str, list[tuple]] = {}
     for outcome in outcomes:
         colour, marker = _STYLES.get(outcome.group, ("grey", "o"))
         x, y = (mean_interval(facts == 1) for facts in (outcome.new, outcome.old))
         errors = [[[i.value - i.low], [i.high - i.value]] for i in (y, x)]
         axis.errorbar(x.value, y.value, *errors, marker, color=colour, ms=5, elinewidth=0.3, label=outcome.group)
+        settings.setdefault(re.sub(r"[\d.,]+", "", outcome.label), []).append((x.value, y.value, colour))
         if outcome.label in named:
             text = textwrap.fill(outcome.label.replace(" = ", "\u00a0=\u00a0"), 40)
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.3, "relpos": (0, 0.5), "shrinkA": 0}
             place = {"xytext": (1.03, (named.index(outcome.label) + 0.7) / len(named)), "textcoords": "axes fraction"}
             axis.annotate(text, (x.value, y.value), **place, va="center", color=colour, fontsize=7, arrowprops=line)
+    for x, y, colours in (zip(*sorted(points), strict=True) for points in settings.values()):
+        axis.plot(x, y, color=colours[0], linewidth=0.8, alpha=0.5)
     # A cubic axis has room near 1, where most methods are
     axis.set_xscale("function", functions=(lambda x: np.sign(x) * np.abs(x) ** 3, np.cbrt))
     axis.set(xlabel="new facts learnt (cubic axis)", xticks=[0, 0.5, 0.7, 0.8, 0.9, 0.95, 1], xlim=(-0.3, 1.01))
