@@ -5,21 +5,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_selfdistill.hallucination.intervals import mean_interval
 from trl_selfdistill.studies.comparison.report import (
+    _STYLES,
     Outcome,
     dominators,
     plot_comparison,
     render_comparison,
-    render_verdict,
+    share_of_forgetting,
 )
-from trl_selfdistill.studies.comparison.rivals import SELF_DISTILLATION, WITH_OWN_ANSWERS
 
 
-def outcome(label: str, old: int, new: int, family: str = "") -> Outcome:
+def outcome(label: str, old: int, new: int, group: str = "", cost: float | None = None) -> Outcome:
     """Three seeds alike, of which the first `old` and `new` of 100 facts are right."""
     rows = [np.tile((np.arange(100) < right).astype(float), (3, 1)) for right in (old, new)]
-    return Outcome(label, *rows, family)
+    return Outcome(label, *rows, group, cost)
+
+
+@pytest.fixture
+def before() -> Outcome:
+    return outcome("before", 100, 0)
+
+
+@pytest.fixture
+def sft() -> Outcome:
+    return outcome("SFT", 50, 100, "SFT", 40.0)
 
 
 def test_who_is_worse_in_nothing_and_better_in_something_dominates():
@@ -30,50 +39,45 @@ def test_who_is_worse_in_nothing_and_better_in_something_dominates():
     assert {o.label: "".join(other.label for other in dominators(o, outcomes)) for o in outcomes} == expected
 
 
-@pytest.mark.parametrize(
-    ("worse", "where"),
-    [((40, 50), "held-out"), ((90, 20), "new"), ((40, 20), "held-out and new"), ((89, 50), "neither")],
-)
-def test_a_lead_is_clear_where_the_interval_of_the_paired_difference_is_above_zero(worse, where):
-    better, worse = outcome("better", 90, 50), outcome("worse", *worse)
-    assert (" and ".join(better.clear_leads(worse)) or "neither") == where
-    report = render_comparison([better, worse], better, "a model")
-    assert f"no: better is better (clear: {where}) " in report and "point estimates" in report
-
-
-def test_what_is_paired_is_the_fact():
-    """One variant is right where the other is and on ten facts more: clear by pairs, not by their own intervals."""
-    better, worse = outcome("better", 60, 50), outcome("worse", 50, 50)
-    assert mean_interval(better.old == 1).low < mean_interval(worse.old == 1).high
-    assert better.clear_leads(worse) == ["held-out"]
-
-
-def test_of_several_better_ones_the_clearest_is_named():
-    outcomes = [outcome("by a hair", 41, 50), outcome("worse", 40, 50), outcome("by far", 90, 50)]
-    assert "no: by far is better (clear: held-out)" in render_comparison(outcomes, outcomes[0], "a model")
+def test_the_share_of_forgetting_is_paired_by_fact(before, sft):
+    """Half the facts that SFT loses, or as many others: the same ratio, and only the pairs are as uncertain."""
+    same, other = outcome("same", 75, 100), outcome("other", 75, 100)
+    other = other._replace(old=other.old[:, ::-1])
+    shares = [share_of_forgetting(one, before, sft) for one in (same, other, sft, before)]
+    assert [share.value for share in shares] == [0.5, 0.5, 1, 0]
+    widths = [share.high - share.low for share in shares]
+    assert 0 < widths[0] < widths[1] and widths[2:] == [0, 0]
+    # SFT that forgets a fact does not clearly forget, and one that forgets none gives no share
+    one, none = (share_of_forgetting(same, before, outcome("SFT", old, 100)) for old in (99, 100))
+    assert one.value == 25 and np.isnan([one.low, one.high, none.value]).all()
 
 
 @pytest.mark.parametrize(
-    ("ours", "sentence"),
+    ("old", "new", "sentence"),
     [
-        ((95, 50), "Self-distillation is on the front with 1 of 1 settings"),
-        ((80, 50), "Self-distillation is not on the front with any of its 1 settings"),
+        (98, 99, "- KL (clearly), cost 1.50\n"),
+        (90, 95, "- KL, cost 1.50\n"),  # on both bounds
+        (98, 95, "- KL, cost 1.50\n"),
+        (90, 99, "- KL, cost 1.50\n"),
+        (89, 100, "- none; the nearest is KL, cost 1.50\n"),
+        (100, 94, "- none; the nearest is KL, cost 1.50\n"),
+        (40, 0, "- none; the nearest is SFT, cost 1.00\n"),
     ],
 )
-def test_the_report_says_whether_self_distillation_is_on_the_front(ours, sentence, tmp_path):
-    outcomes = [outcome("SFT", 70, 90), outcome("LoRA", 90, 60), outcome("λ = 1", *ours, SELF_DISTILLATION)]
-    before = outcome("before", 100, 0)
+def test_who_reaches_the_aim(before, sft, old, new, sentence):
+    report = render_comparison([sft, outcome("KL", old, new, "KL on anchors", 60.0)], before, "a model")
+    assert report.endswith(f":\n\n{sentence}") and "at least 0.95 of SFT's new facts at no more than 0.2" in report
+
+
+def test_table_and_figure_have_the_methods_of_a_group_together(before, sft, tmp_path):
+    names = [*_STYLES, "another"]
+    others = [outcome(f"{group} {i}", 60 + i, 90 - i, group, 60.0) for i, group in enumerate(names)]
+    outcomes = [sft, *others, outcome("stopped", 100, 0, "SFT")]
     report = render_comparison(outcomes, before, "a model")
-    assert sentence in report and ("is dominated by LoRA" in report) == (ours[0] < 90)
-    assert "| SFT " in report and "0.700 [" in report and "Before: 1.000 of the held-out facts" in report
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == ["SFT"] * 3 + names[1:]
+    assert rows[2] == ["SFT", "SFT", "0.500 [0.400, 0.600]", "1.000 [0.963, 1.000]", "1.000", "1.00", "yes"]
+    assert rows[4] == ["SFT", "stopped", "1.000 [0.963, 1.000]", "0.000 [0.000, 0.037]", "0.000", "-", "yes"]
+    assert rows[5][4:] == ["0.780 [0.663, 0.897]", "1.50", "yes"]
     plot_comparison(outcomes, before, "a model", tmp_path / "figure.png")
-    assert Image.open(tmp_path / "figure.png").width == 1800
-
-
-def test_own_answers_do_not_put_self_distillation_itself_on_the_front():
-    outcomes = [outcome("plain", 80, 80, SELF_DISTILLATION), outcome("helped", 90, 90, WITH_OWN_ANSWERS)]
-    assert render_verdict(outcomes)[1:] == [
-        "- Self-distillation is not on the front with any of its 1 settings.",
-        "- plain is dominated by helped.",
-        "- Self-distillation with own answers is on the front with 1 of 1 settings: helped.",
-    ]
+    assert Image.open(tmp_path / "figure.png").width == 1400  # 7 inches
