@@ -170,8 +170,8 @@ def _facts(mix: Path) -> RunFacts:
 
 def _prompts(args: ComparisonArguments, asked: dict[str, Dataset], setup: StudySetup) -> list[str]:
     """
-    Questions about other subjects than the asked ones, and of their relations, drawn at random but always the same.
-    Neither are their answers looked at, nor whether the model knows them.
+    Questions about other subjects than the asked ones, of their relations or of `anchor_facts`, drawn at random but
+    always the same. Neither are their answers looked at, nor whether the model knows them.
     """
     used = {fold_name(subject) for facts in asked.values() for subject in facts["subject"]}
     relations = {relation for facts in asked.values() for relation in facts["relation"]}
