@@ -25,7 +25,6 @@ def own_answers(
     prompts: Sequence[str] | Sequence[list[dict]],
     *,
     max_new_tokens: int = 256,
-    stop_strings: Sequence[str] | None = None,
     batch_size: int = 8,
 ) -> Dataset:
     """
@@ -35,12 +34,11 @@ def own_answers(
     the end of sequence, or the turn's end of the chat template.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The model before training.
+        model ([`~transformers.PreTrainedModel`]):
+            The model before training. What ends an answer is in its generation config.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
         prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts or conversations, in the form of the training data.
         max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer, in tokens. Longer ones are left out.
-        stop_strings (`Sequence[str]`, *optional*): What ends an answer beside the end of sequence, such as a newline
-            for a model that has not learnt to stop. The answer is what comes before.
         batch_size (`int`, *optional*, defaults to `8`): Prompts that are answered at once.
 
     Returns:
@@ -50,45 +48,38 @@ def own_answers(
     Raises:
         ValueError: If no answer is left.
     """
-    is_conversation = not isinstance(prompts[0], str)
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
-    model_eos = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=min(stop_ids, default=0),
-        stop_strings=list(stop_strings) if stop_strings else None,
-    )
+    stop_ids = end_ids(model, tokenizer)
+    ends = {"eos_token_id": stop_ids, "pad_token_id": min(stop_ids, default=0)}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends)
 
-    def answer(start: int) -> list[str | None]:
-        written = generate_tokens(model, token_ids[start : start + batch_size], config, tokenizer=tokenizer)
-        return [_ended_text(tokenizer, ids, stop_ids, stop_strings or ()) for ids in written]
+    def answer(start: int) -> list[str]:
+        written = generate_tokens(model, token_ids[start : start + batch_size], config)
+        ended = [ids[:-1] if ids[-1] in stop_ids else [] for ids in written]
+        return tokenizer.batch_decode(ended, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     with evaluation_mode(model):
-        batches = map_in_parallel(answer, range(0, len(prompts), batch_size))
+        answers = chain.from_iterable(map_in_parallel(answer, range(0, len(prompts), batch_size)))
     rows = [
-        {"prompt": prompt, "completion": [{"role": "assistant", "content": text}] if is_conversation else text}
-        for prompt, text in zip(prompts, chain.from_iterable(batches), strict=True)
-        if text
+        {"prompt": prompt, "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]}
+        for prompt, text in zip(prompts, answers, strict=True)
+        if text.strip()
     ]
     left_out = (
         f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
         f"`max_new_tokens={max_new_tokens}` and are left out."
     )
     if not rows:
-        raise ValueError(f"{left_out} Raise it, set `stop_strings`, or give prompts in the model's training format.")
+        raise ValueError(
+            f"{left_out} Raise it, or give prompts in the format in which the model has learnt to answer."
+        )
     if len(rows) < len(prompts):
         logger.warning(left_out)
     return Dataset.from_list(rows)
 
 
-def _ended_text(tokenizer, ids: list[int], stop_ids: set[int], stop_strings: Sequence[str]) -> str | None:
-    """The answer up to the token or the first string that ends it; `None` if it is blank or has no end."""
-    is_over = ids[-1] in stop_ids
-    text = tokenizer.decode(ids[:-1] if is_over else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    ends = [text.index(string) for string in stop_strings if string in text]
-    text = text[: min(ends)] if ends else text
-    return text if (is_over or ends) and text.strip() else None
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end what a model writes: those of its generation config, and the tokenizer's."""
+    model_eos = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None})

@@ -123,6 +123,8 @@ def precompute_teacher(trainer) -> CachedTeacher:
         }
     elif evaluated is not None:
         trainer.eval_dataset = _with_answers(trainer, "eval_dataset", evaluated, folder)
+    if trainer.anchors is not None:
+        trainer.anchors.dataset = _with_answers(trainer, "anchor_dataset", trainer.anchors.dataset, folder)
     first = trainer.data_collator([without_unused_columns(trainer, train_dataset)[0]])
     lm_head = _targets(trainer, first).lm_head
     moving = {parameter.data_ptr() for parameter in trainer.model.parameters() if parameter.requires_grad}

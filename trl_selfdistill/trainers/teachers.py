@@ -7,6 +7,7 @@ another adapter or none ([`~trl_selfdistill.trainers.adapter_teacher.AdapterTeac
 first step ([`UntrainedStudent`]), or answers on disk ([`~trl_selfdistill.trainers.teacher_cache.CachedTeacher`]).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -50,6 +51,10 @@ class Teacher:
         and its LM head, both without gradients. `student` is the model in training as accelerate has prepared it,
         `inputs` are the arguments of its forward, `labels` among them.
         """
+        raise NotImplementedError
+
+    def as_model(self, student: torch.nn.Module) -> AbstractContextManager[PreTrainedModel]:
+        """The teacher as a model that can write (`generate`), within the block. With shards a collective."""
         raise NotImplementedError
 
     def keep(self, folder: Path) -> None:
@@ -99,6 +104,9 @@ class ModelTeacher(Teacher):
             hidden_states = label_hidden_states(self.model, inputs)
         lm_head = self._lm_head or frozen_head(self._accelerator.unwrap_model(self.model))
         return ModelSide(hidden_states, lm_head)
+
+    def as_model(self, student: torch.nn.Module) -> AbstractContextManager[PreTrainedModel]:
+        return nullcontext(self._accelerator.unwrap_model(self.model))
 
 
 class UntrainedStudent(Teacher):

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import read_jsonl, write_jsonl
-from ...slick.prompts import question_prompt
-from ...trainers.own_answers import own_answers
+from ...slick.prompts import answer_completion, question_prompt
+from ...trainers.hallucination_callback import predict_answers_in_parallel
 from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
 from ..facts.table import fold_name, read_facts
 from ..models import load_model_and_tokenizer
@@ -117,10 +117,12 @@ def _own_answers(number: int, asked: dict[str, Dataset], setup: StudySetup, fold
     def work(partial: Path) -> None:
         model, tokenizer = _load_start(setup)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
-            # The start may not have learnt to stop after the line that an answer is
-            answers = own_answers(model, tokenizer, prompts, stop_strings=["\n"], batch_size=64)
+            # First lines: the start may not have learnt to stop after the line that an answer is
+            answers = predict_answers_in_parallel(model, tokenizer, prompts)
         if PartialState().is_main_process:
-            write_jsonl(partial / "answers.jsonl", answers.to_list())
+            rows = zip(prompts, map(answer_completion, answers), strict=True)
+            rows = [{"prompt": prompt, "completion": answer} for prompt, answer in rows if answer.strip()]
+            write_jsonl(partial / "answers.jsonl", rows)
 
     arguments = {"prompts": prompts, "bf16": setup.config.bf16}
     run_stage(folder, arguments, [setup.start], work, every_process=True)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anchors: prompts or texts without labels on which the student is kept near its start."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, Features, concatenate_datasets, load_dataset
+from transformers import GenerationConfig
+
+from ..losses import IGNORE_INDEX
+from ..slick.generation import evaluation_mode, generate_tokens
+from ..slick.prompt_tokens import text_tokenizer, tokenize_prompts
+from .own_answers import end_ids, own_answers
+from .resume import describe_dataset
+from .self_distill_sft_config import SelfDistillSFTConfig
+from .sft_internals import prepare_rows
+
+
+_COLUMNS = ("prompt", "messages", "text")
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_BUFFER_SIZE, _BATCH_SIZE = 256, 64  # of the texts that the teacher writes
+
+
+class Anchors:
+    """
+    Rows with a label at each token, as an endless sequence: its next part comes when it is asked for, by all processes
+    of a step. A step takes its rows by their positions, so that a run that is resumed, or split otherwise over
+    micro-batches and processes, takes the same ones.
+
+    Args:
+        trainer ([`SelfDistillSFTTrainer`]): Its teacher writes, and its seed and the part decide the random numbers.
+        dataset (`Dataset`, *optional*):
+            Tokenized rows. A part is all of them in another order; without them, texts that the teacher samples.
+    """
+
+    def __init__(self, trainer, dataset: Dataset | None = None):
+        self.dataset, self._trainer, self._part = dataset, trainer, None
+        if dataset is None:  # whole steps, as writing is a collective
+            rows_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+            rows_per_step *= trainer.args.world_size
+            self._size = -(-_BUFFER_SIZE // rows_per_step) * rows_per_step
+        else:
+            self._size = len(dataset)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        part, index = divmod(position, self._size)
+        if part != self._part:
+            self._part, self._rows = part, self._shuffle(part) if self.dataset is not None else self._write(part)
+        return self._rows[index]
+
+    def _generator(self, *part: int) -> np.random.Generator:
+        return np.random.default_rng([self._trainer.args.seed, *part])
+
+    def _shuffle(self, part: int) -> Dataset:
+        return self.dataset.shuffle(generator=self._generator(part), keep_in_memory=True)
+
+    def _write(self, part: int) -> list[dict[str, list[int]]]:
+        """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
+        accelerator, args = self._trainer.accelerator, self._trainer.args
+        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        tokenizer = text_tokenizer(self._trainer.processing_class)
+        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
+        config = GenerationConfig(max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0)
+
+        def write(first: int) -> list[list[int]]:
+            torch.manual_seed(int(self._generator(part, first).integers(2**63)))
+            prompts = [[begin]] * min(_BATCH_SIZE, self._size - first)
+            return generate_tokens(model, prompts, config, is_sharded and accelerator.num_processes > 1)
+
+        batches = [*range(0, self._size, _BATCH_SIZE)]
+        # As many for each process: with sharded weights, every forward pass is a collective
+        shares = PartialState().split_between_processes(batches, apply_padding=True)
+        teacher = self._trainer.teacher.as_model(self._trainer.model_wrapped)
+        with shares as own, teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
+            ends = end_ids(model, tokenizer)
+            config.update(eos_token_id=ends, pad_token_id=ends[0])
+            written = dict(gather_object([(first, write(first)) for first in own]))
+        texts = [[begin, *ids] for ids in chain.from_iterable(written[first] for first in batches)]
+        return [{"input_ids": ids, "labels": ids} for ids in texts]
+
+
+def forked(accelerator):
+    """Leaves torch's random state as it was: the rows get the random numbers that they get without anchors."""
+    return torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else [])
+
+
+def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
+    """
+    Puts anchors beside the rows of each micro-batch of a step, as many as it has rows: `batch["anchors"]` holds the
+    inputs of a forward and the number of tokens that the anchors of the step predict, over all processes.
+    """
+    args, accelerator, tp_size = trainer.args, trainer.accelerator, trainer.get_tp_size()
+    process, num_processes = accelerator.process_index // tp_size, accelerator.num_processes // tp_size
+    drawn, num_tokens = [], torch.tensor(0)
+    for number, batch in enumerate(batches, start=trainer.state.global_step * args.gradient_accumulation_steps):
+        first = (number * num_processes + process) * args.train_batch_size  # as rows go to processes: batch by batch
+        num_rows = args.train_batch_size if trainer.padding_free else len(batch["input_ids"])
+        drawn.append(trainer.data_collator([trainer.anchors[first + i] for i in range(num_rows)]))
+        num_tokens += (drawn[-1]["labels"][:, 1:] != IGNORE_INDEX).sum()
+    num_tokens = accelerator.gather(num_tokens.to(accelerator.device)).sum() // tp_size
+    for batch, inputs in zip(batches, drawn, strict=True):
+        batch["anchors"] = (inputs, num_tokens)
+
+
+def choose_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
+    """
+    The trainer's `anchor_dataset`, or that of its configuration, loaded. A `ValueError` if they are given twice, where
+    `anchors` takes none, or not where it needs them.
+    """
+    name, needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
+    if (anchor_dataset is not None) + (name is not None) != needed:
+        raise ValueError(
+            f"`anchors={args.anchors!r}` takes {'one' if needed else 'none'} of `anchor_dataset` and "
+            f"`anchor_dataset_name`, got {type(anchor_dataset).__name__} and {name!r}. Prompts are for "
+            "`anchors='own_answers'` and `anchors='kl'`."
+        )
+    if name is None or Path(name).suffix not in _FORMATS:
+        return anchor_dataset if name is None else load_dataset(name, split="train")
+    options = {"keep_default_na": False} if name.endswith(".csv") else {}  # "NA" is a text
+    return load_dataset(_FORMATS[Path(name).suffix], data_files=name, split="train", **options)
+
+
+def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
+    """
+    Sets `trainer.anchors`, or adds own answers to its training data, before it has a teacher. Returns what a resumed
+    run must have in common, as JSON values. A collective. A `ValueError` if the prompts or the training data do not
+    fit.
+    """
+    args, rows = trainer.args, None
+    if args.anchors is None:
+        return None
+    if args.anchors == "own_answers":
+        rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset)[0])
+    elif args.anchors == "kl":
+        _, token_ids = _checked_prompts(trainer, dataset)
+        rows = prepare_rows(trainer, Dataset.from_dict({"input_ids": token_ids, "labels": token_ids}))
+    if args.anchors != "own_answers":
+        trainer.anchors = Anchors(trainer, rows)
+    settings = {name: getattr(args, name) for name in ("anchors", "anchor_weight", "anchor_max_new_tokens")}
+    return settings | {f"anchor_{name}": value for name, value in (describe_dataset(rows) or {}).items()}
+
+
+def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, list[list[int]]]:
+    """The prompts of an anchor dataset, texts or conversations, and their token ids."""
+    names = dataset.column_names if isinstance(dataset, Dataset) and len(dataset) else ()
+    column = next((name for name in _COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(f"`anchor_dataset` must be a `Dataset` with rows and a column {_COLUMNS}, got {dataset}.")
+    prompts, most, least = dataset[column][:], trainer.args.max_length, 1 + (trainer.args.anchors == "kl")
+
+    def refuse(row: int, reason: str) -> None:
+        raise ValueError(f"`anchor_dataset`, row {row}: `{column}` {reason}. Change it or leave the row out.")
+
+    for row, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str | list) or not (prompt.strip() if isinstance(prompt, str) else prompt):
+            refuse(row, f"must be a text or a conversation, got {prompt!r}")
+    token_ids = tokenize_prompts(trainer.processing_class, prompts)
+    for row, ids in enumerate(token_ids, start=1):
+        if not least <= len(ids) <= (most or len(ids)):
+            refuse(row, f"has {len(ids)} tokens, not {least} at least and `max_length={most}` at most")
+    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    known = [split for split in evaluated.values() if "prompt" in (getattr(split, "column_names", None) or ())]
+    asked = {repr(prompt) for split in known for prompt in split["prompt"]}
+    if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
+        refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
+    return prompts, token_ids
+
+
+def _add_own_answers(trainer, prompts: list) -> Dataset:
+    """Adds the answers of the model to the prepared training data, and returns these rows."""
+    features = getattr(trainer.train_dataset, "features", None) or {}
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+    if not isinstance(trainer.train_dataset, Dataset) or "input_ids" not in features or is_partitioned:
+        raise ValueError(
+            "`anchors='own_answers'` lets a whole model answer before training, and adds rows to a `train_dataset` of "
+            "texts. With streams, images or DeepSpeed ZeRO-3, add what `own_answers` returns yourself."
+        )
+    with trainer.accelerator.autocast():
+        most = trainer.args.anchor_max_new_tokens
+        rows = own_answers(trainer.model, trainer.processing_class, prompts, max_new_tokens=most)
+    rows = prepare_rows(trainer, rows)
+    rows = rows.select_columns([name for name in rows.column_names if name in features])
+    rows = rows.cast(Features({name: features[name] for name in rows.column_names}))
+    trainer.train_dataset = concatenate_datasets([trainer.train_dataset, rows])
+    return rows
