@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchors: prompts or texts without labels on which the student is kept near its start."""
+"""
+Anchors: prompts or texts without labels on which the student is kept near its start, by a KL of their own, or as rows
+with the model's own answers (pseudo-rehearsal, Robins 1995).
+"""
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,20 +14,23 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, concatenate_datasets, load_dataset
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..losses import IGNORE_INDEX
 from ..slick.generation import evaluation_mode, generate_tokens
+from ..slick.process_sharding import map_in_parallel
 from ..slick.prompt_tokens import text_tokenizer, tokenize_prompts
-from .own_answers import end_ids, own_answers
 from .resume import describe_dataset
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import prepare_rows
 
 
+logger = logging.get_logger(__name__)
+
 _COLUMNS = ("prompt", "messages", "text")
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_BUFFER_SIZE, _BATCH_SIZE = 256, 64  # of the texts that the teacher writes
+_STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many of them at once
 
 
 class Anchors:
@@ -39,19 +46,17 @@ class Anchors:
     """
 
     def __init__(self, trainer, dataset: Dataset | None = None):
+        args = trainer.args
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # Whole steps, as writing is a collective
+        self._size = _STEPS * rows_per_step if dataset is None else len(dataset)
         self.dataset, self._trainer, self._part = dataset, trainer, None
-        if dataset is None:  # whole steps, as writing is a collective
-            rows_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-            rows_per_step *= trainer.args.world_size
-            self._size = -(-_BUFFER_SIZE // rows_per_step) * rows_per_step
-        else:
-            self._size = len(dataset)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        part, index = divmod(position, self._size)
+        part = position // self._size, self._trainer.teacher.sha256
         if part != self._part:
-            self._part, self._rows = part, self._shuffle(part) if self.dataset is not None else self._write(part)
-        return self._rows[index]
+            self._part, self._rows = part, self._write(part[0]) if self.dataset is None else self._shuffle(part[0])
+        return self._rows[position % self._size]
 
     def _generator(self, *part: int) -> np.random.Generator:
         return np.random.default_rng([self._trainer.args.seed, *part])
@@ -66,7 +71,6 @@ class Anchors:
         tokenizer = text_tokenizer(self._trainer.processing_class)
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
-        config = GenerationConfig(max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0)
 
         def write(first: int) -> list[list[int]]:
             torch.manual_seed(int(self._generator(part, first).integers(2**63)))
@@ -78,11 +82,18 @@ class Anchors:
         shares = PartialState().split_between_processes(batches, apply_padding=True)
         teacher = self._trainer.teacher.as_model(self._trainer.model_wrapped)
         with shares as own, teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
-            ends = end_ids(model, tokenizer)
-            config.update(eos_token_id=ends, pad_token_id=ends[0])
+            config = _to_the_end(model, tokenizer, most, do_sample=True, temperature=1.0, top_k=0)
             written = dict(gather_object([(first, write(first)) for first in own]))
         texts = [[begin, *ids] for ids in chain.from_iterable(written[first] for first in batches)]
         return [{"input_ids": ids, "labels": ids} for ids in texts]
+
+
+def _to_the_end(model, tokenizer, max_new_tokens: int, **options) -> GenerationConfig:
+    """To write up to the tokens that end a text: those of the model's generation config, and the tokenizer's."""
+    model_eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
+    ends = {"eos_token_id": sorted(ends), "pad_token_id": min(ends, default=0)}
+    return GenerationConfig(max_new_tokens=max_new_tokens, **ends, **options)
 
 
 def forked(accelerator):
@@ -135,6 +146,8 @@ def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
     args, rows = trainer.args, None
     if args.anchors is None:
         return None
+    if {"image", "images"} & {*(trainer.train_dataset.column_names or ())}:
+        raise ValueError(f"`anchors={args.anchors!r}` are texts, and `train_dataset` has images. Leave it unset.")
     if args.anchors == "own_answers":
         rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset)[0])
     elif args.anchors == "kl":
@@ -178,8 +191,8 @@ def _add_own_answers(trainer, prompts: list) -> Dataset:
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
     if not isinstance(trainer.train_dataset, Dataset) or "input_ids" not in features or is_partitioned:
         raise ValueError(
-            "`anchors='own_answers'` lets a whole model answer before training, and adds rows to a `train_dataset` of "
-            "texts. With streams, images or DeepSpeed ZeRO-3, add what `own_answers` returns yourself."
+            "`anchors='own_answers'` lets a whole model answer before training, and adds rows to a tokenized "
+            "`train_dataset`. With streams or DeepSpeed ZeRO-3, add what `own_answers` returns to your data."
         )
     with trainer.accelerator.autocast():
         most = trainer.args.anchor_max_new_tokens
@@ -189,3 +202,61 @@ def _add_own_answers(trainer, prompts: list) -> Dataset:
     rows = rows.cast(Features({name: features[name] for name in rows.column_names}))
     trainer.train_dataset = concatenate_datasets([trainer.train_dataset, rows])
     return rows
+
+
+def own_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[dict]],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+) -> Dataset:
+    """
+    What a model answers to prompts, greedily, as rows to concatenate with a prompt-completion dataset.
+
+    The rows are texts, or messages for conversations: [`~trl.SFTTrainer`] tokenizes them like the other rows, and adds
+    the end of sequence, or the turn's end of the chat template.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model before training. What ends an answer is in its generation config.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts or conversations, in the form of the training data.
+        max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer, in tokens. Longer ones are left out.
+        batch_size (`int`, *optional*, defaults to `8`): Prompts that are answered at once.
+
+    Returns:
+        `Dataset` with the columns `prompt` and `completion`, in the order of `prompts`, without answers that are empty
+        or have no end.
+
+    Raises:
+        ValueError: If no answer is left.
+    """
+    token_ids = tokenize_prompts(tokenizer, prompts)
+    tokenizer = text_tokenizer(tokenizer)
+    config = _to_the_end(model, tokenizer, max_new_tokens, do_sample=False)
+
+    def answer(start: int) -> list[str]:
+        written = generate_tokens(model, token_ids[start : start + batch_size], config)
+        ended = [ids[:-1] if ids[-1] in config.eos_token_id else [] for ids in written]
+        return tokenizer.batch_decode(ended, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    with evaluation_mode(model):
+        answers = chain.from_iterable(map_in_parallel(answer, range(0, len(prompts), batch_size)))
+    rows = [
+        {"prompt": prompt, "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]}
+        for prompt, text in zip(prompts, answers, strict=True)
+        if text.strip()
+    ]
+    left_out = (
+        f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
+        f"`max_new_tokens={max_new_tokens}` and are left out."
+    )
+    if not rows:
+        raise ValueError(
+            f"{left_out} Raise it, or give prompts in the format in which the model has learnt to answer."
+        )
+    if len(rows) < len(prompts):
+        logger.warning(left_out)
+    return Dataset.from_list(rows)

@@ -114,18 +114,19 @@ def precompute_teacher(trainer) -> CachedTeacher:
             f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, which is pushed "
             "to the Hub. Choose a folder outside of it."
         )
-    train_dataset = trainer.train_dataset
-    trainer.train_dataset = _with_answers(trainer, "train_dataset", trainer.train_dataset, folder)
-    if isinstance(evaluated, dict):
+    seen = trainer.train_dataset if args.kl_weight else trainer.anchors.dataset
+    if args.kl_weight:
+        trainer.train_dataset = _with_answers(trainer, "train_dataset", trainer.train_dataset, folder)
+    if isinstance(evaluated, dict) and args.kl_weight:
         trainer.eval_dataset = {
             name: _with_answers(trainer, f"eval_dataset[{name!r}]", dataset, folder)
             for name, dataset in evaluated.items()
         }
-    elif evaluated is not None:
+    elif evaluated is not None and args.kl_weight:
         trainer.eval_dataset = _with_answers(trainer, "eval_dataset", evaluated, folder)
     if trainer.anchors is not None:
         trainer.anchors.dataset = _with_answers(trainer, "anchor_dataset", trainer.anchors.dataset, folder)
-    first = trainer.data_collator([without_unused_columns(trainer, train_dataset)[0]])
+    first = trainer.data_collator([without_unused_columns(trainer, seen)[0]])
     lm_head = _targets(trainer, first).lm_head
     moving = {parameter.data_ptr() for parameter in trainer.model.parameters() if parameter.requires_grad}
     if lm_head.weight.data_ptr() in moving:
