@@ -161,6 +161,13 @@ def test_rows_come_in_a_new_order_when_all_have_come(tmp_path):
     assert tuple(rows[5]["input_ids"]) == parts[1][1]
 
 
+def test_each_step_takes_the_next_ones(tmp_path, monkeypatch):
+    taken, take = [], anchors.Anchors.__getitem__
+    monkeypatch.setattr(anchors.Anchors, "__getitem__", lambda rows, n: taken.append(n) or take(rows, n))
+    train(tmp_path, None, given(), anchors="kl", gradient_accumulation_steps=2, max_steps=3)
+    assert taken == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]  # an epoch ends in the middle of the second step
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_texts_are_the_teachers_however_far_the_student_is(tmp_path, monkeypatch, adapter):
     monkeypatch.setattr(anchors, "_STEPS", 3)  # of two rows
@@ -178,8 +185,8 @@ def test_texts_are_the_teachers_however_far_the_student_is(tmp_path, monkeypatch
     assert len({*map(tuple, expected)}) == 12 and max(map(len, expected)) == 8
     assert {ids[0] for ids in expected} == {TOKENIZER.eos_token_id}
     if not adapter:
-        fresh.teacher.model.load_state_dict(trained.model.state_dict())
-        assert [fresh.anchors[position]["input_ids"] for position in range(6)] != expected[:6]
+        fresh.teacher = trained.freeze_student()
+        assert [fresh.anchors[position]["input_ids"] for position in range(6, 12)] != expected[6:]
 
 
 EVALUATED = Dataset.from_list([{"prompt": PROMPTS[2], "completion": " x"}])
@@ -221,9 +228,10 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, options, arguments,
 
 
 def test_a_run_resumes_with_the_anchors_it_had(tmp_path):
-    options = dict(anchors="kl", max_steps=2, save_strategy="steps", save_steps=1)
+    options = dict(anchors="kl", kl_weight=0, max_steps=2, save_strategy="steps", save_steps=1)
     train(tmp_path, None, given(), **options)
     card = (tmp_path / "run/README.md").read_text()
+    assert "the mean KL over the tokens of texts without labels" in card
     assert "| anchors | kl |" in card and "| anchor_num_rows | 4 |" in card and "| anchor_weight | 1.0 |" in card
     for arguments, changes in (
         (given(PROMPTS[:3]), {}),

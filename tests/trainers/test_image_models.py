@@ -120,3 +120,8 @@ def test_the_vision_tower_is_frozen_or_trained_as_asked(build):
 def test_a_cache_of_the_teacher_needs_the_tokens(build):
     with pytest.raises(ValueError, match="`train_dataset` is .* becomes tokens only in a batch"):
         build(precompute_teacher=True)
+
+
+def test_anchors_are_refused(build):
+    with pytest.raises(ValueError, match="`anchors='self'` are texts, and `train_dataset` has images"):
+        build(anchors="self")
