@@ -2,8 +2,9 @@
 """
 Which way to train on new facts keeps most of the old ones? All variants on the same facts, seeds and number of steps.
 
-SFT, SFT stopped early, interpolation with the start (WiSE-FT), LoRA, frozen groups, L2 to the start (matched to the KL
-there, and --l2_weights), replay, KnownPatch, masked tokens (STM), and self-distillation over λ and τ, alone and with
+SFT, SFT stopped early, SFT at lower rates with as many more steps (slow), interpolation with the start (WiSE-FT),
+LoRA, LoRA without intruder dimensions, MiCA, OSF, frozen groups, L2 to the start (matched to the KL there, and
+--l2_weights), replay, KnownPatch, masked tokens (STM), EAFT, ASFT, and self-distillation over λ and τ, alone and with
 the model's own answers to further prompts (rehearsal). Output, in --output_dir: methods.md (the table, and whether
 self-distillation is on the Pareto front), methods.json and pareto.png. Interrupted, it goes on with the same command.
 The weights that SFT ends with stay in runs/sft-seed*: other --mixing_weights need no further training.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short training runs of tiny models, and what is compared between them."""
 
-import copy
 import gc
 import re
 
@@ -9,22 +8,7 @@ import torch
 import transformers
 from conftest import CITIES, build_model, build_tokenizer
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    FalconH1Config,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    MixtralConfig,
-    PhiConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -44,25 +28,26 @@ FACTS = [
 # Weights large enough that the logits are not all near 0, where a scale or a softcap would do nothing
 TINY = dict(vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.4)
 TINY |= dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-MOE = dict(num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1, output_router_logits=True)
+MOE = dict(num_experts_per_tok=2, router_aux_loss_coef=0.1, output_router_logits=True)
 ARCHITECTURES = {
-    "llama": LlamaConfig(**TINY),
-    "qwen3": Qwen3Config(**TINY, head_dim=8, tie_word_embeddings=True),
-    "gemma2": Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=2.0),
-    "cohere": CohereConfig(**TINY, logit_scale=0.3),
-    "granite": GraniteConfig(**TINY, logits_scaling=4.0),
-    "falcon_h1": FalconH1Config(**TINY, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_state=8, lm_head_multiplier=0.4),
-    "gpt2": GPT2Config(**TINY, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-    "phi": PhiConfig(**{**TINY, "num_key_value_heads": 2}),
-    "mixtral": MixtralConfig(**TINY, num_local_experts=4, **{k: v for k, v in MOE.items() if k != "num_experts"}),
-    "qwen3_moe": Qwen3MoeConfig(**TINY, **MOE, head_dim=8, moe_intermediate_size=16),
+    "llama": {},
+    "qwen3": dict(head_dim=8, tie_word_embeddings=True),
+    "gemma2": dict(head_dim=8, final_logit_softcapping=2.0),
+    "cohere": dict(logit_scale=0.3),
+    "granite": dict(logits_scaling=4.0),
+    "falcon_h1": dict(mamba_d_ssm=16, mamba_n_heads=2, mamba_d_state=8, lm_head_multiplier=0.4),
+    "gpt2": dict(n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "phi": dict(num_key_value_heads=2),
+    "mixtral": dict(num_local_experts=4, **MOE),
+    "qwen3_moe": dict(num_experts=4, **MOE, head_dim=8, moe_intermediate_size=16),
 }
 
 
-def architecture(name: str) -> PreTrainedModel:
-    """A tiny random model of a family; where its head has a bias, that is random too."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name]), dtype=torch.float32)
+def architecture(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
+    """A tiny random model of a family; where its head has a bias, that is random too. `options` go to its config."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **TINY | ARCHITECTURES.get(name, {}) | options)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         torch.nn.init.normal_(bias)
@@ -86,6 +71,11 @@ def trainer(folder, model=None, arguments=None, trainer_class=SelfDistillSFTTrai
     if "args" not in (arguments or {}):
         defaults["args"] = config(folder, configs.get(trainer_class, SelfDistillSFTConfig), **options)
     return trainer_class(model, **{**defaults, **(arguments or {})})
+
+
+def other_teacher() -> dict:
+    """The argument of a trainer: another model as the teacher, so that the KL is not 0 at the start."""
+    return dict(teacher_model=build_model(TOKENIZER, seed=1, initializer_range=0.4))
 
 
 def train(*args, resume=None, **kwargs) -> SFTTrainer:

@@ -19,16 +19,12 @@ def make_records(heldout: np.ndarray, new: np.ndarray | None = None) -> list[Acc
     Records of right and wrong answers `(num_evaluations, num_facts)`, one an epoch of ten steps; one known fact,
     always right. Every fourth wrong answer is an abstention.
     """
-    new = heldout if new is None else new
+    sets = {"known": [[True]] * len(heldout), "new": heldout if new is None else new, "heldout": heldout}
     return [
         AccuracyRecord(
             step=10 * epoch,
             epoch=float(epoch),
-            answers={
-                "known": answered("known", [True]),
-                "new": answered("new", new[epoch]),
-                "heldout": answered("heldout", heldout[epoch]),
-            },
+            answers={name: answered(name, right[epoch]) for name, right in sets.items()},
         )
         for epoch in range(len(heldout))
     ]
@@ -53,23 +49,11 @@ def write_result(folder: Path, records: list[AccuracyRecord], **training) -> Pat
     """A folder as a training stage leaves it, without the weights."""
     folder.mkdir(parents=True)
     write_records(folder / "accuracy.jsonl", records)
-    content = {
-        "origin": "org/model",
-        "precision": "float32",
-        "base_model": "org/model",
-        "mix": {"mix": {"new_facts": "invented"}, "seed": 0},
-        "splits": ["known", "new"],
-        "started_from": "stage1",
-        "seconds_per_step": 1.25,
-        "trainer": "SFTTrainer",
-        "settings": {"learning_rate": 1e-4, "seed": 0},
-        "num_steps": 20,
-        "trainable_parameters": 5_000_000,
-        "parameters": 20_000_000,
-        "log_history": [],
-        **training,
-    }
-    write_json(folder / "training.json", content)
+    content = dict(origin="org/model", base_model="org/model", started_from="stage1", trainer="SFTTrainer")
+    content |= dict(mix={"mix": {"new_facts": "invented"}, "seed": 0}, splits=["known", "new"], precision="float32")
+    content |= dict(settings={"learning_rate": 1e-4, "seed": 0}, log_history=[], seconds_per_step=1.25, num_steps=20)
+    content |= dict(trainable_parameters=5_000_000, parameters=20_000_000)
+    write_json(folder / "training.json", content | training)
     run = {"command": "scripts/run_study.py --output_dir outputs/study", "date": "2026-01-02T03:04:05+00:00"}
     write_json(folder / "run.json", {**run, "machine": "x86_64, Linux", "versions": {"torch": "2.13.0"}})
     return folder

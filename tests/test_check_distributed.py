@@ -17,7 +17,8 @@ from trl_selfdistill.files import read_json
 
 def check(folder: Path, *launcher: str | Path, flags: tuple = ()) -> subprocess.CompletedProcess:
     command = [*launcher, SCRIPTS / "check_distributed.py", "--output_dir", folder, *flags]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    # DeepSpeed compiles an operation; in a shared folder a run that was killed leaves its lock, and the next ones wait
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, env=environment)
 
 

@@ -64,10 +64,13 @@ def test_the_wheel_holds_every_file(installed):
 
 
 def test_the_readme_and_the_metric_work(installed):
-    [change] = re.findall("```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [change] = re.findall("```diff\n(.*?)```", readme, re.DOTALL)
     snippet = "\n".join(line[2:] for line in change.splitlines() if not line.startswith("-"))
     snippet = snippet.replace("Qwen/Qwen2.5-1.5B-Instruct", "model")
-    snippet = snippet.replace('"out",', '"out", use_cpu=True, bf16=False, max_steps=1, report_to="none",')
+    for_a_cpu = "use_cpu=True", "bf16=False"
+    assert all(f"`{setting}`" in readme for setting in for_a_cpu)
+    snippet = snippet.replace('"out",', f'"out", {", ".join(for_a_cpu)}, max_steps=1, report_to="none",')
     code = f"""
 import datasets, evaluate, trl_selfdistill
 from trl_selfdistill.files import shipped

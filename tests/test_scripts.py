@@ -5,7 +5,6 @@ import ast
 import json
 import re
 import runpy
-import sys
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -13,22 +12,13 @@ from safetensors.torch import load_file
 from toy_study import SCRIPTS, STUDY_FLAGS, run_script
 from transformers import AutoModelForCausalLM
 
+from trl_selfdistill import FrozenGroupsSFTTrainer, cli
 from trl_selfdistill.files import read_json, read_jsonl, write_jsonl
 from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies import command_line
 
 
-STAGE_SCRIPTS = [
-    "annotate_facts.py",
-    "build_training_mix.py",
-    "self_distill_sft.py",
-    "frozen_groups_sft.py",
-    "evaluate_facts.py",
-    "report.py",
-    "run_study.py",
-    "mechanism_study.py",
-    "compare_methods.py",
-]
+STAGE_SCRIPTS = sorted({*cli.PROGRAMS.values()} - {"publish_model.py", "check_distributed.py"})
 TRAINING = STUDY_FLAGS[STUDY_FLAGS.index("--num_train_epochs") :]
 MIX = STUDY_FLAGS[STUDY_FLAGS.index("--num_known") : STUDY_FLAGS.index("--num_train_epochs")]
 SLICK = STUDY_FLAGS[: STUDY_FLAGS.index("--num_known")]
@@ -62,16 +52,6 @@ def test_help_is_the_docstring_with_commands(name, monkeypatch, capsys):
     assert docstring.count("\n    trl-selfdistill ") >= 2  # tests/test_documents.py parses them
 
 
-@pytest.mark.parametrize("script", ["mechanism", "compare"])
-def test_presets_are_files_that_parse(script, monkeypatch):
-    file_name = {"mechanism": "mechanism_study.py", "compare": "compare_methods.py"}[script]
-    for name in ("default", "small_llama", "paper", "tiny"):
-        file = SCRIPTS / f"configs/{script}_{name}.yaml"
-        parser = parser_of(file_name, monkeypatch)  # a new one: it keeps the values of a file as its defaults
-        *_, config = parser.parse_args_and_config(["--config", str(file)])
-        assert config.output_dir.startswith("outputs/")
-
-
 def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     given = ["--model_name_or_path", toy_study.model, "--facts", toy_study.facts]
     run_script("annotate_facts.py", "--output_dir", tmp_path, *given, *SLICK, "--seed", 42, "--bf16", "false")
@@ -86,7 +66,14 @@ def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     for name, (script, model, flags) in runs.items():
         run_script(script, "--mix", mix, "--model_name_or_path", model, "--output_dir", tmp_path / name, *flags)
     run_script("report.py", "--variants", tmp_path / "sft", tmp_path / "frozen", "--output_dir", tmp_path)
-    files = ["facts/facts.jsonl", "annotated/facts.jsonl", "mix/known.jsonl", "mix/new.jsonl", "mix/heldout.jsonl"]
+    files = [
+        "facts/facts.jsonl",
+        "annotated/facts.jsonl",
+        "annotated/progress.jsonl",
+        "mix/known.jsonl",
+        "mix/new.jsonl",
+        "mix/heldout.jsonl",
+    ]
     for file in [*files, *(f"{name}/model.safetensors" for name in runs)]:
         assert (tmp_path / file).read_bytes() == (toy_study.output / file).read_bytes(), file
     ours, theirs = (read_json(folder / "results.json") for folder in (tmp_path, toy_study.output))
@@ -137,17 +124,23 @@ def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path, rows):
     assert "self-distill-sft" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path):
+@pytest.mark.parametrize("adapter", ["", "--use_peft --lora_target_modules q_proj v_proj"], ids=["full", "adapter"])
+def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, monkeypatch, capsys, adapter):
+    trained, save = [], FrozenGroupsSFTTrainer.save_model
+    monkeypatch.setattr(FrozenGroupsSFTTrainer, "save_model", lambda run: trained.append(run.model) or save(run))
     dataset = Dataset.from_list(TEXT)
     DatasetDict(train=dataset, validation=dataset.select(range(2))).save_to_disk(tmp_path / "data")
     config = {"dataset_name": str(tmp_path / "data"), "dataset_test_split": "validation", "eval_strategy": "epoch"}
     config |= {"model_name_or_path": str(toy_study.model), "frozen_groups": ["mlp"], "output_dir": "not this one"}
+    config |= {"model_init_kwargs": {"attn_implementation": "eager"}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    run_script(
-        "frozen_groups_sft.py", "--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", *OWN_FLAGS
-    )
-    moved = check_trained(toy_study.model, tmp_path / "out")
-    assert moved and not any(".mlp." in name for name in moved)
+    flags = ["--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", *OWN_FLAGS, *adapter.split()]
+    run_script("frozen_groups_sft.py", *flags, "--disable_tqdm", "false")
+    shown = capsys.readouterr()
+    assert "\nout: 2 of 2 steps" in shown.err and "'eval_loss'" in shown.out and "\r" not in shown.err + shown.out
+    assert [model.config._attn_implementation for model in trained] == ["eager"]
+    moved = set() if adapter else check_trained(toy_study.model, tmp_path / "out")
+    assert not any(".mlp." in name for name in moved)
 
 
 def check_trained(model, folder) -> set[str]:
@@ -188,13 +181,3 @@ def test_a_mistake_in_a_config_file_is_told_without_a_traceback(tmp_path, capsys
     with pytest.raises(SystemExit) as ended:
         run_script("build_training_mix.py", "--annotated", "a", "--config", tmp_path / "config.yaml")
     assert ended.value.code == 2 and error in capsys.readouterr().err
-
-
-def test_ctrl_c_ends_with_its_status_and_says_how_to_go_on(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["x.py"])
-    with pytest.raises(SystemExit) as ended:
-        command_line.run_script(interrupted, (), "x")
-    assert ended.value.code == 130 and "run the same command again" in capsys.readouterr().err

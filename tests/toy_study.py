@@ -20,10 +20,7 @@ from trl_selfdistill.studies.facts.table import save_facts
 
 VARIANTS = ("sft", "selfdistill", "frozen")
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-TEMPLATES = {
-    "country": "Which country is {subject} located in?",
-    "river": "Which river is {subject} located in?",
-}
+TEMPLATES = {relation: f"Which {relation} is {{subject}} located in?" for relation in ("country", "river")}
 ANSWERS = {
     "country": ("France", "Norway", "Peru", "Japan", "Austria"),
     "river": ("Rhone", "Glomma", "Rimac", "Yodo", "Mur"),

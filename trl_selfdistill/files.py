@@ -46,10 +46,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def warn_without(path: str | os.PathLike) -> Iterator[None]:
-    """
-    Turns an error in the block into a warning that names `path` and the reason: for cards, figures and other files
-    that describe a result. No training may end because of them; what a run needs to go on is written without this.
-    """
+    """Turns an error in the block into a warning that names `path`: for cards and figures, which may not end a run."""
     try:
         yield
     except Exception as error:

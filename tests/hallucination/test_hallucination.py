@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.hallucination.answer_outcome import ABSTENTION_PATTERNS, AnswerJudge
-from trl_selfdistill.hallucination.categories import SlickCategory
 from trl_selfdistill.hallucination.exact_match import exact_match, normalize_answer, spellings
 from trl_selfdistill.hallucination.intervals import mean_interval
+from trl_selfdistill.hallucination.metric import SlickCategory
 
 
 WORDS = st.sampled_from(
@@ -66,6 +66,11 @@ NFD, NFC = (unicodedata.normalize(form, "São Tomé") for form in ("NFD", "NFC")
         ("17.89", ["1789"], {"exact_numbers": True}, "hallucinated"),
         ("1,789.", ["1789"], {"exact_numbers": True}, "correct"),
         ("-5", ["5"], {"exact_numbers": True}, "hallucinated"),
+        ("−.5", [".5"], {"exact_numbers": True}, "hallucinated"),
+        ("10⁶", ["106"], {"exact_numbers": True}, "hallucinated"),
+        ("10⁶", ["10^6"], {"exact_numbers": True}, "correct"),
+        ("5½", ["5 1/2"], {"exact_numbers": True}, "correct"),
+        ("½", ["12"], {"exact_numbers": True}, "hallucinated"),
         ("Sao Tome", ["São Tomé"], {"strip_accents": True}, "correct"),
         ("か", ["が"], {"strip_accents": True}, "hallucinated"),  # another letter, not an accent
         ("Ｊａｐａｎ", ["Japan"], {}, "correct"),
@@ -90,16 +95,19 @@ SAME = """東京。=東京|Côte d’Ivoire=Côte d'Ivoire|Côte dʼIvoire=Côte
     تونس،=تونس|दिल्ली।=दिल्ली|क़=क\u093c|İstanbul=istanbul|İSTANBUL=istanbul|IĞDIR=ığdır|STRASSE=Straße|ΑΘΗΝΑΣ=αθηνας
     Iaşi=Iași|Москва\u0301=Москва|Hawaiʻi=Hawai'i|Cœur=Coeur|ﬁn=fin|ｶﾞﾅ=ガナ|レオナルド・ダ・ヴィンチ=レオナルドダヴィンチ
     「東京」=東京|«Paris»=Paris|“Paris”=Paris|¿Perú?=Perú|አዲስ፡አበባ=አዲስ አበባ|Ⅳ=IV|ทํา=ทำ|iPhone™=iPhone
-    C♯=C#|ΑΘΗΝΑ=Αθήνα|한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk"""
+    C♯=C#|ΑΘΗΝΑ=Αθήνα|한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk
+    Guinea Bissau=Guinea-Bissau|1 000 000=1,000,000|1914 – 1918=1914-1918|Hoà Bình=Hòa Bình|ൻ=ന്\u200d
+    Երևան=Երեվան|উৎসব=উত্\u200dসব|װ=וו|ᠮᠣᠩ᠋ᠭᠣᠯ=ᠮᠣᠩᠭᠣᠯ|Æthelred=Aethelred"""
 SAME = SAME.replace("\n    ", "|").split("|")
 DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C
-C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι""".replace("\n", "|")
+C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι|1 0000=10000|O-=O|I ran=Iran|അവൻ=അവന്""".replace("\n", "|")
 
 
 @pytest.mark.parametrize("pair", SAME)
 def test_what_a_person_takes_for_the_same_answer_is_right(pair):
     first, second = pair.split("=")
     assert exact_match(first, [second]) and exact_match(second, [first])
+    assert AnswerJudge().outcome(first, [second]) == "correct" and AnswerJudge().f1(first, [second]) == 1
 
 
 @pytest.mark.parametrize("pair", DIFFERENT.split("|"))
@@ -108,36 +116,23 @@ def test_letters_and_marks_tell_answers_apart(pair):
     assert not exact_match(first, [second])
 
 
-@pytest.mark.parametrize(
-    ("answer", "form", "is_in"),
-    [
-        ("答えは東京です。", "東京", True),
-        ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพมหานคร", True),
-        ("ມັນແມ່ນວຽງຈັນ", "ວຽງຈັນ", True),
-        ("វាគឺភ្នំពេញ។", "ភ្នំពេញ", True),
-        ("서울입니다.", "서울", True),
-        ("남서울", "서울", False),
-        ("首都はParisです", "Paris", True),
-        ("1789年です", "1789", True),
-        ("1789年です", "89", False),
-        ("十三", "三", False),
-        ("インドネシアです", "インド", False),  # Indonesia is not India
-        ("これはレオナルド・ダ・ヴィンチです", "ダ・ヴィンチ", True),
-        ("인도네시아입니다", "인도", False),
-        ("인도에서", "인도", True),
-        ("It's Paris—the capital", "Paris", True),
-        ("Berlin,Paris(France)", "Paris", True),
-        ("La réponse est l’Italie.", "Italie", True),
-        ("Guinea-Bissau", "Guinea", False),
-        ("กรุง", "กร", False),  # a vowel sign belongs to the letter before it
-        ("Parisian", "Paris", False),
-        ("यह दिल्ली है।", "दिल्ली", True),
-        ("दिल्ली", "दिल्", False),
-        ("It is Côte d’Ivoire.", "Côte d'Ivoire", True),
-    ],
-)
-def test_contains_knows_scripts_without_spaces(answer, form, is_in):
-    assert (AnswerJudge(match="contains").outcome(answer, [form]) == "correct") == is_in
+# A form is found as words, and in scripts without spaces between other letters of its script too, but not in a longer
+# name: Indonesia is not India, and a vowel sign belongs to the letter before it
+CONTAINS = """答えは東京です。=東京|กรุงเทพมหานครเป็นเมืองหลวง=กรุงเทพมหานคร|ມັນແມ່ນວຽງຈັນ=ວຽງຈັນ
+    វាគឺភ្នំពេញ។=ភ្នំពេញ|서울입니다.=서울|인도에서=인도|首都はParisです=Paris|1789年です=1789
+    これはレオナルド・ダ・ヴィンチです=ダ・ヴィンチ|यह दिल्ली है।=दिल्ली|It's Paris—the capital=Paris
+    Berlin,Paris(France)=Paris|La réponse est l’Italie.=Italie|It is Côte d’Ivoire.=Côte d'Ivoire
+    It weighs 12 500 kg.=12,500|\\boxed{Paris}=Paris|<b>Paris</b>=Paris|→Paris=Paris
+    Is it Paris?Yes=Paris"""
+CONTAINS_NOT = """남서울=서울|1789年です=89|十三=三|インドネシアです=インド|인도네시아입니다=인도|กรุง=กร
+    दिल्ली=दिल्|Guinea-Bissau=Guinea|Parisian=Paris|It weighs 12 500 kg.=12|It is O-.=O"""
+
+
+@pytest.mark.parametrize("outcome, pairs", [("correct", CONTAINS), ("hallucinated", CONTAINS_NOT)])
+def test_contains_knows_scripts_without_spaces(outcome, pairs):
+    judge = AnswerJudge(match="contains")
+    for answer, form in (pair.split("=") for pair in pairs.replace("\n    ", "|").split("|")):
+        assert judge.outcome(answer, [form]) == outcome, (answer, form)
 
 
 ABSTENTIONS = """I don't know.|I donʼt know|I don´t know|\u200fI don‘t k\u00adnow\u200f|I don’t know!|
@@ -148,8 +143,12 @@ ABSTENTIONS = """I don't know.|I donʼt know|I don´t know|\u200fI don‘t k\u00
     Non lo so.|Ik weet het niet|Nie wiem.|Не знаю.|Невідомо|Bilmiyorum.|لا أعرف|मुझे नहीं पता|我不知道。|
     未知|わかりません。|不明|모르겠습니다.|Saya tidak tahu|Tôi không biết|Don't know|I don't have that information.|
     Ich habe keine Ahnung.|Je l’ignore|Desconozco la respuesta|Weet ik niet|Nie wiadomo|Извините, не знаю|BİLMİYORUM|
-    أنا لا أَعْرِف|मुझे यह नहीं पता|不清楚|不明です。|모른다|Aku tidak tahu""".replace("\n", "").split("|")
-NO_ABSTENTIONS = "Unknown Pleasures|No|None|Norway|The Unknown Soldier|Sure|0|不丹|Idaho|N'A".split("|")
+    أنا لا أَعْرِف|मुझे यह नहीं पता|不清楚|不明です。|모른다|Aku tidak tahu|
+    I dunno|It is not clear.|Not specified|Information not available|I'm not 100% sure|
+    There isn't enough information.|Je n’ai aucune idée|No tengo ni la menor idea|
+    Non saprei|Не знаю ответа|Не знаю, извините|Bir fikrim yok|모르겠네요""".replace("\n", "").split("|")
+NO_ABSTENTIONS = "Unknown Pleasures|No|None|Norway|The Unknown Soldier|Sure|0|不丹|Idaho|N'A|Nobody Knows My Name"
+NO_ABSTENTIONS = f"{NO_ABSTENTIONS}|我不知道你是谁".split("|")
 
 
 def test_abstentions():
@@ -291,10 +290,3 @@ def test_interval_holds_the_mean_of_other_seeds_and_facts(seed_effect):
         _, low, high = mean_interval(seed_effect * seeds + facts + noise)
         held += low <= 0 <= high
     assert 0.90 <= held / 400 <= 1.0
-
-
-def test_the_ends_of_the_intervals_are_what_the_rates_can_be():
-    predictions, references = ["Paris", "Bonn", "Rome"], ["Paris", "Berlin", "Rom"]
-    scores = score_hallucinations(predictions, references, baseline_predictions=["Lyon", "Berlin", "Rom"])
-    assert (scores["f1_ci_low"], scores["f1_ci_high"]) == (0.0, 1.0)
-    assert (scores["net_change_ci_low"], scores["net_change_ci_high"]) == (-1.0, 1.0)

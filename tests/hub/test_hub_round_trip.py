@@ -135,14 +135,8 @@ def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, to
 
     ids = tokenizer(PROMPT, return_tensors="pt")
     models = {"m": build_model(tokenizer).eval(), "adapter": adapter, "mine": adapter}
-    expected = {
-        "facts": ["new"],
-        "answers": ["1789-07-14"],
-        "metric": 0.5,
-        "templates": ["default", "rag"],
-        "class": "Tiny",
-        "sampling_rate": 8000,
-    }
+    expected = {"facts": ["new"], "answers": ["1789-07-14"], "metric": 0.5, "templates": ["default", "rag"]}
+    expected |= {"class": "Tiny", "sampling_rate": 8000}
     for name, model in models.items():
         adapter.set_adapter("mine" if name == "mine" else "default")
         expected[name] = model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist()

@@ -7,12 +7,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from study_records import fading_outcomes, make_records, write_result
 
-from trl_selfdistill import (
-    FrozenGroupsSFTConfig,
-    FrozenGroupsSFTTrainer,
-    SelfDistillSFTConfig,
-    SelfDistillSFTTrainer,
-)
+from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
 from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.hub.environment import portable_command
 from trl_selfdistill.hub.model_card import (
@@ -37,13 +32,12 @@ HOSTILE = "a: [b]\n---\n| <script>alert('x')</script> | {{ 7 * 7 }} ```\n# Headi
 
 def make_trainer(folder, model, kind="self-distill", **options):
     settings = dict(max_steps=2, save_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
-    trainer_class, config_class, peft_config = SelfDistillSFTTrainer, SelfDistillSFTConfig, None
+    trainer_class, peft_config = SelfDistillSFTTrainer, None
     if kind == "frozen groups":
-        trainer_class, config_class = FrozenGroupsSFTTrainer, FrozenGroupsSFTConfig
-        settings["trainable_groups"] = ["attention"]
+        trainer_class, settings["trainable_groups"] = FrozenGroupsSFTTrainer, ["attention"]
     if kind == "adapter":
         peft_config = LoraConfig(r=2, task_type="CAUSAL_LM")
-    config = config_class(output_dir=str(folder), **{**settings, **options})
+    config = SelfDistillSFTConfig(output_dir=str(folder), **{**settings, **options})
     return trainer_class(str(model), config, train_dataset=Dataset.from_dict(DATA), peft_config=peft_config)
 
 
@@ -63,11 +57,13 @@ def test_whatever_a_trainer_saves_has_its_card(tmp_path, model_dir, kind):
         assert data["library_name"] == ("peft" if kind == "adapter" else "transformers") and "base_model" not in data
         assert "A local model fine-tuned" in text and "Not measured for this checkpoint" in text
         assert str(model_dir) not in card.content and str(tmp_path) not in card.content and "None" not in text
+        assert "2604.15574" in text
         assert ("loss = CE + λ τ² KL(teacher ‖ student)" in text) != is_frozen
         assert ("SHA-256 of its parameters: " in text) != is_frozen and ("they did not" in text) == is_frozen
         rows = ["".join(line.split()) for line in text.splitlines()]
         assert "|train|1|0|0|2|" in rows and "|lr_scheduler_type|linear|" in rows
-        assert any(row.startswith("|temperature(τ)|") for row in rows) != is_frozen
+        for name in ("kl_weight(λ)", "temperature(τ)"):
+            assert any(row.startswith(f"|{name}|") for row in rows) != is_frozen
         if is_frozen:
             saved = read_json(folder / "parameter_groups.json")["groups"]["mlp"]
             assert f"|mlp|{saved['parameters']:,}|0|{saved['frozen_sha256']}|" in rows
@@ -138,9 +134,8 @@ def test_nothing_that_only_describes_a_run_ends_it(tmp_path, model_dir, kind, ca
     for name in files:
         (tmp_path / "run" / name).mkdir(parents=True)
     trainer = make_trainer(tmp_path / "run", model_dir, kind)
-    trainer.train_dataset = trainer.train_dataset.remove_columns("slick_category").add_column(
-        "slick_category", [[1]] * 3
-    )
+    plain = trainer.train_dataset.remove_columns("slick_category")
+    trainer.train_dataset = plain.add_column("slick_category", [[1]] * 3)
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
@@ -216,12 +211,8 @@ def test_hostile_values_break_neither_the_yaml_nor_the_tables():
     card = ModelCard(str(render_model_card({"training": training, "results": results})))
     assert card.data.license == HOSTILE and card.data.to_dict()["pipeline_tag"] == "text-generation"
     assert "<script>" not in card.text and "49" not in card.text and "\n# Heading" not in card.text
-    assert [line[:7] for line in card.text.splitlines() if line.startswith("```")] == [
-        "```bash",
-        "```",
-        "```bibt",
-        "```",
-    ]
+    fences = [line[:7] for line in card.text.splitlines() if line.startswith("```")]
+    assert fences == ["```bash", "```", "```bibt", "```"]
     rows = [line for line in card.text.splitlines() if line.startswith("|")]
     assert len(rows) == 4 + 3 + 3 and all(line.endswith(" |") for line in rows)
 

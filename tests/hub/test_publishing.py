@@ -28,20 +28,12 @@ MODEL_FILES = {
 def checkpoint(tmp_path, tokenizer) -> Path:
     """A finished variant with everything that a run may leave in its folder."""
     folder = write_checkpoint(tmp_path / "study" / "sft", tokenizer)
-    for name in (
-        "optimizer.pt",
-        "training_args.bin",
-        "trainer_state.json",
-        "rng_state.pth",
-        "train.log",
-        "train.py",
-        "optimizer.safetensors",
-    ):
+    others = ["optimizer.pt", "optimizer.safetensors", "training_args.bin", "trainer_state.json", "rng_state.pth"]
+    for name in (*others, "train.log", "train.py", ".env"):
         (folder / name).write_text(TOKEN)
     for name in ("_teacher", "checkpoint-1", ".cache", "wandb", ".git"):
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_text("secret")
-    (folder / ".env").write_text(TOKEN)
     (folder / "special_tokens_map.json").write_text("{}")  # of tokenizers that transformers 4 saved
     return folder
 
@@ -168,10 +160,7 @@ def test_a_name_that_the_hub_would_refuse_is_refused(checkpoint, name):
 
 def test_facts_have_a_card_that_nothing_in_them_breaks(tmp_path):
     hostile = "x: [y]\n---\n<script>alert(1)</script> ](http://evil)"
-    rows = [
-        {"slick_category": "HighlyKnown", "subject": hostile},
-        {"slick_category": "Unknown", "subject": "a\u2028b"},
-    ]
+    rows = [dict(slick_category="HighlyKnown", subject=hostile), dict(slick_category="Unknown", subject="a\u2028b")]
     write_jsonl(tmp_path / "facts.jsonl", rows)
     (tmp_path / "progress.jsonl").write_text("")
     write_json(tmp_path / "run.json", {"arguments": {"slick": {"num_prompts": 4, hostile: hostile}}})

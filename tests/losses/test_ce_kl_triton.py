@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel compiles for GPUs that are not here, without register spills. Its results are tested next door."""
+"""The Triton kernel for GPUs that are not here: without register spills, and launched where its tensors are. What it
+computes is tested next door."""
 
 import os
 import subprocess
 import sys
 
-import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trl_selfdistill.losses import ce_kl_triton
+from trl_selfdistill.losses.ce_kl_torch import Tile, TileObjective
 
 
 # In a process of its own, as `TRITON_INTERPRET` is read when Triton is imported
@@ -36,10 +41,34 @@ for capability, dtype, softcap in ((80, "fp32", 30.0), (90, "bf16", None)):
 
 
 def test_compiles_without_register_spills():
-    pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 2, run.stderr
     for line in run.stdout.splitlines():
         exponentials, spills, reloads = map(int, line.split())
         assert exponentials > 0 and spills == reloads == 0, line
+
+
+def test_it_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """Triton takes the current device, whatever the tensors are on: here 0, with tensors that have no memory on 1."""
+    current, launched = [0], []
+
+    def exchange(device: int) -> int:
+        """As `torch._C._cuda_exchangeDevice`, which a build for CPUs lacks; -1 leaves the device."""
+        before = current[0]
+        current[0] = device if device >= 0 else before
+        return before
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *tensors, **constants: launched.append((grid, *current))
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    monkeypatch.setattr(ce_kl_triton, "ce_kl_rows", Kernel())
+    with FakeTensorMode():
+        tile = Tile(torch.empty(3, 7, device="cuda:1"), 1.0, None)
+        labels = torch.empty(3, dtype=torch.int64, device="cuda:1")
+        losses = ce_kl_triton.ce_kl_tile_(tile, tile, labels, TileObjective(1.0, 1.0, 0.5, 1.0), with_grad=True)
+    assert launched == [((3,), 1)] and current == [0]
+    assert losses.shape == (3, 4) and losses.device == tile.products.device

@@ -3,7 +3,7 @@ import pytest
 import torch
 from answering_model import EXEMPLARS, QUESTIONS, build_answering_model, teach, towns_prompts
 from peft import LoraConfig, get_peft_model
-from transformers import FalconH1Config, FalconH1ForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from sft_runs import architecture
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_selfdistill.hallucination.exact_match import exact_match
@@ -17,22 +17,16 @@ COUNTRIES = sorted(set(QUESTIONS.values()))
 
 
 def build_architecture(name: str, tokenizer):
-    torch.manual_seed(1)
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    size = dict(**ids, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    gemma2 = dict(num_key_value_heads=1, head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8)
-    mamba = dict(mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8)
-    models = {
-        "llama": lambda: build_answering_model(tokenizer),
-        # The window is shorter than the prompt, and than the prefix that prompts share
-        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**size, **gemma2, intermediate_size=32, sliding_window=12)),
-        # Attention and state space in every layer: its cache is one of keys and values, and more
-        "falcon_h1": lambda: FalconH1ForCausalLM(
-            FalconH1Config(**size, **mamba, intermediate_size=32, num_key_value_heads=1, mamba_chunk_size=8)
-        ),
+    if name == "llama":
+        return build_answering_model(tokenizer)
+    # A window that is shorter than the prompt, and than the prefix that prompts share. Attention and state space in
+    # every layer: the cache is one of keys and values, and more
+    options = {
+        "gemma2": dict(final_logit_softcapping=5.0, query_pre_attn_scalar=8, sliding_window=12),
+        "falcon_h1": dict(lm_head_multiplier=1.0, mamba_d_head=8, mamba_n_groups=1, mamba_chunk_size=8),
     }
-    model = models[name]()
-    return model if name == "llama" else teach(model, tokenizer, num_steps=80 if name == "gemma2" else 30)
+    model = architecture(name, seed=1, initializer_range=0.02, bos_token_id=None, **options[name])
+    return teach(model, tokenizer, num_steps=80 if name == "gemma2" else 30)
 
 
 def naive_score(model, tokenizer, prompt, forms, temperature=1.0, top_k=None):

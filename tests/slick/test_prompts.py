@@ -4,12 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_selfdistill.hallucination.exact_match import exact_match
-from trl_selfdistill.slick.prompts import (
-    answer_completion,
-    answer_from_generation,
-    few_shot_prompt,
-    question_prompt,
-)
+from trl_selfdistill.slick.prompts import answer_completion, answer_from_generation, few_shot_prompt, question_prompt
 
 
 # One line, as questions and answers are, without blanks at its ends

@@ -42,14 +42,8 @@ SHARED = {"score": SCORE, "generate": GENERATE, "highly known": HIGHLY_KNOWN}
 def build_facts() -> Dataset:
     """Two relations, whose rows alternate."""
     rows = [
-        {
-            "fact_id": f"{relation}/{town}",
-            "relation": relation,
-            "subject": town,
-            "question": question.format(town),
-            "answer": COUNTRIES[i % 5],
-            "aliases": [COUNTRIES[(i + 1) % 5]] if i % 4 == 0 else [],
-        }
+        {"fact_id": f"{relation}/{town}", "relation": relation, "subject": town, "question": question.format(town)}
+        | {"answer": COUNTRIES[i % 5], "aliases": [COUNTRIES[(i + 1) % 5]] if i % 4 == 0 else []}
         for i, town in enumerate(TOWNS)
         for relation, question in (("P17", "Which country is {} located in?"), ("P495", "Where is {} from?"))
     ]

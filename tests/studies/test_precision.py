@@ -2,6 +2,7 @@
 """Precision by device: what is native is chosen, what is said is kept, what is emulated is warned of."""
 
 import logging
+import os
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -108,3 +109,13 @@ def test_fp16_of_the_launcher_is_what_a_training_computes_in_and_a_question_does
     training = Namespace(output_dir=None, bf16=None, fp16=False, use_cpu=False)
     assert "fp16 autocast" in precision.choose_precision(training)[1] and training.fp16 and not training.bf16
     assert "fp32, the fastest" in precision.choose_precision(Namespace(output_dir=None, bf16=None))[1]
+
+
+def test_what_else_decides_the_precision_is_said(cpu, monkeypatch):
+    cpu(False)
+    level, message = precision.choose_precision(Namespace(output_dir=None, bf16=None, dtype="bfloat16"))
+    assert level == logging.WARNING and re.search("fp32, .*Weights: bfloat16, .*emulates", message)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    training = Namespace(output_dir=None, bf16=None, fp16=False, use_cpu=False)
+    assert "Precision: fp8" in precision.choose_precision(training)[1] and training.bf16 is False
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp8"

@@ -12,15 +12,8 @@ from trl_selfdistill.studies.models import load_model_and_tokenizer
 from trl_selfdistill.studies.small_llama import SmallLlamaSettings, pretrain_small_llama
 
 
-SETTINGS = SmallLlamaSettings(
-    hidden_size=64,
-    num_layers=2,
-    vocab_size=800,
-    pretraining_learning_rate=3e-3,
-    pretraining_batch_size=4,
-    max_pretraining_epochs=80,
-    target_accuracy=0.9,
-)
+LEARNING = dict(pretraining_learning_rate=3e-3, pretraining_batch_size=4, max_pretraining_epochs=80)
+SETTINGS = SmallLlamaSettings(64, 2, 800, **LEARNING, target_accuracy=0.9)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, a kill and a full disk in the middle of a study: what is done stays, and the next run goes on."""
+"""Ctrl-C in the middle of a study: what is done stays, and the next run goes on."""
 
 import shutil
 import signal
@@ -7,14 +7,9 @@ import subprocess
 import sys
 import time
 
-import pytest
 from toy_study import SCRIPTS, run_script, runs_of
-from trl import ModelConfig
 
-from trl_selfdistill.slick.process_sharding import ProgressFile
 from trl_selfdistill.studies import runs
-from trl_selfdistill.studies.arguments import SlickArguments
-from trl_selfdistill.studies.stages import annotate_stage
 
 
 def start(tmp_path, patch: str, flags: list[str]) -> subprocess.Popen:
@@ -22,14 +17,9 @@ def start(tmp_path, patch: str, flags: list[str]) -> subprocess.Popen:
     driver = tmp_path / "driver.py"
     run = f"import runpy, sys\nsys.argv = {[str(SCRIPTS / 'run_study.py'), *flags]!r}\n"
     driver.write_text(f"{patch}\n{run}runpy.run_path(sys.argv[0], run_name='__main__')\n")
-    return subprocess.Popen(
-        [sys.executable, str(driver)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that
+    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True)
+    return subprocess.Popen([sys.executable, driver], stderr=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
 
 SLOW_AT_STEP_6 = """
@@ -70,37 +60,3 @@ def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, 
     assert all(before[name] == after[name] for name in before if name != "sft")
     for file in ("model.safetensors", "accuracy.jsonl"):
         assert (copied_study.output / "sft" / file).read_bytes() == (toy_study.output / "sft" / file).read_bytes()
-
-
-class Killed(BaseException):
-    """Ends the annotation as a kill would, but for the process."""
-
-
-def test_kill_in_the_annotation_loses_nothing(toy_study, tmp_path, monkeypatch):
-    """A half-written line at the end of the progress is dropped, what stands before it is kept."""
-    slick = SlickArguments(slick_num_prompts=2, slick_num_shots=2)
-    run = type("Run", (), {"bf16": False, "seed": 42, "trust_remote_code": False})
-    annotate = [
-        str(toy_study.model),
-        ModelConfig(),
-        toy_study.output / "facts/facts.jsonl",
-        slick,
-        tmp_path / "out",
-    ]
-    append = ProgressFile.append
-
-    def append_or_die(self, unit, result):
-        append(self, unit, result)
-        if len(self.results) == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ProgressFile, "append", append_or_die)
-        annotate_stage(*annotate, run)
-    progress = tmp_path / "out.partial" / "progress.jsonl"
-    whole = progress.read_bytes()
-    assert whole.count(b"\n") == 4  # identity and three units, of four
-    progress.write_bytes(whole + b'{"unit": "cut o')
-    annotated = annotate_stage(*annotate, run)
-    assert annotated.read_bytes() == (toy_study.output / "annotated" / "facts.jsonl").read_bytes()
-    assert (annotated.parent / "progress.jsonl").read_bytes().startswith(whole)

@@ -10,10 +10,11 @@ from itertools import chain
 import pytest
 import torch
 from answering_model import QUESTIONS, build_answering_model
-from conftest import build_model
+from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from sft_runs import FACTS, ROUNDING, TOKENIZER, assert_same_weights, config, logs, train, trainer
+from tokenizers import decoders
 from torch.nn import functional as F
 
 from trl_selfdistill.slick.prompts import question_prompt
@@ -71,6 +72,15 @@ def test_own_answers_are_what_the_model_writes_up_to_its_end(caplog):
         assert f"of the model's {len(written)} answers are empty or have no end" in caplog.text
     with pytest.raises(ValueError, match="4 of the model's 4 answers .* within `max_new_tokens=2`"):
         own_answers(build_model(TOKENIZER), TOKENIZER, PROMPTS, max_new_tokens=2)
+
+
+def test_own_answers_keep_their_first_blank():
+    """Also where the tokenizer's decoder drops that of a text, as SentencePiece's do."""
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    expected = own_answers(answering(), TOKENIZER, PROMPTS, max_new_tokens=12).to_list()
+    assert own_answers(answering(), tokenizer, PROMPTS, max_new_tokens=12).to_list() == expected
+    assert any(row["completion"].startswith(" ") for row in expected)
 
 
 OWN = {
@@ -245,10 +255,10 @@ def test_a_run_resumes_with_the_anchors_it_had(tmp_path):
 
 @pytest.mark.parametrize("name", ["anchors.csv", "anchors.jsonl", "anchors.parquet", "folder"])
 def test_anchors_are_loaded_by_name(tmp_path, name):
-    rows, file = Dataset.from_dict({"prompt": ["NA", "What, then?"]}), tmp_path / name
+    rows, file = Dataset.from_dict({"prompt": ["What, then?", "Who?"]}), tmp_path / name
     write = {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(file.suffix, rows.to_json)
     if name == "folder":
         file.mkdir()
     write(str(file / "train.jsonl" if name == "folder" else file))
-    loaded = anchors.choose_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=str(file)), None)
+    loaded = anchors.load_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=str(file)), None)
     assert loaded["prompt"][:] == rows["prompt"][:]

@@ -21,7 +21,7 @@ from conftest import build_model
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from sft_runs import FACTS, ROUNDING, TOKENIZER, architecture, logs, train, trainer
+from sft_runs import FACTS, ROUNDING, TOKENIZER, architecture, logs, other_teacher, train, trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
@@ -59,7 +59,7 @@ def run_ddp(folder: Path, batch_size: int) -> None:
     for name, options in DDP.items():
         arguments = {}
         if name not in ("snapshot", "adapter"):
-            arguments["teacher_model"] = build_model(TOKENIZER, seed=1, initializer_range=0.4)
+            arguments |= other_teacher()
         if "without labels" in name:
             arguments["train_dataset"] = half_labelled_rows()
             options = options | dict(teacher_cache_dir=str(folder / name / "cache"))

@@ -7,7 +7,7 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset, DatasetDict
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from sft_runs import FACTS, TOKENIZER, assert_same_weights, config, logs, trainer, weights
+from sft_runs import FACTS, TOKENIZER, assert_same_weights, config, logs, other_teacher, trainer, weights
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig
 
@@ -16,10 +16,6 @@ from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 
 DATA = Dataset.from_list(FACTS)
 CLASSES = [SelfDistillSFTTrainer, FrozenGroupsSFTTrainer]
-
-
-def other_teacher():
-    return dict(teacher_model=build_model(TOKENIZER, seed=1, initializer_range=0.4))
 
 
 @pytest.fixture(params=CLASSES)
@@ -123,6 +119,7 @@ def test_what_is_saved_loads_without_this_package(build, tmp_path):
         assert (folder / "tokenizer.json").is_file() and (folder / "README.md").is_file()
         assert "trl_selfdistill" not in (folder / "config.json").read_text()
     run.create_model_card(model_name="tiny", dataset_name="org/facts", tags="mine")
+    assert not (tmp_path / "run" / "_teacher").exists()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "org/facts" in card and all(f"\n- {tag}\n" in card for tag in [*run.tags, "mine"])
 

@@ -2,7 +2,6 @@
 """FrozenGroupsSFTTrainer: what is frozen, saved and refused (that it is SFTTrainer otherwise: test_laws.py)."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,13 +43,6 @@ def test_what_is_frozen_has_no_gradient_and_no_optimizer_state(tmp_path, tied):
         assert (id(parameter) in with_state) == (id(parameter) in in_groups) == parameter.requires_grad == attention
         assert attention or parameter.grad is None
     assert len(with_state) == 8
-
-
-def test_zero3_checkpoints_are_reentrant():
-    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3), gradient_checkpointing=True)
-    args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-    FrozenGroupsSFTTrainer._use_reentrant_checkpointing_under_zero3(SimpleNamespace(args=args))
-    assert args.activation_checkpointing_kwargs == args.gradient_checkpointing_kwargs == {"use_reentrant": True}
 
 
 def test_table_is_printed_kept_and_saved_with_hashes(tmp_path, capsys):
@@ -118,13 +110,6 @@ def test_adapters_of_another_base_model_do_not_resume(tmp_path):
     frozen(tmp_path, adapted(0), trainable_groups=["attention"])
     with pytest.raises(ValueError, match="frozen parameters in 'embeddings' are not those"):
         frozen(tmp_path, adapted(1), trainable_groups=["attention"], resume=True, max_steps=4)
-
-
-def test_a_config_with_a_teacher_says_nothing_of_one_in_the_card(tmp_path):
-    run = train(tmp_path, None, dict(args=config(tmp_path, frozen_groups=["mlp"])), FrozenGroupsSFTTrainer)
-    run.save_model()
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "- frozen-groups-sft" in card and "kl_weight" not in card and "Teacher" not in card
 
 
 def test_groups_that_are_set_after_the_config_was_made_count(tmp_path):

@@ -1,55 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HallucinationEvalCallback in real runs of a tiny model, alone, on two processes (DDP) and on sharded weights."""
-
-import json
-import os
-import sys
-from pathlib import Path
+"""HallucinationEvalCallback in real runs of a tiny model."""
 
 import pytest
-import torch
-from accelerate import PartialState
+import sft_runs
 from answering_model import QUESTIONS, build_answering_model
-from conftest import build_tokenizer
 from datasets import Dataset
-from sft_runs import assert_same_weights
-from torch.distributed.fsdp import fully_shard
+from sft_runs import TOKENIZER, assert_same_weights
 from transformers import EarlyStoppingCallback
-from trl import SFTConfig, SFTTrainer
-from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
+from trl import SFTTrainer
 
 from trl_selfdistill import HallucinationEvalCallback
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.prompts import question_prompt
-from trl_selfdistill.trainers.hallucination_callback import predict_answers_in_parallel
 
 
-TOKENIZER = build_tokenizer()
 HELDOUT = Dataset.from_dict({"question": [*QUESTIONS], "answer": [*QUESTIONS.values()], "aliases": [[]] * 6})
 # The answers of the model to these are wrong before the training
 NEW = Dataset.from_dict({"question": ["Which country is Kobe located in?"] * 3, "answer": ["Japan", "Peru", "Norway"]})
-PROMPTS = [question_prompt(question) for question in [*QUESTIONS, *QUESTIONS][:7]]
 TRAIN = Dataset.from_dict({"prompt": ["Q: a\nA:"] * 4, "completion": [" b"] * 4})
 
 
 def make_trainer(folder, **config) -> SFTTrainer:
-    settings = dict(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, seed=0)
-    settings |= dict(num_train_epochs=3, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no")
-    settings |= dict(logging_steps=1, gradient_checkpointing=False)
-    options = {"train_dataset": TRAIN, "processing_class": TOKENIZER}
+    arguments = {"train_dataset": TRAIN}
     if "eval_strategy" in config:
-        options["eval_dataset"] = config.pop("eval_dataset", TRAIN)
-    return SFTTrainer(build_answering_model(TOKENIZER), SFTConfig(**{**settings, **config}), **options)
+        arguments["eval_dataset"] = config.pop("eval_dataset", TRAIN)
+    settings = dict(max_steps=-1, num_train_epochs=3, seed=0) | config
+    return sft_runs.trainer(folder, build_answering_model(TOKENIZER), arguments, SFTTrainer, **settings)
 
 
 def run(folder, eval_sets, resume=None, after=(), **config) -> SFTTrainer:
-    trainer = make_trainer(folder, **config)
-    trainer.add_callback(HallucinationEvalCallback(trainer, eval_sets, batch_size=4))
+    run = make_trainer(folder, **config)
+    run.add_callback(HallucinationEvalCallback(run, eval_sets, batch_size=4))
     for callback in after:
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+        run.add_callback(callback)
+    run.train(resume_from_checkpoint=resume)
+    return run
 
 
 def values(trainer, name: str) -> list[float]:
@@ -77,14 +63,18 @@ def test_it_logs_each_set_before_the_training_and_after_each_epoch(finished):
     assert values(finished, "eval_heldout_forgetting") == expected and expected[-1] > 0
 
 
-@pytest.mark.parametrize("strategy, number", [("steps", 6), ("epoch", 3)])
+@pytest.mark.parametrize("strategy, number", [("steps", 2), ("epoch", 3)])
 def test_it_changes_nothing_in_the_training(tmp_path, strategy, number):
-    """A log of the callback's own takes back the order for the trainer's of the epoch, if it is not given again."""
+    """
+    A log of the callback's own takes back the order for the trainer's of the epoch, if it is not given again, and must
+    not take the metrics of the steps before it.
+    """
     sets = ({"heldout": HELDOUT}, {})
-    asked, off = (run(tmp_path / str(len(each)), each, logging_strategy=strategy) for each in sets)
+    asked, off = (run(tmp_path / str(len(each)), each, logging_strategy=strategy, logging_steps=3) for each in sets)
     assert not any(name.startswith("eval") for log in off.state.log_history for name in log)
     assert_same_weights(asked.model, off.model)
-    assert values(asked, "loss") == values(off, "loss") and len(values(off, "loss")) == number
+    for name in ("loss", "mean_token_accuracy"):
+        assert values(asked, name) == values(off, name) and len(values(off, name)) == number
 
 
 @pytest.mark.parametrize("eval_dataset", [TRAIN, {"one": TRAIN, "two": TRAIN}], ids=["one dataset", "a dict"])
@@ -118,7 +108,7 @@ def test_early_stopping_that_would_not_see_the_metrics_is_refused(tmp_path):
 
 def test_a_resumed_run_goes_on_with_the_peak(finished, tmp_path):
     run(tmp_path, {"heldout": HELDOUT, "new": NEW}, save_strategy="epoch")
-    resumed = run(tmp_path, {"heldout": HELDOUT, "new": NEW}, resume=str(tmp_path / "checkpoint-2"))
+    resumed = run(tmp_path, {"heldout": HELDOUT, "new": NEW}, resume=str(tmp_path / "run" / "checkpoint-2"))
     for name in ("eval_heldout_accuracy", "eval_heldout_forgetting", "eval_new_hallucination_rate"):
         # A checkpoint is written before the epoch's end is evaluated, where the trainer itself evaluates nothing
         assert values(resumed, name)[0] == values(finished, name)[0]
@@ -156,43 +146,3 @@ def test_answers_that_could_not_be_given_are_refused(tmp_path, rows, error):
     rows = Dataset.from_dict({"question": ["q"] * len(rows["answer"]), **rows})
     with pytest.raises(ValueError, match=rf"`eval_sets\['a'\]`.*{error}"):
         HallucinationEvalCallback(make_trainer(tmp_path), {"a": rows})
-
-
-def run_on_two_processes(folder: Path) -> None:
-    """A DDP run, and generation from weights that FSDP2 has sharded over both processes; each writes what it saw."""
-    trainer = run(folder / "run", {"heldout": HELDOUT, "new": NEW}, per_device_train_batch_size=1)
-    model = build_answering_model(TOKENIZER)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
-    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
-    sharded = predict_answers_in_parallel(model, TOKENIZER, PROMPTS, synced_gpus=True, batch_size=2)
-    result = {"log": trainer.state.log_history, "sharded": sharded, "processes": PartialState().num_processes}
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    run_in_two_processes(__file__, folder)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-@needs_fsdp2_on_cpu
-def test_two_processes_log_what_one_does(two_processes, finished):
-    for result in two_processes:
-        assert result["processes"] == 2
-        for name in ("eval_heldout_accuracy", "eval_heldout_forgetting", "eval_new_hallucination_rate"):
-            assert [log[name] for log in result["log"] if name in log] == values(finished, name)
-
-
-@needs_fsdp2_on_cpu
-def test_sharded_weights_answer_as_whole_ones(two_processes):
-    whole = [answer for [answer] in predict_answers(build_answering_model(TOKENIZER), TOKENIZER, PROMPTS)]
-    assert len({*whole}) > 1
-    for result in two_processes:
-        assert result["sharded"] == whole
-
-
-if __name__ == "__main__":
-    run_on_two_processes(Path(sys.argv[1]))
-    leave_processes()

@@ -11,16 +11,19 @@ from conftest import build_tokenizer
 from datasets import Dataset
 from PIL import Image
 from sft_runs import config, logs, weights
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from trl import SFTConfig
 
-from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill import (
+    FrozenGroupsSFTConfig,
+    FrozenGroupsSFTTrainer,
+    HallucinationEvalCallback,
+    SelfDistillSFTConfig,
+    SelfDistillSFTTrainer,
+)
+from trl_selfdistill.slick.prompt_tokens import tokenize_prompts
+from trl_selfdistill.slick.prompts import question_prompt
+from trl_selfdistill.studies.drift import DriftProbeCallback
 
 
 CHAT = (
@@ -99,8 +102,11 @@ def test_kl_is_that_of_the_logits_given_the_images(build):
         with torch.no_grad():
             own = student(**inputs, pixel_values=batch["pixel_values"]).logits[:, :-1][mask] / 0.7
             theirs = teacher(**inputs, pixel_values=pixel_values_of_teacher).logits[:, :-1][mask] / 0.7
-        return torch.nn.functional.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="batchmean").item()
+        total = torch.nn.functional.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="sum")
+        return total.item() / int(number)
 
+    # That of the CE: transformers 4 counts a row's first token, which is a label here and which nothing predicts
+    _, number = run.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     logged = logs(run)[0]["kl_loss"]
     assert logged == pytest.approx(kl(batch["pixel_values"]), rel=1e-4)
     assert logged != pytest.approx(kl(-batch["pixel_values"]), rel=1e-3)  # another image
@@ -115,11 +121,26 @@ def test_the_vision_tower_is_frozen_or_trained_as_asked(build):
     moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
     assert moved and all("language_model" in name or "lm_head" in name for name in moved)
     assert not any(".mlp." in name for name in moved)
+    assert run.group_table[-1].group == "unassigned" and run.group_table[-1].trainable_parameters == 0
 
 
 def test_a_cache_of_the_teacher_needs_the_tokens(build):
     with pytest.raises(ValueError, match="`train_dataset` is .* becomes tokens only in a batch"):
         build(precompute_teacher=True)
+
+
+def test_questions_are_asked_with_the_text_of_a_processor(build):
+    facts = Dataset.from_dict({"question": ["where is oslo"], "subject": ["oslo"], "answer": ["norway"]})
+    prompts = {"text": question_prompt, "chat": lambda question: [dict(role="user", content=question)]}
+    run = build(max_steps=1)
+    for name, prompt in prompts.items():
+        [asked] = tokenize_prompts(build.processor, [prompt("where is oslo")])
+        assert "where is oslo" in build.processor.decode(asked)
+        run.add_callback(HallucinationEvalCallback(run, {name: facts}, prompt_function=prompt))
+    run.add_callback(DriftProbeCallback(run, facts, every_steps=1))
+    run.train()
+    for name in ("eval_text_accuracy", "eval_chat_accuracy", "drift_kl"):
+        assert len([row for row in logs(run) if name in row]) == 2
 
 
 def test_anchors_are_refused(build):

@@ -8,8 +8,8 @@ import signal
 
 import pytest
 from conftest import build_model
-from datasets import Dataset
-from sft_runs import FACTS, TOKENIZER, StopAt, architecture, assert_same_weights, train, trainer
+from datasets import Dataset, List, Value
+from sft_runs import FACTS, TOKENIZER, StopAt, architecture, assert_same_weights, other_teacher, train, trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
@@ -25,14 +25,10 @@ def student():
     return build_model(TOKENIZER, attention_dropout=0.2)
 
 
-def with_teacher():
-    return dict(teacher_model=build_model(TOKENIZER, seed=1, initializer_range=0.4))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run with a teacher that nothing interrupts."""
-    return train(tmp_path_factory.mktemp("whole"), student(), with_teacher(), **RUN)
+    return train(tmp_path_factory.mktemp("whole"), student(), other_teacher(), **RUN)
 
 
 def die(*args):
@@ -102,9 +98,9 @@ KILLS = {
 @pytest.mark.parametrize("kill", KILLS)
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, whole, kill):
     prepare, expected = KILLS[kill]
-    run_and_die(tmp_path, prepare, with_teacher)
+    run_and_die(tmp_path, prepare, other_teacher)
     assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / f"checkpoint-{expected}")
-    resumed = train(tmp_path, student(), with_teacher(), resume=True, **RUN)
+    resumed = train(tmp_path, student(), other_teacher(), resume=True, **RUN)
     assert resumed.state.global_step == 6
     assert_same_weights(resumed.model, whole.model)
 
@@ -121,7 +117,7 @@ def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(tmp_path):
 def stopped(tmp_path_factory):
     """A run that stopped at step 4, whose folder tests take copies of."""
     folder = tmp_path_factory.mktemp("stopped")
-    train(folder, student(), with_teacher() | dict(callbacks=[StopAt(4)]), **RUN)
+    train(folder, student(), other_teacher() | dict(callbacks=[StopAt(4)]), **RUN)
     return folder
 
 
@@ -137,10 +133,10 @@ def test_there_is_nothing_to_resume_from(copy_of_stopped):
         (checkpoint / "trainer_state.json").unlink()
     for checkpoint in checkpoints[1:]:
         with pytest.raises(ValueError, match=rf"Can't find a valid checkpoint at {checkpoint}: .*trainer_state"):
-            train(copy_of_stopped, student(), with_teacher(), resume=str(checkpoint), **RUN)
+            train(copy_of_stopped, student(), other_teacher(), resume=str(checkpoint), **RUN)
     for folder in (copy_of_stopped / "nowhere", copy_of_stopped):
         with pytest.raises(ValueError, match="No valid checkpoint found.* without `resume_from_checkpoint`"):
-            train(folder, student(), with_teacher(), resume=True, **RUN)
+            train(folder, student(), other_teacher(), resume=True, **RUN)
 
 
 def tied_by_hand():
@@ -168,7 +164,7 @@ def test_weights_that_are_not_one_to_one_in_the_file_resume(tmp_path, make, bf16
 @pytest.mark.parametrize("name", ["training_data.json", "teacher.json"])
 def test_a_checkpoint_of_an_older_version_is_refused(copy_of_stopped, name):
     (copy_of_stopped / "run" / "checkpoint-2" / name).write_text("{}")
-    run = trainer(copy_of_stopped, student(), with_teacher(), **RUN)
+    run = trainer(copy_of_stopped, student(), other_teacher(), **RUN)
     with pytest.raises(ValueError, match=f"written by trl-selfdistill 0.1.0 .it holds {name}"):
         run.train(resume_from_checkpoint=str(copy_of_stopped / "run" / "checkpoint-2"))
 
@@ -184,16 +180,11 @@ OTHER_ROWS = [{**FACTS[0], "completion": " Peru"}, *FACTS[1:]]
 
 @pytest.mark.parametrize(
     "rows, options",
-    [
-        (OTHER_ROWS, {}),
-        (FACTS[::-1], {}),
-        (FACTS, dict(completion_only_loss=False)),
-        (FACTS, dict(max_length=9)),
-    ],
+    [(OTHER_ROWS, {}), (FACTS[::-1], {}), (FACTS, dict(completion_only_loss=False)), (FACTS, dict(max_length=9))],
     ids=["a row", "order", "loss mask", "length"],
 )
 def test_a_dataset_that_changed_is_refused(copy_of_stopped, rows, options):
-    extra = with_teacher() | dict(train_dataset=Dataset.from_list(rows))
+    extra = other_teacher() | dict(train_dataset=Dataset.from_list(rows))
     with pytest.raises(ValueError, match="`train_dataset` is not the one .*checkpoint-4.*`ignore_data_skip=True`"):
         train(copy_of_stopped, student(), extra, resume=True, **RUN, **options)
 
@@ -206,12 +197,20 @@ def test_a_column_that_happens_to_have_a_name_of_ours_is_no_part_of_the_data(val
 
 
 def test_the_same_data_by_other_ways_are_the_same(copy_of_stopped, whole):
-    """Tokenised anew, in another order of columns, with others; and on purpose with other data."""
+    """Tokenised anew, in another order of columns, with others; tokens of int64, where SFTTrainer's are of int32."""
     rows = [
         {"seq_lengths": i, "completion": row["completion"], "prompt": row["prompt"]} for i, row in enumerate(FACTS)
     ]
-    extra = with_teacher() | dict(train_dataset=Dataset.from_list(rows))
-    resumed = train(copy_of_stopped, student(), extra, resume=True, **RUN)
-    assert_same_weights(resumed.model, whole.model)
-    other = with_teacher() | dict(train_dataset=Dataset.from_list(OTHER_ROWS))
-    train(copy_of_stopped, student(), other, resume=True, ignore_data_skip=True, **{**RUN, "max_steps": 8})
+    tokens = whole.train_dataset.select_columns(["input_ids", "labels"])
+    tokens = tokens.cast_column("input_ids", List(Value("int64")))
+    assert tokens.features != whole.train_dataset.select_columns(["input_ids", "labels"]).features
+    for data in (Dataset.from_list(rows), tokens):
+        extra = other_teacher() | dict(train_dataset=data)
+        resumed = train(copy_of_stopped, student(), extra, resume=f"{copy_of_stopped}/run/checkpoint-4", **RUN)
+        assert_same_weights(resumed.model, whole.model)
+
+
+def test_other_data_are_taken_on_purpose(copy_of_stopped):
+    other = other_teacher() | dict(train_dataset=Dataset.from_list(OTHER_ROWS))
+    run = train(copy_of_stopped, student(), other, resume=True, ignore_data_skip=True, **RUN)
+    assert run.state.global_step == 6

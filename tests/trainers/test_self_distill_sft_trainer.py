@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SelfDistillSFTTrainer is SFTTrainer with CE + kl_weight * temperature**2 * KL(teacher || student) for a loss."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +8,19 @@ import pytest
 import torch
 from conftest import build_model
 from datasets import Dataset
-from safetensors.torch import load_file
+from peft import PromptTuningConfig
 from sft_runs import (
     ARCHITECTURES,
     FACTS,
     ROUNDING,
     TOKENIZER,
     architecture,
-    assert_same_weights,
     config,
     logs,
+    other_teacher,
     train,
     trainer,
 )
-from transformers import AutoModelForCausalLM
 from trl import SFTTrainer, TrlParser
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -30,6 +28,8 @@ from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
 
 IDS = [TOKENIZER(row["prompt"] + row["completion"])["input_ids"] for row in FACTS]
 LABELLED = [{"input_ids": ids, "labels": [-100, *ids[1:-2], -100, ids[-1]]} for ids in IDS]
+TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
+VIRTUAL_TOKENS = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 # What each makes of the data is tested in test_data_paths.py; here, that the metrics are TRL's
 DATASETS = {
     "prompt-completion": (FACTS, {}),
@@ -37,6 +37,9 @@ DATASETS = {
     "packed": (FACTS, dict(packing=True, max_length=64)),
     "padding-free": (FACTS, dict(padding_free=True, max_length=None)),
     "bf16": (FACTS, dict(bf16=True)),
+    # Virtual tokens shift the positions, of the student and of its copy alike
+    "prompt tuning": (FACTS, dict(peft_config=VIRTUAL_TOKENS, learning_rate=1.0)),
+    "prompt tuning on text": (TEXTS, dict(peft_config=VIRTUAL_TOKENS, learning_rate=1.0)),
 }
 
 
@@ -49,8 +52,8 @@ DATASETS = {
 )
 def test_first_step_is_that_of_sft_trainer(tmp_path, name, rows, options):
     """The teacher is a copy, so that the KL and its gradient are 0; from the second step on they are not."""
-    arguments = dict(train_dataset=Dataset.from_list(rows))
-    options = dict(max_steps=2, learning_rate=2e-2, **options)
+    options = dict(max_steps=2, learning_rate=2e-2) | options
+    arguments = dict(train_dataset=Dataset.from_list(rows), peft_config=options.pop("peft_config", None))
     ours = logs(train(tmp_path, architecture(name), arguments, **options))
     theirs = logs(train(tmp_path, architecture(name), arguments, SFTTrainer, **options))
     tolerance = 1e-2 if options.get("bf16") else 1e-5
@@ -101,8 +104,7 @@ def test_kl_is_added_to_another_loss(tmp_path, options, extra):
     """DFT, label smoothing and a loss function of the user's keep what SFTTrainer makes of them."""
     options = dict(max_steps=1, eval_strategy="steps", eval_steps=1, **options)
     extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]), compute_metrics=token_metrics, **extra)
-    distillation = dict(teacher_model=build_model(TOKENIZER, seed=1, initializer_range=0.4))
-    ours = train(tmp_path, architecture("mixtral"), extra | distillation, kl_weight=2.0, **options)
+    ours = train(tmp_path, architecture("mixtral"), extra | other_teacher(), kl_weight=2.0, **options)
     theirs = train(tmp_path, architecture("mixtral"), extra, SFTTrainer, **options)
     for prefix, row, expected in zip(["", "eval_"], logs(ours), logs(theirs), strict=False):
         assert row.keys() - expected.keys() == {f"{prefix}ce_loss", f"{prefix}kl_loss"}
@@ -124,17 +126,6 @@ def test_compute_metrics_gets_the_logits(tmp_path):
     ours, theirs = (trainer(tmp_path, None, extra, c).evaluate() for c in (SelfDistillSFTTrainer, SFTTrainer))
     assert ours["eval_shape"] == theirs["eval_shape"] and ours["eval_hits"] == theirs["eval_hits"]
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"])
-
-
-def test_checkpoints_hold_the_student_alone_and_a_model_card(tmp_path):
-    run = train(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
-    folder = tmp_path / "run" / "checkpoint-2"
-    assert load_file(folder / "model.safetensors").keys() == build_model(TOKENIZER).state_dict().keys()
-    assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), run.model)
-    assert "_teacher" not in {path.name for path in (tmp_path / "run").iterdir()}
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert re.search(r"^- self-distill-sft$", card, re.MULTILINE) and "2604.15574" in card
-    assert run.model.model_tags == ["trl", "sft", "self-distill-sft"]
 
 
 def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):

@@ -7,9 +7,8 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from sft_runs import FACTS, config, trainer
+from sft_runs import config, trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 from transformers.models.mixtral import modeling_mixtral
@@ -20,13 +19,11 @@ from trl_selfdistill import SelfDistillSFTConfig
 from trl_selfdistill.trainers.frozen_groups_sft_config import config_from
 from trl_selfdistill.trainers.label_head import label_hidden_states, lm_head_of
 from trl_selfdistill.trainers.sft_internals import (
-    HookedSFTTrainer,
     add_label_head_forward,
     base_causal_lm,
     frozen_copy,
     label_positions_only,
     train_in_order,
-    without_unused_columns,
 )
 
 
@@ -109,25 +106,6 @@ def test_the_head_sees_the_label_positions_only_and_the_loss_is_the_same(tmp_pat
     assert flops[3] - flops[1] == 2 * head * 2 * (9 - 4) and flops[2] == flops[0]
     for values in (losses, gradients):
         torch.testing.assert_close(values[1], values[0])
-
-
-def test_the_hooks_are_called_where_transformers_saves(tmp_path):
-    called = []
-
-    class Hooked(HookedSFTTrainer):
-        extra_columns = ("note",)
-
-        def on_save_checkpoint(self, folder):
-            called.append((folder.name, sorted(path.name for path in folder.iterdir())))
-
-        def on_save_model(self, folder):
-            called.append((folder.name, (folder / "model.safetensors").is_file()))
-
-    data = Dataset.from_list(FACTS).map(lambda row: {"note": row["prompt"]})
-    run = trainer(tmp_path, None, dict(train_dataset=data), Hooked, save_strategy="steps", save_steps=3)
-    assert "note" in without_unused_columns(run, run.train_dataset).column_names
-    run.train()
-    assert called == [("checkpoint-3", []), ("checkpoint-3", True)]
 
 
 def test_rows_are_taken_in_order(tmp_path):

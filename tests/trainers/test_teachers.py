@@ -10,11 +10,10 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from sft_runs import FACTS, ROUNDING, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
+from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
-from trl_selfdistill import SelfDistillSFTTrainer
 from trl_selfdistill.parameters.hashes import hash_model
 from trl_selfdistill.trainers import teachers
 from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
@@ -22,6 +21,7 @@ from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
+VIRTUAL_TOKENS = dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
 
 def other_model(**options):
@@ -113,22 +113,9 @@ def test_the_model_of_another_trainer_as_teacher(tmp_path):
     assert all(parameter.requires_grad for parameter in other.model.parameters())
 
 
-@pytest.mark.parametrize("rows", [FACTS, [{"text": row["prompt"] + row["completion"]} for row in FACTS]])
-def test_prompt_tuning(tmp_path, rows):
-    """Virtual tokens shift the positions, of the student and of its copy alike."""
-    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    extra = dict(peft_config=peft_config, train_dataset=Dataset.from_list(rows))
-    ours, theirs = (
-        logs(train(tmp_path, None, extra, c, learning_rate=1.0)) for c in (SelfDistillSFTTrainer, SFTTrainer)
-    )
-    assert ours[0] == pytest.approx({**ours[0], **theirs[0]}, rel=1e-5, abs=ROUNDING)
-    assert ours[0]["kl_loss"] < 1e-6 < ours[1]["kl_loss"]
-
-
 def test_positions_that_the_teacher_does_not_have_are_refused(tmp_path):
-    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     rows = Dataset.from_list([{"text": row["prompt"]} for row in FACTS])
-    run = trainer(tmp_path, None, dict(peft_config=peft_config, train_dataset=rows, teacher_model=other_model()))
+    run = trainer(tmp_path, None, VIRTUAL_TOKENS | dict(train_dataset=rows, teacher_model=other_model()))
     with pytest.raises(ValueError, match="prompt-learning adapter .* pass a `teacher_model`"):
         run.train()
 
@@ -156,12 +143,7 @@ model = build_model(TOKENIZER)
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Use a"),
         (None, dict(teacher_model=other_model()), dict(teacher_model_revision="v1"), "revision` .* none is"),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* none is"),
-        (
-            None,
-            dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-            dict(teacher_snapshot_steps=1),
-            "one adapter that can be held twice. Train stage 1",
-        ),
+        (None, VIRTUAL_TOKENS, dict(teacher_snapshot_steps=1), "one adapter that can be held twice. Train stage 1"),
     ],
 )
 def test_teachers_that_are_refused(tmp_path, student, extra, options, message):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Literal
 
-from .exact_match import as_seen, contains_words, normalize_answer, part_words
+from .exact_match import as_seen, contains_words, normalize_answer, part_words, with_parted
 
 
 Outcome = Literal["correct", "abstained", "hallucinated"]
@@ -19,10 +19,7 @@ ABSTENTION_PATTERNS = tuple(line for line in _LINES if line and not line.startsw
 
 
 def fold_answer(text: str) -> str:
-    """
-    Returns the form of an answer in which abstention patterns are searched for: lower case, single spaces, one kind of
-    apostrophe and no punctuation at either end. " I don’t  know! " becomes "i don't know".
-    """
+    """Folds case, blanks, apostrophes and outer punctuation: " I don’t  know! " becomes "i don't know"."""
     text = as_seen(text).lower().replace("i\u0307", "i")  # what is left of a dotted capital
     # By Unicode's categories: for `re`, the vowel signs of Hindi are not letters
     kept = [i for i, character in enumerate(text) if unicodedata.category(character)[0] not in "PSZC"]
@@ -37,8 +34,7 @@ class AnswerJudge:
         match (`str`, *optional*, defaults to `"exact"`):
             `"exact"`: the whole answer is one of the accepted forms. `"contains"`: an accepted form is among the words
             of the answer, whole words only ("17" is not in "1789"), for models that answer in sentences.
-        squad, strip_accents, exact_numbers:
-            See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
+        squad, strip_accents, exact_numbers: See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
         abstention_patterns (`Iterable[str]`, *optional*, defaults to `ABSTENTION_PATTERNS`):
             Regular expressions in lower case, searched for in [`fold_answer`] of an answer. They replace the list;
             `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.
@@ -46,12 +42,6 @@ class AnswerJudge:
     Raises:
         ValueError: If `match` is another word, or a pattern is not a regular expression.
         TypeError: If `abstention_patterns` is a single string.
-
-    ```python
-    >>> judge = AnswerJudge()
-    >>> [judge.outcome(answer, ["France"]) for answer in ("france.", "I don't know", "Spain", "", "Unknown Pleasures")]
-    ['correct', 'abstained', 'hallucinated', 'abstained', 'hallucinated']
-    ```
     """
 
     def __init__(
@@ -80,26 +70,28 @@ class AnswerJudge:
         return normalize_answer(text, **self._options) or fold_answer(text)
 
     def outcome(self, prediction: str, accepted: Sequence[str]) -> Outcome:
-        """
-        `"correct"` if `prediction` matches one of the `accepted` forms, `"abstained"` if it declines to answer, else
-        `"hallucinated"`. A sentence that contains the answer and abstains ("I don't know, France?") is an abstention.
-        """
-        answer = self.normalize(prediction)
-        forms = [form for form in map(self.normalize, accepted) if form]
-        if answer in forms:  # first, as "Unknown" may be the answer
-            return "correct"
+        """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
+        if self._is_form(prediction, accepted):
+            return "correct"  # before the patterns, as "Unknown" may be the answer
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
             return "abstained"
         if self.match == "contains":
-            parted, *parted_forms = (self.normalize(part_words(text)) for text in (prediction, *accepted))
-            pairs = [(answer, form) for form in forms] + [(parted, form) for form in parted_forms if form]
-            if any(contains_words(*pair) for pair in pairs):
-                return "correct"
+            for part in (str, part_words):
+                answer, *forms = (self.normalize(part(text)) for text in (prediction, *accepted))
+                if any(form and contains_words(answer, form) for form in forms):
+                    return "correct"
         return "hallucinated"
+
+    def _is_form(self, prediction: str, accepted: Sequence[str]) -> bool:
+        parted = (lambda text: {text}) if self._options["squad"] else with_parted
+        answers = {self.normalize(text) for text in parted(prediction)} - {""}
+        return any(self.normalize(text) in answers for form in accepted for text in parted(form))
 
     def f1(self, prediction: str, accepted: Sequence[str]) -> float:
         """SQuAD's token F1 of `prediction` with the nearest of the `accepted` forms, in [0, 1]."""
+        if self._is_form(prediction, accepted):
+            return 1.0
         words = Counter(self.normalize(prediction).split())
         forms = [Counter(self.normalize(form).split()) for form in accepted]
         # Without a word on either side there is no F1

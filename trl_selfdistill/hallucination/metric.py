@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often a model gives wrong answers as if they were right, and what fine-tuning changed about it.
-
-The plain function behind the metric in `evaluate_metrics/hallucination`, with the rates of arXiv 2604.15574.
-"""
+"""How often a model gives wrong answers as if they were right, and what fine-tuning changed about it."""
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
 from .answer_outcome import AnswerJudge
-from .categories import SlickCategory
 from .intervals import mean_interval
+
+
+class SlickCategory(StrEnum):
+    """How well a model knows a fact (SLiCK, arXiv 2405.05904). "Known" means the first three."""
+
+    HIGHLY_KNOWN = "HighlyKnown"
+    MAYBE_KNOWN = "MaybeKnown"
+    WEAKLY_KNOWN = "WeaklyKnown"
+    UNKNOWN = "Unknown"
 
 
 # The rate of each outcome
@@ -35,7 +41,7 @@ def score_hallucinations(
     **answer_rules,
 ) -> dict:
     """
-    Scores answers to questions of fact. Each is correct, abstained or hallucinated.
+    Scores answers to questions of fact by the rates of arXiv 2604.15574. Each is correct, abstained or hallucinated.
 
     Args:
         predictions (`Iterable[str]`): The model's answers.
@@ -72,13 +78,8 @@ def score_hallucinations(
     {'accuracy': 0.33, 'hallucination_rate': 0.33, 'hallucination_rate_ci_high': 1.0}
     ```
     """
-    columns = {
-        "predictions": predictions,
-        "baseline_predictions": baseline_predictions,
-        "categories": categories,
-        "relations": relations,
-        "questions": questions,
-    }
+    columns = {"predictions": predictions, "baseline_predictions": baseline_predictions, "questions": questions}
+    columns |= {"categories": categories, "relations": relations}
     columns = {name: check_texts(values, name) for name, values in columns.items() if values is not None}
     columns["references"] = check_references(references)
     num_rows = len(columns["predictions"])
@@ -145,19 +146,16 @@ def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray
                 f"`references[{i}]` is {aliases!r}, of which normalizing (lower case, no punctuation) leaves nothing "
                 "that a prediction could match. Drop the row, or add another alias."
             )
-    pairs = list(zip(predictions, references, strict=True))
-    answers = {"outcome": [judge.outcome(*pair) for pair in pairs], "f1": [judge.f1(*pair) for pair in pairs]}
+    answers = {"outcome": map(judge.outcome, predictions, references), "f1": map(judge.f1, predictions, references)}
     if "baseline_predictions" in columns:
-        before = zip(columns["baseline_predictions"], references, strict=True)
-        answers["baseline_outcome"] = [judge.outcome(*pair) for pair in before]
-    return {name: np.array(values) for name, values in answers.items()}
+        answers["baseline_outcome"] = map(judge.outcome, columns["baseline_predictions"], references)
+    return {name: np.array([*values]) for name, values in answers.items()}
 
 
 def _rates(answers: dict[str, np.ndarray]) -> dict:
     right = answers["outcome"] == "correct"
-    means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()}
-    means["f1"] = answers["f1"]
-    others = {"num_predictions": len(right)}
+    means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()} | {"f1": answers["f1"]}
+    result: dict[str, float | None] = {"num_predictions": len(right)}
     if "baseline_outcome" in answers:
         before = answers["baseline_outcome"] == "correct"
         means["baseline_accuracy"] = before
@@ -167,11 +165,10 @@ def _rates(answers: dict[str, np.ndarray]) -> dict:
         means["net_change"] = right.astype(int) - before
         # McNemar's exact test (1947): the facts that changed sides against a fair coin
         changed = right[before != right]
-        others["mcnemar_p_value"] = float(binomtest(int(changed.sum()), len(changed)).pvalue) if len(changed) else 1.0
-    result = {}
+        result["mcnemar_p_value"] = float(binomtest(int(changed.sum()), len(changed)).pvalue) if len(changed) else 1.0
     for name, values in means.items():
         result |= _with_interval(name, values)
-    return result | others
+    return result
 
 
 def _with_interval(name: str, values: np.ndarray) -> dict[str, float | None]:

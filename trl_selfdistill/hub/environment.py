@@ -33,7 +33,7 @@ def describe_environment() -> dict[str, Any]:
     gpus = f", {num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus else ""
     versions = {}
     for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # not installed, or a clone that runs as it is
+        with suppress(PackageNotFoundError):  # peft may be missing
             versions[name] = version(name)
     return {
         "command": portable_command(shlex.split(os.environ.get("TRL_SELFDISTILL_COMMAND", "")) or sys.argv),
@@ -50,14 +50,7 @@ def hide_tokens(text: str) -> str:
 
 
 def portable_command(words: Sequence[str]) -> str:
-    """
-    A command line to show to others: without secrets, and with the last part alone of paths that are not relative.
-
-    ```python
-    >>> portable_command(["scripts/report.py", "--output_dir=/home/alice/study", "--hub_token", "abc"])
-    'scripts/report.py --output_dir=study --hub_token HIDDEN'
-    ```
-    """
+    """A command line to show to others: without secrets, and of paths that are not relative the last part alone."""
     shown = []
     for previous, word in pairwise(["", *words]):
         flag, value = _FLAG_AND_VALUE.fullmatch(word).groups()

@@ -6,6 +6,8 @@ which a study adds, of the weights that they were measured on.
 """
 
 import hashlib
+import html
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import read_json, warn_without, write_json, written_whole
-from ..hallucination.categories import SlickCategory
-from .markdown import escape_markdown
+from ..hallucination.metric import SlickCategory
 
 
 CARD_FILE = "README.md"
@@ -90,6 +91,15 @@ def render_model_card(record: dict[str, Any]) -> ModelCard:
     )
 
 
+def escape_markdown(value: object) -> str:
+    """A value for a line or a cell of Markdown: nothing in it can end the cell, or become HTML, a link or an image."""
+    text = ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
+    text = html.escape(text, quote=False)
+    for character in "`*[]":
+        text = text.replace(character, f"&#{ord(character)};")
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def _escaped(value: Any) -> Any:
     """A JSON value whose texts and numbers are text that is safe in Markdown."""
     if isinstance(value, dict):
@@ -115,10 +125,7 @@ def hub_id(name: Any) -> str | None:
 
 
 def base_model_of(name_or_path: str | None) -> dict[str, str | None]:
-    """
-    The model on the Hub that a Hub id or a folder, by its card, goes back to, as `base_model`, and its `license`;
-    `None` for what is not known.
-    """
+    """`base_model` (a Hub id) and `license` of a model on the Hub or, by its card, in a folder; `None` if unknown."""
     base_model, license = hub_id(name_or_path), None
     card = Path(name_or_path or "", CARD_FILE)
     if name_or_path and card.is_file():

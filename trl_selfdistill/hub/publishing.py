@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a folder goes to the Hub, and the push. Only files whose names are on a list are published, and no links."""
 
+import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -121,8 +122,8 @@ def plan_model(
     of the facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is
     missing.
     """
-    parts = [re.sub(r"([*?[])", r"[\1]", path.name) for path in adapter_folders(folder)]
-    adapters = [f"{part}/{name}" for part in parts for name in ("adapter_config.json", "adapter_model.safetensors")]
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    adapters = [f"{glob.escape(path.name)}/{name}" for path in adapter_folders(folder) for name in names]
     files = _with_named_files(folder, select_files(folder, [*MODEL_FILES, *adapters]))
     record, given = read_record(folder), {"license": license, "base_model": base_model}
     if "training" not in record or not any(name.endswith(".safetensors") for name in files):
@@ -130,10 +131,8 @@ def plan_model(
     record["training"] |= {name: value for name, value in given.items() if value is not None}
     card = render_model_card(record)
     if card.data.license is None:
-        raise PublishError(
-            f"The license of {folder.name} is not known. Pass that of {card.data.base_model or 'its base model'}, "
-            "for example `--license apache-2.0`."
-        )
+        base = card.data.base_model or "its base model"
+        raise PublishError(f"The license of {folder.name} is not known. Pass {base}'s, as `--license apache-2.0`.")
     if dataset_id is not None:
         card.data.datasets = [*(card.data.datasets or []), dataset_id]
         for result in card.data.eval_results or []:
@@ -143,10 +142,8 @@ def plan_model(
         config = read_json(folder / name)
         config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
         if config["base_model_name_or_path"] is None:
-            raise PublishError(
-                f"The adapter in {folder.name} was trained on a local model. Publish that one first and pass its id, "
-                "as `--base_model your-name/stage1`."
-            )
+            advice = "Publish that one first and pass its id, as `--base_model your-name/stage1`."
+            raise PublishError(f"The adapter in {folder.name} was trained on a local model. {advice}")
         texts[name] = json.dumps(config, indent=2)
     return Publication(repo_id, "model", files | {name: text.encode() for name, text in texts.items()})
 

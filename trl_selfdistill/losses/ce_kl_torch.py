@@ -1,14 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile kernel in PyTorch, for every device: blocks of rows small enough to stay in the processor's cache."""
+"""The tile kernel in PyTorch, for every device, and what every kernel reads: rows few enough to stay in the cache."""
+
+from typing import NamedTuple
 
 import torch
-
-from .objective import Tile, TileObjective
 
 
 # Elements of a block of rows. On a CPU each of its five fp32 buffers is then 2 MiB, so that the dozen elementwise
 # passes run in the cache; elsewhere a pass over few elements would leave the device idle.
 BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**24}
+
+
+class Tile(NamedTuple):
+    """Products of hidden states and an LM head. The logits are `softcap * tanh(scale * products / softcap)`."""
+
+    products: torch.Tensor  # (num_tokens, vocab_size), contiguous
+    scale: float
+    softcap: float | None
+
+
+class TileObjective(NamedTuple):
+    """`grad_scale * (ce_weight * CE + kl_weight * temperature**2 * KL(teacher ‖ student))`, summed over the rows."""
+
+    ce_weight: float
+    kl_weight: float  # at 0 there is no teacher
+    temperature: float  # of both distributions in the KL; the cross-entropy is at temperature 1
+    grad_scale: float  # one over the number of labels in the batch
+
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Returns the loss, from the tokens' sums `(4,)` of cross-entropy, KL, entropy and top-1."""
+        return (self.ce_weight * sums[0] + self.kl_weight * self.temperature**2 * sums[1]) * self.grad_scale
 
 
 def ce_kl_tile_(
@@ -47,7 +68,11 @@ def _block(student, teacher, labels, objective, with_grad, losses, buffers):
     top, log_sum_exp = _softmax(logits, probs)
     losses[:, 0:1] = log_sum_exp - logits.gather(-1, labels)
     losses[:, 2:3] = log_sum_exp - torch.mul(probs, logits, out=scratch).sum(-1, keepdim=True)
-    losses[:, 3:4] = _is_most_likely(logits, labels, top)
+    # `logits.argmax(-1) == labels`, ties going to the first token, in a fourth of the time
+    losses[:, 3:4] = logits.gather(-1, labels) == top
+    tied = torch.eq(logits, top, out=scratch).sum(-1) > 1
+    if tied.any():
+        losses[tied, 3:4] = (logits[tied].argmax(-1, keepdim=True) == labels[tied]).to(losses.dtype)
     if teacher is not None:
         teacher_logits = _logits(teacher, teacher_buffer)
         if temperature != 1.0:
@@ -102,15 +127,3 @@ def _softmax(logits: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, t
     torch.softmax(logits, -1, out=probs)
     top = logits.amax(-1, keepdim=True)
     return top, top - probs.amax(-1, keepdim=True).log()  # the largest probability is 1 / sum(exp(logits - top))
-
-
-def _is_most_likely(logits: torch.Tensor, labels: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Returns `logits.argmax(-1) == labels`, ties going to the first token, from maxima: a tenth of argmax's time."""
-    label_logits = logits.gather(-1, labels)
-    is_top = label_logits == top
-    rival = logits.scatter_(-1, labels, -torch.inf).amax(-1, keepdim=True)
-    logits.scatter_(-1, labels, label_logits)
-    tied = (is_top & (rival == top)).squeeze(-1)
-    if tied.any():
-        is_top[tied] = logits[tied].argmax(-1, keepdim=True) == labels[tied]
-    return is_top

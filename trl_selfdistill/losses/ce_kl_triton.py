@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .objective import Tile, TileObjective
+from .ce_kl_torch import Tile, TileObjective
 
 
 # Columns of a row that one program holds at a time, and its warps: 8 columns a thread keep the two passes within the

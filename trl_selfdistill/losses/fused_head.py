@@ -11,8 +11,8 @@ import math
 
 import torch
 
+from .ce_kl_torch import Tile, TileObjective
 from .lm_head import LMHead, ModelSide
-from .objective import Tile, TileObjective
 
 
 # Each chunk reads and writes the gradient of the whole head; on a CPU larger chunks than this gain nothing

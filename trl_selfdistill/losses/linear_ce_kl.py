@@ -9,9 +9,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from .ce_kl_torch import TileObjective
 from .fused_head import fused_losses
 from .lm_head import LMHead, ModelSide
-from .objective import TileObjective
 
 
 IGNORE_INDEX = -100
@@ -71,10 +71,8 @@ def linear_ce_kl(
         student_lm_head ([`LMHead`]): The student's LM head.
         teacher_hidden_states (`torch.Tensor` of shape `(num_tokens, teacher_hidden_size)`, *optional*):
             The teacher's last hidden states at the same positions. No gradient flows to the teacher.
-        teacher_lm_head ([`LMHead`], *optional*):
-            The teacher's LM head, of the same vocabulary. The teacher may be `None` when `kl_weight` is 0.
-        shift_labels (`torch.Tensor` of shape `(num_tokens,)`):
-            The next token's id at each position. Positions with -100 count in neither term.
+        teacher_lm_head ([`LMHead`], *optional*): The teacher's, of the same vocabulary; `None` if `kl_weight` is 0.
+        shift_labels (`torch.Tensor` of shape `(num_tokens,)`): The next token's id at each position; -100 is ignored.
         ce_weight (`float`, *optional*, defaults to `1.0`): Weight of the cross-entropy.
         kl_weight (`float`): Weight of the KL. At 0 no work is done for the teacher.
         temperature (`float`, *optional*, defaults to `1.0`): Temperature of both distributions in the KL.

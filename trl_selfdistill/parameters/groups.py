@@ -131,13 +131,8 @@ def parameter_table(model: PreTrainedModel) -> GroupTable:
 
 def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
     """
-    Switches off the gradients of the parameters that a selection does not train, and returns the counts afterwards.
-
-    Gradients are never switched on: what was frozen before stays frozen. On an error no parameter has changed.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Causal language model, changed in place.
-        selection ([`GroupSelection`]): What to freeze or to train.
+    Switches off the gradients of the parameters of a causal language model that a selection does not train, and
+    returns the counts afterwards. What was frozen before stays frozen. On an error no parameter has changed.
 
     Raises:
         ValueError: If an entry selects nothing, a tied tensor is selected by some of its names only, a group is asked
@@ -145,7 +140,18 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
     """
     # ProphetNet ties its embeddings to a module outside of its decoder, which has no group and no say
     tensors = [(tensor, [name for name in names if name.group] or names) for tensor, names in named_tensors(model)]
-    _refuse_unmatched(model, selection, [name for _, names in tensors for name in names])
+    all_names = [name for _, names in tensors for name in names]
+    num_layers = 1 + max((name.layer for name in all_names if name.layer is not None), default=-1)
+    for spec in selection.specs:
+        beyond = spec.layers is not None and spec.layers.stop > num_layers
+        if beyond or not any(spec.selects(name) for name in all_names):
+            groups = sorted({name.group for name in all_names if name.group is not None}, key=GROUPS.index)
+            raise ValueError(
+                f"`{selection.option}` contains {spec.text!r}, which matches no parameter of {type(model).__name__} "
+                f"or asks for layers that it does not have. The model has {', '.join(groups)} in {num_layers} layers, "
+                f"numbered from 0 (state-space and other mixers without attention are counted in 'mlp'); its "
+                f"parameters are named like {all_names[len(all_names) // 2].name!r}. {_SPEC_HELP}"
+            )
     for _, names in tensors:
         selected = [name.name for name in names if selection.selects(name)]
         if 0 < len(selected) < len(names):
@@ -170,18 +176,3 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
         if not selection.trains(names[0]):
             tensor.requires_grad_(False)
     return parameter_table(model)
-
-
-def _refuse_unmatched(model: PreTrainedModel, selection: GroupSelection, names: list[ParameterName]) -> None:
-    """Refuses an entry that selects none of `names`, or layers that the model does not have."""
-    num_layers = 1 + max((name.layer for name in names if name.layer is not None), default=-1)
-    groups = sorted({name.group for name in names if name.group is not None}, key=GROUPS.index)
-    for spec in selection.specs:
-        beyond = spec.layers is not None and spec.layers.stop > num_layers
-        if beyond or not any(spec.selects(name) for name in names):
-            raise ValueError(
-                f"`{selection.option}` contains {spec.text!r}, which matches no parameter of {type(model).__name__} "
-                f"or asks for layers that it does not have. The model has {', '.join(groups)} in {num_layers} layers, "
-                f"numbered from 0 (state-space and other mixers without attention are counted in 'mlp'); its "
-                f"parameters are named like {names[len(names) // 2].name!r}. {_SPEC_HELP}"
-            )

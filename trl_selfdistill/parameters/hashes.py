@@ -65,9 +65,8 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
 
 def hash_model(model: torch.nn.Module, adapters: bool = True) -> str:
     """
-    SHA-256 over a model's config, its weights and buffers (of quantised weights the packed bytes and the scales) and,
-    with `adapters`, those of a PEFT model and their settings. About a second for 1 GB. Under ZeRO-3 a collective. FSDP
-    must not have sharded the model yet, as a shard has another hash.
+    SHA-256 over a model's config, its weights and buffers (quantised ones as packed) and, with `adapters`, those of a
+    PEFT model and their settings. About a second for 1 GB. Under ZeRO-3 a collective; before FSDP shards the model.
     """
     state, configs = model.state_dict(keep_vars=True), {"config": base_causal_lm(model).config}
     if adapters and is_peft_model(model):

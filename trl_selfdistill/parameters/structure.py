@@ -36,10 +36,7 @@ class ParameterName(NamedTuple):
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """
-    Keeps bitsandbytes from repacking 4-bit weights in place at the first forward in evaluation mode, as it does on
-    CPUs with AVX512-BF16: the new layout has no backward, so that adapters below would silently get no gradient.
-    """
+    """Keeps bitsandbytes from repacking 4-bit weights in evaluation mode on a CPU: that layout has no backward."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -63,11 +60,6 @@ def group_of(names: list[ParameterName]) -> str | None:
     """The group to count a parameter in that has these names: that of the first, and `embeddings` before `lm_head`."""
     groups = [name.group for name in names]
     return "embeddings" if "embeddings" in groups else groups[0]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    # By class, as shapes do not tell: the q_norm of Cohere has a 2-D weight. `InklingNormedEmbedding` is not a norm.
-    return "norm" in type(module).__name__.lower() and not isinstance(module, nn.Embedding)
 
 
 def _is_block_list(module: nn.Module) -> bool:
@@ -112,7 +104,8 @@ class _Structure:
         landmark = "lm_head" if inside(self.lm_head) else "embeddings" if inside(self.embeddings) else None
         if landmark is None and not inside(self.decoder):
             return None  # a vision tower, a projector
-        if _is_norm(path[-1]):
+        # By class, as shapes do not tell: the q_norm of Cohere has a 2-D weight. `InklingNormedEmbedding` is no norm
+        if "norm" in type(path[-1]).__name__.lower() and not isinstance(path[-1], nn.Embedding):
             return "norm"
         if landmark is not None:
             return landmark

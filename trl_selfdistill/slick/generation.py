@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers to a prompt, greedily or by sampling, and which tokens end an answer.
-
-An answer is the first line of what the model writes, so generation stops at the first newline or special token.
-"""
+"""What a model answers to a prompt: the first line of what it writes, up to a newline or a special token."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +17,10 @@ from .prompts import answer_from_generation
 
 
 class AnswerEnds(NamedTuple):
-    """
-    Which tokens end an answer: `stop_ids` are special or have a newline in their text. Of these, `terminator_ids` add
-    nothing to the answer under `exact_match`: ".\\n" is one, "s\\n" is not.
-    """
+    """Which tokens end an answer."""
 
-    stop_ids: tuple[int, ...]
-    terminator_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]  # special, or with a newline in their text
+    terminator_ids: tuple[int, ...]  # of these, what adds nothing to the answer under `exact_match`: ".\n", not "s\n"
 
 
 def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AnswerEnds:
@@ -86,8 +80,7 @@ def predict_answers(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model. Its training mode is restored.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor. The padding side does
-            not matter.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer or processor, whatever the padding side.
         prompts (`Sequence[str]` or `Sequence[list[dict]]`): The prompts, texts or conversations, without the answers.
         num_samples (`int`, *optional*): Answers sampled for each prompt; `None` for the greedy answer.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature.
@@ -102,11 +95,10 @@ def predict_answers(
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
     stop_ids = answer_ends(model, tokenizer).stop_ids
-    ends = {"eos_token_id": list(stop_ids), "pad_token_id": min(stop_ids, default=0)}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends)
-    if num_samples is not None:
-        config.update(do_sample=True, num_return_sequences=num_samples)
-        config.update(temperature=float(temperature), top_k=top_k or 0)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=num_samples is not None)
+    config.update(eos_token_id=list(stop_ids), pad_token_id=min(stop_ids, default=0))
+    if config.do_sample:
+        config.update(num_return_sequences=num_samples, temperature=float(temperature), top_k=top_k or 0)
     # Similar lengths in a batch: little padding. The longest come first: memory runs out early or never
     order = sorted(range(len(prompts)), key=lambda i: (-len(token_ids[i]), i))
     per_prompt = num_samples or 1
@@ -120,23 +112,18 @@ def predict_answers(
             written = generate_tokens(model, [token_ids[i] for i in batch], config, synced_gpus)
             # With the stop token: the text before its newline belongs to the answer
             texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for row, i in enumerate(batch):
-                own = texts[row * per_prompt : (row + 1) * per_prompt]
-                answers[i] = [answer_from_generation(text) for text in own]
+            for row, text in enumerate(texts):
+                answers[batch[row // per_prompt]].append(answer_from_generation(text))
     return answers
 
 
 def generate_tokens(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    config: GenerationConfig,
-    synced_gpus: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, synced_gpus: bool = False
 ) -> list[list[int]]:
     """
     Generates the tokens after each prompt (token ids, of any lengths) in one batch, up to the first stop token and
     with it. The model is in evaluation mode, and its own generation config does not apply: `config` has a list as
-    `eos_token_id`, and `pad_token_id`. `synced_gpus` is as in [`predict_answers`], `tokenizer` for stop strings.
+    `eos_token_id`, and `pad_token_id`. `synced_gpus` is as in [`predict_answers`].
     """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
@@ -155,7 +142,6 @@ def generate_tokens(
             attention_mask=attention_mask.to(model.device),
             generation_config=config,
             synced_gpus=synced_gpus or None,  # None: transformers decides
-            tokenizer=tokenizer,
         )
     finally:
         for module, attributes in own.items():

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How likely a model is to give a known answer, without generating anything.
-
-The answer and the token that ends it are scored in one forward pass. Greedy decoding writes exactly this answer if
-each token is the argmax given those before it; one sample is this answer with the product of their probabilities.
-"""
+"""How likely a model is to give a known answer, from one forward pass of it and without generating anything."""
 
 import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -59,6 +56,7 @@ def score_answers(
     """
     Scores the accepted answers to each prompt: does greedy decoding write one of them, and how likely does a sample?
 
+    Greedy decoding writes a form if each of its tokens, and one that ends it, is the argmax given those before.
     `p_sampled` is the sum over the accepted forms of `prod_t p(token_t) * p(terminator)`, with `p = softmax(logits /
     temperature)` over the `top_k` largest logits, as `generate` samples. Of each form the tokenizer's own tokens are
     scored, and those of its [`~trl_selfdistill.hallucination.exact_match.spellings`].
@@ -105,26 +103,23 @@ def score_answers(
 
 
 def _tokenize(tokenizer, prompts: Sequence[str], accepted_answers: Sequence[Sequence[str]]) -> list[list[_Row]]:
-    texts = list(prompts)
+    """For each prompt its rows, one for each spelling of the accepted answers."""
+    texts, ends = [], [0]
     for i, (prompt, forms) in enumerate(zip(prompts, accepted_answers, strict=True)):
         if not forms or isinstance(forms, str) or not all(form.strip() for form in forms):
             raise ValueError(f"`accepted_answers[{i}]` is {forms!r}; it must be a list of non-empty answers")
-        texts.extend(prompt + answer_completion(spelling) for form in forms for spelling in spellings(form))
-    token_ids = [tuple(ids) for ids in tokenize_prompts(tokenizer, texts)]
-    completions = iter(token_ids[len(prompts) :])
-    rows = []
-    for prompt_ids, forms in zip(token_ids, accepted_answers, strict=False):
-        full = dict.fromkeys(next(completions) for form in forms for _ in spellings(form))
+        texts += [prompt, *(prompt + answer_completion(spelling) for form in forms for spelling in spellings(form))]
+        ends.append(len(texts))
+    token_ids, rows = [tuple(ids) for ids in tokenize_prompts(tokenizer, texts)], []
+    for begin, end in pairwise(ends):
+        prompt_ids, *full = token_ids[begin:end]
         # Where a token crosses the border between prompt and answer, the row's own tokens from there on count
-        rows.append([_Row(ids, max(1, len(commonprefix([prompt_ids, ids])))) for ids in full])
+        rows.append([_Row(ids, max(1, len(commonprefix([prompt_ids, ids])))) for ids in dict.fromkeys(full)])
     return rows
 
 
 def _shared_prefix(model: PreTrainedModel, rows: set[_Row]) -> Cache | None:
-    """
-    The key-value cache of what all rows begin with (the exemplars of a few-shot prompt), so that it goes through the
-    model once; `None` if it is not shared.
-    """
+    """The key-value cache of what all rows begin with (the exemplars of a prompt); `None` if it is not shared."""
     prefix = commonprefix([row.token_ids[: row.start - 1] for row in rows])  # the next position predicts a token
     if len(rows) < 2 or len(prefix) < _MIN_SHARED_PREFIX:
         return None
@@ -135,10 +130,7 @@ def _shared_prefix(model: PreTrainedModel, rows: set[_Row]) -> Cache | None:
 
 
 def _judged_tokens(row: _Row, form: _Row) -> list[int]:
-    """
-    The tokens of `form` that a forward pass of `row` judges: those that both have and the next one of `form`. Their
-    probability bounds that of the form from above. Of `row` itself these are all, with its end.
-    """
+    """The tokens of `form` that a forward pass of `row` judges: those that both begin with, and the one after them."""
     if form.token_ids[: row.start] != row.token_ids[: row.start]:
         return []
     own, other = ([*ids[row.start :], _END] for ids, _ in (row, form))
@@ -176,7 +168,7 @@ class _Scorer:
             for row, (own, *others) in zip(batch, spans, strict=True):
                 scores[row] = AnswerScore(all(hits[own]), math.exp(sum(log_probs[own])))
                 for rival, span in zip(rivals[row], others, strict=True):
-                    if all(hits[span]) or sum(log_probs[span]) > self.negligible_log_prob:
+                    if all(hits[span]) or sum(log_probs[span]) > self.negligible_log_prob:  # a bound from above
                         possible.append(rival)
         return scores, possible
 

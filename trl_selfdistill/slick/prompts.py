@@ -1,29 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place where a question becomes text, and where generated text becomes an answer.
-
-The format is that of the SLiCK paper (arXiv 2405.05904): `Q: ...` and `A: ...` on lines of their own. No torch.
-"""
+"""The only place where a question becomes text, and generated text an answer, as in arXiv 2405.05904. No torch."""
 
 from collections.abc import Iterable
 
 
 def question_prompt(question: str) -> str:
-    """
-    Returns the zero-shot prompt, which models are trained and evaluated on.
-
-    ```python
-    >>> question_prompt("Which country is Lyon located in?")
-    'Q: Which country is Lyon located in?\\nA:'
-    ```
-    """
+    """Returns the zero-shot prompt, which models are trained and evaluated on."""
     return f"Q: {question}\nA:"
 
 
 def answer_completion(answer: str) -> str:
-    """
-    Returns what follows a prompt if the answer is `answer`: `" France"`. Trainers append the EOS token. A `ValueError`
-    if the answer has a newline, which ends an answer in the format: no model could give it.
-    """
+    """Returns what follows a prompt if the answer is `answer`: `" France"`. A `ValueError` if it has a newline."""
     if "\n" in answer:
         raise ValueError(f"the answer {answer!r} has a line break, where an answer ends; write it in one line")
     return f" {answer}"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SLiCK: how well a model knows each fact (Gekhman et al. 2024, arXiv 2405.05904, section 3).
-
-`annotate_facts` adds to a table of facts how often a model's answers are right and the category that follows.
-"""
+"""SLiCK: how well a model knows each fact (Gekhman et al. 2024, arXiv 2405.05904, section 3)."""
 
 import hashlib
 import logging
@@ -12,14 +9,15 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from statistics import fmean
+from typing import Literal
 
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hallucination.categories import SlickCategory
 from ..hallucination.exact_match import exact_match
+from ..hallucination.metric import SlickCategory
 from .generation import predict_answers
 from .likelihood import score_answers
 from .process_sharding import ProgressFile, map_in_parallel
@@ -39,14 +37,7 @@ SLICK_COLUMNS = ("p_correct_greedy", *_SAMPLING_COLUMNS, "slick_category")
 
 
 def slick_category(p_correct_greedy: float, p_correct_sampled: float) -> SlickCategory:
-    """
-    Returns the category of a fact, given the fractions of its answers that are right (arXiv 2405.05904, Figure 2).
-
-    ```python
-    >>> [str(slick_category(*fractions)) for fractions in [(1.0, 0.9), (0.25, 0.0), (0.0, 0.1), (0.0, 0.0)]]
-    ['HighlyKnown', 'MaybeKnown', 'WeaklyKnown', 'Unknown']
-    ```
-    """
+    """Returns the category of a fact, given the fractions of its answers that are right (2405.05904, Figure 2)."""
     if p_correct_greedy >= 1.0:
         return SlickCategory.HIGHLY_KNOWN
     if p_correct_greedy > 0.0:
@@ -139,15 +130,6 @@ def reserve_exemplars(
     return exemplars, [row for row in range(len(facts)) if row not in reserved]
 
 
-class _Unit(NamedTuple):
-    """A piece of the work: one prompt of a relation, and the rows of some of its facts."""
-
-    name: str
-    relation: str
-    prompt: int
-    rows: list[int]
-
-
 def annotate_facts(
     facts: Dataset,
     model: PreTrainedModel,
@@ -163,12 +145,12 @@ def annotate_facts(
     - `p_correct_greedy`: fraction of the prompts whose greedy answer is right.
     - `p_correct_sampled`: fraction of the samples that are right; with method `"score"`, their mean probability.
     - `p_any_sample_correct`: 1.0 or 0.0; with `"score"`, the probability that at least one of all samples is right.
-    - `slick_category`: a [`~trl_selfdistill.hallucination.categories.SlickCategory`]. With `"score"`, a fact without
+    - `slick_category`: a [`~trl_selfdistill.hallucination.metric.SlickCategory`]. With `"score"`, a fact without
       a right greedy answer is WeaklyKnown if drawing the samples would more likely than not give a right one.
 
-    With `only_highly_known`, facts of the other categories are left out, and so are the columns about samples. So are
-    the facts that serve as exemplars ([`reserve_exemplars`]): nothing from a prompt is trained or evaluated on. In a
-    distributed launch this is a collective: each process, with the whole model, asks a share of the facts.
+    The facts that serve as exemplars are left out ([`reserve_exemplars`]): nothing from a prompt is trained or
+    evaluated on. With `only_highly_known`, so are the facts of the other categories and the columns about samples. In
+    a distributed launch this is a collective: each process, with the whole model, asks a share of the facts.
 
     Args:
         facts (`Dataset`): Table with the columns `fact_id`, `relation`, `question`, `answer` and `aliases`.
@@ -176,8 +158,7 @@ def annotate_facts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SlickSettings`], *optional*, defaults to `PRESETS["quick"]`): How to ask.
         batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
-        progress_file (`str` or `os.PathLike`, *optional*):
-            JSON-lines file of the results so far. A run that was stopped continues with it, to the same result.
+        progress_file (`str` or `os.PathLike`, *optional*): JSON lines of the results, to continue a stopped run.
 
     Returns:
         `Dataset`: The facts that are not exemplars, in their order, with the new columns, the same on each process.
@@ -191,37 +172,36 @@ def annotate_facts(
         raise ValueError(f"`facts` has {len(facts)} rows and lacks the columns {missing}; add what is missing")
     exemplars, kept = reserve_exemplars(facts, settings.num_prompts, settings.num_shots, settings.seed)
     asked = facts.select(kept)
-    questions = asked["question"][:]
+    relations, questions = asked["relation"][:], asked["question"][:]
     accepted = [[answer, *aliases] for answer, aliases in zip(asked["answer"], asked["aliases"], strict=True)]
     work = ProgressFile(progress_file, _identity(facts, model, settings, batch_size))
 
-    def ask(unit: _Unit) -> list:
-        prompts = [few_shot_prompt(questions[row], exemplars[unit.relation][unit.prompt]) for row in unit.rows]
-        forms = [accepted[row] for row in unit.rows]
-        return _ask(model, tokenizer, prompts, forms, settings, batch_size, unit.name)
+    def ask(unit: tuple[str, list[int], list[tuple[str, str]]]) -> list:
+        name, rows, shots = unit
+        prompts = [few_shot_prompt(questions[row], shots) for row in rows]
+        return _ask(model, tokenizer, prompts, [accepted[row] for row in rows], settings, batch_size, name)
 
-    relations, n = asked["relation"][:], PartialState().num_processes
+    n = PartialState().num_processes
     outcomes: dict[int, list] = {row: [] for row in range(len(asked))}  # of each fact, one for each prompt
     for prompt in range(settings.num_prompts):
         units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
-        todo = [unit for unit in units if unit.name not in work.results]
-        name, total = f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}", sum(len(unit.rows) for unit in todo)
-        with Progress(desc=name, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
+        left = {name: rows for name, rows in units.items() if name not in work.results}
+        todo = [(name, rows, exemplars[relations[rows[0]]][prompt]) for name, rows in left.items()]
+        title, total = f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}", sum(map(len, left.values()))
+        with Progress(desc=title, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
             for begin in range(0, len(todo), n):  # a unit for each process, then all are in the file
                 together = todo[begin : begin + n]
-                for unit, results in zip(together, map_in_parallel(ask, together), strict=True):
-                    work.append(unit.name, results)
+                for (name, *_), results in zip(together, map_in_parallel(ask, together), strict=True):
+                    work.append(name, results)
                     bar.update(len(results))
-        for unit in units:
-            for row, result in zip(unit.rows, work.results[unit.name], strict=True):
+        for name, rows in units.items():
+            for row, result in zip(rows, work.results[name], strict=True):
                 outcomes[row].append(result)
         if settings.only_highly_known:
             outcomes = {row: results for row, results in outcomes.items() if results[-1][0]}
+    if not outcomes:
+        raise ValueError(f"None of {len(asked)} facts is HighlyKnown: take a model that knows more, or other facts")
     if settings.only_highly_known:
-        if not outcomes:
-            raise ValueError(
-                f"None of {len(asked)} facts is HighlyKnown: take a model that knows more, or other facts"
-            )
         logger.info(f"SLiCK: {len(outcomes)} of {len(asked)} facts are HighlyKnown, and the others are left out.")
     return _add_columns(asked.select([*outcomes]), [*outcomes.values()], settings)
 
@@ -234,22 +214,21 @@ def _identity(facts: Dataset, model: PreTrainedModel, settings: SlickSettings, b
     return {"settings": asdict(settings), "facts": table_hash, "model": weights_hash, "batch_size": batch_size}
 
 
-def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> list[_Unit]:
-    """Pieces of at most `size` of `rows`, each of one relation."""
-    units = []
+def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> dict[str, list[int]]:
+    """By name, pieces of at most `size` of `rows`, each of one relation."""
+    units = {}
     for relation in dict.fromkeys(relations):
         own = [row for row in rows if relations[row] == relation]
-        for begin in range(0, len(own), size):
-            units.append(_Unit(f"{relation}/{prompt}/{begin}", relation, prompt, own[begin : begin + size]))
+        units |= {f"{relation}/{prompt}/{begin}": own[begin : begin + size] for begin in range(0, len(own), size)}
     return units
 
 
-def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_size: int, unit: str) -> list[list]:
-    """For each prompt `[whether the greedy answer is right, fraction or probability of right samples]`."""
+def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_size: int, unit: str) -> list:
+    """For each prompt whether the greedy answer is right, and the fraction or probability of right samples."""
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "batch_size": batch_size}
     if settings.method == "score":
-        sampling |= {"greedy_only": settings.only_highly_known}
-        return [list(score) for score in score_answers(model, tokenizer, prompts, accepted, **sampling)]
+        sampling["greedy_only"] = settings.only_highly_known
+        return score_answers(model, tokenizer, prompts, accepted, **sampling)
     # An answer that is longer than every right one is wrong however it ends; the rest is for articles and full stops
     completions = [answer_completion(form) for forms in accepted for form in forms]
     longest = 8 + max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
@@ -261,7 +240,7 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
         return [[exact_match(answer, forms), 0.0] for [answer], forms in zip(greedy, accepted, strict=True)]
     sampled = predict_answers(model, tokenizer, prompts, **sampling)
     return [
-        [exact_match(answer, forms), sum(exact_match(sample, forms) for sample in samples) / len(samples)]
+        [exact_match(answer, forms), fmean(exact_match(sample, forms) for sample in samples)]
         for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True)
     ]
 
@@ -269,8 +248,7 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
 def _add_columns(asked: Dataset, outcomes_of_facts: list[list], settings: SlickSettings) -> Dataset:
     rows = []
     for outcomes in outcomes_of_facts:
-        p_greedy = sum(greedy for greedy, _ in outcomes) / len(outcomes)
-        p_sampled = sum(sampled for _, sampled in outcomes) / len(outcomes)
+        p_greedy, p_sampled = map(fmean, zip(*outcomes, strict=True))
         p_any = float(p_sampled > 0)
         if settings.method == "score":
             p_any = 1.0 - math.prod((1.0 - sampled) ** settings.num_samples for _, sampled in outcomes)

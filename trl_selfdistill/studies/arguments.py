@@ -4,6 +4,8 @@
 import math
 from dataclasses import dataclass, field, fields, replace
 
+from transformers import TrainingArguments
+
 from ..slick.slick import PRESETS, SlickSettings
 from ..trainers import SelfDistillSFTConfig
 
@@ -81,8 +83,7 @@ class TrainingDataArguments:
     _argument_group_name = "data"
 
     mix: str | None = field(
-        default=None,
-        metadata={"help": "Folder of `mix`, whose splits are evaluated after each epoch."},
+        default=None, metadata={"help": "Folder of `mix`, whose splits are evaluated after each epoch."}
     )
     splits: list[str] = field(
         default_factory=lambda: ["known", "new"],
@@ -130,3 +131,8 @@ def check_shared_config(config: SelfDistillSFTConfig) -> None:
             )
     if not 0 < config.num_train_epochs < math.inf:
         raise ValueError(f"`num_train_epochs` must be finite and above 0, got {config.num_train_epochs}.")
+
+
+def rows_per_step(config: TrainingArguments) -> int:
+    """Rows of one optimizer step, over all processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size

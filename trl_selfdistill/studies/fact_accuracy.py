@@ -109,12 +109,7 @@ class FactAccuracyCallback(TrainerCallback):
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        fact_sets: dict[str, Dataset],
-        path: Path,
-        eval_epochs: int = 1,
-        before: bool = True,
+        self, trainer: Trainer, fact_sets: dict[str, Dataset], path: Path, eval_epochs: int = 1, before: bool = True
     ):
         self.trainer = trainer
         self.fact_sets = fact_sets

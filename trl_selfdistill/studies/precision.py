@@ -52,6 +52,9 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
         arguments.use_cpu = on_cpu
     native, has_fp16 = has_native_bf16(device), hasattr(arguments, "fp16")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", "bf16", "fp16"):  # fp8: accelerate's alone
+        arguments.bf16 = False
+        return logging.INFO, f"Precision: {launched}, as accelerate launch was told."
     if arguments.bf16 is not None or (has_fp16 and arguments.fp16):
         reason = "as asked for"
     elif launched == "bf16" or (launched == "fp16" and has_fp16):
@@ -66,7 +69,10 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
         os.environ["ACCELERATE_MIXED_PRECISION"] = chosen
     name = "fp32" if chosen == "no" else f"{chosen} autocast"
     message = f"Precision: {name}, {reason}. --bf16 true or false overrules it."
-    if not arguments.bf16 or native:
+    weights = vars(arguments).get("dtype")
+    if weights not in (None, "auto", "float32"):
+        message += f" Weights: {weights}, as asked for with --dtype."
+    if native or not (arguments.bf16 or weights == "bfloat16"):
         return logging.INFO, message
     emulation = "emulates bf16: with AVX2 alone, a CPU was measured to take 10 times as long for a step as in fp32"
     return logging.WARNING, f"{message} This device ({device}) {emulation}."

@@ -8,9 +8,8 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..files import read_jsonl
-from ..hallucination.categories import SlickCategory
-from ..hub.markdown import escape_markdown
-from ..hub.model_card import CARD_FILE, TAGS, read_record
+from ..hallucination.metric import SlickCategory
+from ..hub.model_card import CARD_FILE, TAGS, escape_markdown, read_record
 from ..hub.publishing import Publication, PublishError, select_files
 from .markdown import markdown_table
 from .stage import run_arguments

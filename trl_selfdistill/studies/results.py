@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..files import read_json, read_jsonl
 from ..hallucination.intervals import Interval, mean_interval
-from ..hub.markdown import escape_markdown
+from ..hub.model_card import escape_markdown
 from .fact_accuracy import AccuracyRecord, forgetting, read_records
 from .markdown import format_interval, markdown_table
 from .stage import run_arguments

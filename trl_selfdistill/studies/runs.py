@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from ..files import read_json, warn_without, write_json
@@ -21,10 +21,11 @@ from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistil
 from ..trainers.resume import last_complete_checkpoint
 from ..trainers.sft_internals import label_positions_only
 from ..trainers.trainer_card import count_categories, describe_training
+from .arguments import rows_per_step
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
-from .progress import RunProgress
+from .progress import show_progress
 from .results import RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
@@ -50,6 +51,7 @@ class Variant(NamedTuple):
         prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
         about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
         family (`str`, *optional*): What it is a setting of, if the report speaks of that as a whole.
+        slower (`float`, *optional*, defaults to `1.0`): Divides the learning rate and multiplies the steps.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Variant(NamedTuple):
     prepare: Callable[[Trainer, Path], None] | None = None
     about: dict[str, Any] = {}
     family: str = ""
+    slower: float = 1.0
 
 
 class StudySetup(NamedTuple):
@@ -82,6 +85,11 @@ class StudySetup(NamedTuple):
     model_args: ModelConfig = ModelConfig()
     annotated: Path | None = None
     label: str = ""
+
+    def load(self, model: str | Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model, by default the one that every run starts from, with its tokenizer."""
+        options = self.config.trust_remote_code, self.config.model_init_kwargs
+        return load_model_and_tokenizer(model or self.start, self.model_args, *options)
 
     @property
     def precision(self) -> str:
@@ -198,8 +206,8 @@ def train_variant(
 
 
 def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments, facts: RunFacts) -> Trainer:
-    init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None  # `SFTTrainer` is handed the model
-    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, config.trust_remote_code, init_kwargs)
+    config.model_init_kwargs = None  # `SFTTrainer` is handed the model
+    model, tokenizer = setup.load()
     known, new = (part.select_columns(["prompt", "completion"]) for part in (facts.known, facts.new))
     rows = concatenate_datasets([known, new])
     if variant.rows is not None:
@@ -207,14 +215,9 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
         rows = variant.rows(known, new, num_rows, random.Random(config.seed))
     options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
     trainer = variant.trainer_class(
-        model,
-        config,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        **options | variant.trainer_arguments,
+        model, config, train_dataset=rows, processing_class=tokenizer, **options | variant.trainer_arguments
     )
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(RunProgress(variant.name))
+    show_progress(trainer, variant.name)
     return trainer
 
 
@@ -253,8 +256,12 @@ def training_config(variant: Variant, shared: TrainingArguments, num_steps: int 
         shared (`TrainingArguments`): The configuration of all runs.
         num_steps (`int`, *optional*): Optimizer steps, in place of the epochs.
     """
-    steps = {} if num_steps is None else {"max_steps": num_steps}
-    return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **steps, **variant.changes)
+    changes = dict(variant.changes)
+    if num_steps is not None:
+        changes["max_steps"] = round(num_steps * variant.slower)
+    if variant.slower != 1:
+        changes["learning_rate"] = shared.learning_rate / variant.slower
+    return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **changes)
 
 
 def copy_config(config_class: type[TrainingArguments], config: TrainingArguments, **changes) -> TrainingArguments:
@@ -268,11 +275,6 @@ def copy_config(config_class: type[TrainingArguments], config: TrainingArguments
     """
     values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
     return config_class(**{**values, **changes})
-
-
-def rows_per_step(config: TrainingArguments) -> int:
-    """Rows of one optimizer step, over all processes."""
-    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size
 
 
 def steps_of_epochs(num_rows: int, config: TrainingArguments) -> int:

@@ -16,8 +16,7 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..files import warn_without, write_json
-from ..hub.markdown import escape_markdown
-from ..hub.model_card import CARD_FILE
+from ..hub.model_card import CARD_FILE, escape_markdown
 from ..slick.slick import annotate_facts
 from ..trainers import SelfDistillSFTConfig
 from .arguments import FactsArguments, SlickArguments, Stage1Arguments
@@ -166,12 +165,12 @@ def annotate_stage(
         facts (`Path`): File of the facts.
         slick ([`SlickArguments`]): How it is asked.
         folder (`Path`): Where the result goes.
-        run ([`~trl.SFTConfig`]): Its `bf16`, `seed` and `trust_remote_code` are used.
+        run ([`~trl.SFTConfig`]): Its `bf16`, `seed`, `trust_remote_code` and `model_init_kwargs` (if any) are used.
     """
-    settings = slick.settings(run.seed)
+    settings, init_kwargs = slick.settings(run.seed), getattr(run, "model_init_kwargs", None)
 
     def work(partial: Path) -> None:
-        loaded, tokenizer = load_model_and_tokenizer(model, model_args, run.trust_remote_code)
+        loaded, tokenizer = load_model_and_tokenizer(model, model_args, run.trust_remote_code, init_kwargs)
         loaded.to(PartialState().device)
         how = {"batch_size": slick.slick_batch_size, "progress_file": partial / "progress.jsonl"}
         with torch.autocast(loaded.device.type, torch.bfloat16, enabled=bool(run.bf16)):
@@ -181,6 +180,8 @@ def annotate_stage(
 
     identity, inputs = model_identity(model, model_args)
     arguments = {"slick": asdict(settings), "bf16": run.bf16, "batch_size": slick.slick_batch_size, **identity}
+    if init_kwargs:
+        arguments["model_init_kwargs"] = init_kwargs
     return run_stage(folder, arguments, [facts, *inputs], work, every_process=True) / FACTS_FILE
 
 

@@ -21,11 +21,8 @@ def restrict_peft_config(
 ) -> "PeftConfig":
     """
     A copy of a PEFT config with adapters on the trainable groups of `model` alone. `target_modules` that are unset or
-    `"all-linear"` become the linear modules of these groups, less `exclude_modules`. Without a selection the config is
-    returned as it is. `target_modules` of the user's own stay: [`refuse_adapters_elsewhere`] sees what they make.
-
-    Raises:
-        ValueError: If the config's method has no `target_modules`, or no linear module is left to adapt.
+    `"all-linear"` become the linear modules of these groups, less `exclude_modules`; a `ValueError` if there are none.
+    Those of the user's own stay: [`refuse_adapters_elsewhere`] sees what they make. Without a selection all stays.
     """
     if selection is None:
         return config
@@ -36,10 +33,18 @@ def restrict_peft_config(
         )
     if config.target_modules not in (None, "all-linear"):
         return config
+    modules, trainable = dict(model.named_modules()), set()
+    for _, names in named_tensors(model):
+        for name in names:
+            path, _, attribute = name.name.rpartition(".")
+            is_linear = isinstance(modules[path], torch.nn.Linear) or type(modules[path]).__name__ == "Conv1D"
+            # The fused loss reads no adapter of the LM head
+            if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
+                trainable.add(path)
     config = copy.deepcopy(config)
-    config.target_modules = _linear_modules(model, selection)
+    config.target_modules = trainable
     # What PEFT itself takes of these, which are without `exclude_modules`
-    config.target_modules = {name for name in config.target_modules if check_target_module_exists(config, name)}
+    config.target_modules = {name for name in trainable if check_target_module_exists(config, name)}
     if not config.target_modules:
         raise ValueError(
             f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train a group "
@@ -48,26 +53,10 @@ def restrict_peft_config(
     return config
 
 
-def _linear_modules(model: PreTrainedModel, selection: GroupSelection) -> set[str]:
-    """The linear modules in the groups to train, but for the LM head: the fused loss reads no adapter of it."""
-    modules, trainable = dict(model.named_modules()), set()
-    for _, names in named_tensors(model):
-        for name in names:
-            path, _, attribute = name.name.rpartition(".")
-            is_linear = isinstance(modules[path], torch.nn.Linear) or type(modules[path]).__name__ == "Conv1D"
-            if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
-                trainable.add(path)
-    return trainable
-
-
 def refuse_adapters_elsewhere(model: torch.nn.Module, selection: GroupSelection) -> None:
     """Raises `ValueError` if a PEFT model trains something in frozen groups: adapters, biases, copies of modules."""
-    elsewhere = [
-        names[0].name
-        for parameter, names in named_tensors(model)
-        if parameter.requires_grad and not selection.trains(names[0])
-    ]
-    if elsewhere:
+    trained = [names[0] for parameter, names in named_tensors(model) if parameter.requires_grad]
+    if elsewhere := [name.name for name in trained if not selection.trains(name)]:
         raise ValueError(
             f"{selection} was set, and the PEFT model trains {len(elsewhere)} tensors in frozen groups: "
             f"{', '.join(elsewhere[:3])}. Pass the model without adapters, and a `peft_config` whose `target_modules` "

@@ -35,11 +35,8 @@ TEACHER_ADAPTER = "self_distill_teacher"
 class AdapterTeacher(Teacher):
     """
     The student as it is now, without a second base model in memory. Where the student's adapter changes nothing yet
-    (a fresh one), the teacher is the base with its adapters disabled, else a frozen copy of the adapter, which is
-    added to the student and never saved with it.
-
-    Attributes:
-        adapter_name (`str` or `None`): Name of the copy; `None` where the teacher is the base.
+    (a fresh one), the teacher is the base with its adapters disabled, and `adapter_name` is `None`; else it is a
+    frozen copy of the adapter, which is added to the student under that name and never saved with it.
     """
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator):
@@ -104,35 +101,28 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
     """
     if not is_peft_model(model):
         return False
-    config = model.active_peft_config
-    reason = None
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        reason = "it adds tokens or attends to prompts"
-    elif len(model.active_adapters) != 1:
-        reason = f"{len(model.active_adapters)} adapters are active"
-    elif getattr(config, "bias", "none") != "none":
-        reason = f"PEFT trains the base model's own biases with `bias={config.bias!r}`"
-    elif others := _trained_beside(model):
-        reason = f"{len(others)} parameters beside the adapter are trained too, such as {others[0]}"
-    elif getattr(config, "target_parameters", None):
-        reason = "PEFT holds one adapter only with `target_parameters`"
+    config, adapters = model.active_peft_config, model.active_adapters
+    # With another adapter they would still be read
+    beside = [name for name, p in model.named_parameters() if p.requires_grad and not {*adapters} & {*name.split(".")}]
+    bias = getattr(config, "bias", "none")
+    obstacles = {
+        "it adds tokens or attends to prompts": config.is_prompt_learning or config.is_adaption_prompt,
+        f"{len(adapters)} adapters are active": len(adapters) != 1,
+        f"PEFT trains the base model's own biases with `bias={bias!r}`": bias != "none",
+        f"{len(beside)} parameters beside the adapter are trained too, such as {beside[:1]}": beside,
+        "PEFT holds one adapter only with `target_parameters`": getattr(config, "target_parameters", None),
+    }
+    reason = next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
     if reason is not None:
         logger.warning(f"The teacher is a copy of the whole model, as its adapter cannot be held twice: {reason}.")
     return reason is None
 
 
-def _trained_beside(model: torch.nn.Module) -> list[str]:
-    """The trainable parameters that are not the active adapter's: with another adapter they would still be read."""
-    [adapter] = model.active_adapters
-    return [name for name, p in model.named_parameters() if p.requires_grad and adapter not in name.split(".")]
-
-
 @torch.no_grad()
 def is_identity(model: torch.nn.Module) -> bool:
     """
-    Whether the active adapter of a PEFT model changes nothing: a LoRA whose every B is zero, as a fresh one's. The
-    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too. Other kinds may change
-    nothing either; their teacher is a copy all the same.
+    Whether the active adapter of a PEFT model is a LoRA that changes nothing: every B is zero, as a fresh one's. The
+    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too.
     """
     [adapter] = model.active_adapters
     if model.peft_config[adapter].peft_type != "LORA":
@@ -164,7 +154,7 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
 def add_frozen_copy(model: torch.nn.Module) -> None:
     """
     Adds a frozen copy of the active adapter, `modules_to_save` included, under the name `TEACHER_ADAPTER`. The active
-    one stays active, and what is saved from now on is every adapter but the copy.
+    one stays active, and `save_pretrained` (so checkpoints and pushes, too) leaves the copy out unless it is named.
     """
     [student] = model.active_adapters
     config = copy.deepcopy(model.peft_config[student])
@@ -174,25 +164,15 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
     # Its initialisation is overwritten: the run goes on as without it
     with _same_trainable(model), torch.random.fork_rng():
         model.add_adapter(TEACHER_ADAPTER, config)
-        _copy_adapter(model, student)
         model.set_adapter(student)
-    _save_without_teacher(model)
-
-
-@torch.no_grad()
-def _copy_adapter(model: torch.nn.Module, student: str) -> None:
-    """Copies each tensor as it is: TRL casts the adapter of a quantised model to bf16, a new one is fp32."""
-    # With those that modules share under each of their names: the student's and the teacher's come in different orders
+    # Each tensor as it is: TRL casts the adapter of a quantised model to bf16, a new one is fp32. Those that modules
+    # share under each of their names: the student's and the teacher's come in different orders
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         parts = name.split(".")
         if TEACHER_ADAPTER in parts:
             source = tensors[".".join(student if part == TEACHER_ADAPTER else part for part in parts)]
             tensor.data = source.detach().clone()
-
-
-def _save_without_teacher(model: torch.nn.Module) -> None:
-    """Lets `save_pretrained` (and so checkpoints and pushes to the Hub) leave the teacher out unless it is named."""
 
     def save_pretrained(self, save_directory, safe_serialization=True, selected_adapters=None, *args, **kwargs):
         if selected_adapters is None:

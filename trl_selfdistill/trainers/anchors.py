@@ -29,7 +29,6 @@ from .sft_internals import prepare_rows
 logger = logging.get_logger(__name__)
 
 _COLUMNS = ("prompt", "messages", "text")
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many of them at once
 
 
@@ -50,12 +49,13 @@ class Anchors:
         rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         # Whole steps, as writing is a collective
         self._size = _STEPS * rows_per_step if dataset is None else len(dataset)
-        self.dataset, self._trainer, self._part = dataset, trainer, None
+        self.dataset, self._trainer, self._written = dataset, trainer, None
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        part = position // self._size, self._trainer.teacher.sha256
-        if part != self._part:
-            self._part, self._rows = part, self._write(part[0]) if self.dataset is None else self._shuffle(part[0])
+        part = position // self._size
+        if (part, self._trainer.teacher.sha256) != self._written:
+            self._written = part, self._trainer.teacher.sha256
+            self._rows = self._write(part) if self.dataset is None else self._shuffle(part)
         return self._rows[position % self._size]
 
     def _generator(self, *part: int) -> np.random.Generator:
@@ -119,29 +119,27 @@ def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
         batch["anchors"] = (inputs, num_tokens)
 
 
-def choose_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
-    """
-    The trainer's `anchor_dataset`, or that of its configuration, loaded. A `ValueError` if they are given twice, where
-    `anchors` takes none, or not where it needs them.
-    """
-    name, needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
-    if (anchor_dataset is not None) + (name is not None) != needed:
+def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
+    """The trainer's `anchor_dataset`, or that of its configuration. A `ValueError` if `anchors` takes not as many."""
+    name, is_needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
+    if (anchor_dataset is not None) + (name is not None) != is_needed:
         raise ValueError(
-            f"`anchors={args.anchors!r}` takes {'one' if needed else 'none'} of `anchor_dataset` and "
+            f"`anchors={args.anchors!r}` takes {'one' if is_needed else 'none'} of `anchor_dataset` and "
             f"`anchor_dataset_name`, got {type(anchor_dataset).__name__} and {name!r}. Prompts are for "
             "`anchors='own_answers'` and `anchors='kl'`."
         )
-    if name is None or Path(name).suffix not in _FORMATS:
-        return anchor_dataset if name is None else load_dataset(name, split="train")
-    options = {"keep_default_na": False} if name.endswith(".csv") else {}  # "NA" is a text
-    return load_dataset(_FORMATS[Path(name).suffix], data_files=name, split="train", **options)
+    if name is None:
+        return anchor_dataset
+    path = Path(name)
+    if path.is_file():
+        return load_dataset(str(path.parent), data_files=path.name, split="train")
+    return load_dataset(name, split="train")
 
 
 def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
     """
     Sets `trainer.anchors`, or adds own answers to its training data, before it has a teacher. Returns what a resumed
-    run must have in common, as JSON values. A collective. A `ValueError` if the prompts or the training data do not
-    fit.
+    run must have in common, as JSON values. A collective. A `ValueError` if prompts or training data do not fit.
     """
     args, rows = trainer.args, None
     if args.anchors is None:
@@ -238,9 +236,14 @@ def own_answers(
     config = _to_the_end(model, tokenizer, max_new_tokens, do_sample=False)
 
     def answer(start: int) -> list[str]:
-        written = generate_tokens(model, token_ids[start : start + batch_size], config)
-        ended = [ids[:-1] if ids[-1] in config.eos_token_id else [] for ids in written]
-        return tokenizer.batch_decode(ended, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        asked = token_ids[start : start + batch_size]
+        answers = []
+        for prompt, ids in zip(asked, generate_tokens(model, asked, config), strict=True):
+            last = prompt[-1:]  # before an answer, as some decoders drop the first blank of a text
+            pair = [last, last + (ids[:-1] if ids[-1] in config.eos_token_id else [])]
+            before, text = tokenizer.batch_decode(pair, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers.append(text[len(before) :])
+        return answers
 
     with evaluation_mode(model):
         answers = chain.from_iterable(map_in_parallel(answer, range(0, len(prompts), batch_size)))

@@ -79,11 +79,8 @@ class FrozenGroupsSFTConfig(SFTConfig):
 
 def check_options(config: TrainingArguments, config_class: type) -> None:
     """
-    Checks the options that `config_class` adds to its parent, and makes plain numbers and texts of them, as the
-    command line does. Groups are left to `GroupSelection`.
-
-    Raises:
-        ValueError: If one is not of its type.
+    Makes plain numbers and texts of the options that `config_class` adds to its parent, as the command line does. A
+    `ValueError` if one is not of its type. Groups are left to `GroupSelection`.
     """
     for name, annotation in config_class.__annotations__.items():
         kind, *others = get_args(annotation) or (annotation,)
@@ -101,8 +98,8 @@ def config_from(
     args: TrainingArguments | None, config_class: type, model: str | PreTrainedModel, suffix: str
 ) -> TrainingArguments:
     """
-    The configuration that a trainer works with: `args` as a `config_class`. The values of a config of another class
-    are kept. Without `args`, `output_dir` is made of the model's name and `suffix`.
+    `args` as a `config_class`, with the values that they have. Without any, `output_dir` is made of the model's name
+    and `suffix`.
     """
     if isinstance(args, config_class):
         return args

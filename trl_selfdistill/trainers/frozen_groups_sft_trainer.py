@@ -82,14 +82,12 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             self.add_callback(self._frozen_check)
 
     def _use_reentrant_checkpointing_under_zero3(self) -> None:
-        # As `SFTTrainer` does for PEFT: under ZeRO-3, frozen parameters break non-reentrant checkpointing. See
-        # https://github.com/huggingface/trl/issues/2514. Can be removed once
-        # https://github.com/deepspeedai/DeepSpeed/pull/8130 is released.
+        # As `SFTTrainer` does for PEFT (https://github.com/huggingface/trl/issues/2514), until
+        # https://github.com/deepspeedai/DeepSpeed/pull/8130 is released: frozen parameters break the other kind
         plugin = self.args.deepspeed_plugin
         if plugin is not None and plugin.zero_stage == 3 and self.args.gradient_checkpointing:
             checkpointing_kwargs = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
-            self.args.gradient_checkpointing_kwargs = checkpointing_kwargs
-            self.args.activation_checkpointing_kwargs = checkpointing_kwargs
+            self.args.gradient_checkpointing_kwargs = self.args.activation_checkpointing_kwargs = checkpointing_kwargs
 
     def describe_run(self) -> dict:
         return {**super().describe_run(), **self.describe_groups()}
@@ -167,5 +165,4 @@ def _unrounded_afterwards(model: torch.nn.Module) -> Iterator[None]:
         for parameter, data in parameters:
             parameter.data = data
         for module, name, buffer in buffers:
-            now = getattr(module, name)
-            setattr(module, name, now if now.dtype == buffer.dtype else buffer.to(now.device))
+            setattr(module, name, buffer)

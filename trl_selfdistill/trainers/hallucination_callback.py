@@ -47,9 +47,8 @@ def predict_answers_in_parallel(
     model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **settings
 ) -> list[str]:
     """
-    The greedy answers to `prompts` of a model without a DDP or DeepSpeed wrapper, by
-    [`~trl_selfdistill.slick.generation.predict_answers`], which takes `settings`. A collective: call it on every
-    process, with the same prompts. Each answers a share of them, and all get all answers.
+    [`~trl_selfdistill.slick.generation.predict_answers`], greedy, of a model without a DDP or DeepSpeed wrapper. A
+    collective: call it on every process, with the same prompts. Each answers a share of them, and all get all answers.
     """
     # Padded to as many prompts for each process: with sharded weights, every forward pass is a collective
     with PartialState().split_between_processes(list(range(len(prompts))), apply_padding=True) as rows:

@@ -14,6 +14,7 @@ from ..slick.generation import evaluation_mode
 from .sft_internals import LabelStates
 
 
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse Glimmer; Falcon-H1
 # Gemma; RecurrentGemma and xLSTM, whose names TRL does not know
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _TOKENS = range(3, 11)  # to compare logits on: any will do
@@ -25,14 +26,11 @@ def lm_head_of(model: PreTrainedModel) -> LMHead:
     under the names that TRL's `add_fused_lm_head` knows. FSDP2 shards stay shards: `linear_ce_kl` gathers them.
     """
     config = model.config.get_text_config()
-    logit_scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
-        if getattr(config, name, None) is not None:
-            logit_scale = getattr(config, name)
+    scales, softcaps = ([getattr(config, name, None) for name in names] for names in (_SCALES, _SOFTCAPS))
+    logit_scale = next((scale for scale in scales if scale is not None), 1.0)
     if getattr(config, "logits_scaling", None) is not None:
         # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
         logit_scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    softcaps = [getattr(config, name, None) for name in _SOFTCAPS]
     head = model.get_output_embeddings()
     return LMHead(head.weight, head.bias, logit_scale, next(filter(None, softcaps), None))
 
@@ -49,14 +47,9 @@ def student_ce_kl(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], teacher: ModelSide, **options
 ) -> tuple[CEKLOutput, torch.Tensor | None]:
     """
-    The loss of the student on a batch, `ce_weight * CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, and the
-    MoE load-balancing loss, where router logits were asked for.
-
-    Args:
-        model (`torch.nn.Module`), inputs (`dict[str, torch.Tensor]`): As for [`label_hidden_states`].
-        teacher ([`~trl_selfdistill.losses.ModelSide`]): What [`Teacher.targets`] returned for `inputs`.
-        options: `ce_weight`, `kl_weight`, `temperature` and `num_items_in_batch` of
-            [`~trl_selfdistill.losses.linear_ce_kl`].
+    [`~trl_selfdistill.losses.linear_ce_kl`], which takes `options`, of the student on a batch, and the MoE
+    load-balancing loss, where router logits were asked for. Model and inputs are as for [`label_hidden_states`], and
+    `teacher` is what [`Teacher.targets`] returned for the same inputs.
     """
     return model(**inputs, label_head=functools.partial(_ce_kl, teacher=teacher, **options))
 
@@ -74,29 +67,17 @@ def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide, **op
         )
     lm_head = lm_head_of(model)
     device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
-    ce_kl = linear_ce_kl(
-        states.hidden_states.to(device),
-        lm_head,
-        teacher.hidden_states.to(device),
-        teacher.lm_head.map_tensors(lambda tensor: tensor.to(device)),
-        states.shift_labels.to(device),
-        **options,
-    )
-    return ce_kl, states.aux_loss
+    student_side = states.hidden_states.to(device), lm_head
+    teacher_side = teacher.hidden_states.to(device), teacher.lm_head.map_tensors(lambda tensor: tensor.to(device))
+    return linear_ce_kl(*student_side, *teacher_side, states.shift_labels.to(device), **options), states.aux_loss
 
 
 def check_label_head(model: torch.nn.Module, accelerator: Accelerator, name: str) -> None:
     """
-    Compares the model's own logits of eight tokens with those that the loss is computed from. Under FSDP and DeepSpeed
-    a collective, for a model that is sharded already.
-
-    Args:
-        model (`torch.nn.Module`): A model that [`add_label_head_forward`] was called on, on its device.
-        accelerator ([`~accelerate.Accelerator`]): Its mixed precision is used, as in training.
-        name (`str`): The trainer's argument that the model is, for the message.
-
-    Raises:
-        ValueError: If they differ: the family does more than scale, cap and project its last hidden states.
+    Compares the model's own logits of eight tokens, in the accelerator's precision, with those that the loss is
+    computed from. A `ValueError` that names the trainer's argument `name` if they differ: the family does more than
+    scale, cap and project its last hidden states. [`add_label_head_forward`] was called on the model, which is on its
+    device. Under FSDP and DeepSpeed a collective, for a model that is sharded already.
     """
     family = base_causal_lm(accelerator.unwrap_model(model, keep_torch_compile=False))
     refusal = (

@@ -42,10 +42,8 @@ def _is_complete(checkpoint: str | os.PathLike) -> bool:
 
 class ExactResumeMixin:
     """
-    Makes a trainer resume exactly or raise an error. Put it before `HookedSFTTrainer` in the bases.
-
-    `resume_from_checkpoint=True` takes the last complete checkpoint. Each holds [`describe_run`], and [`check_run`]
-    compares it with the present run before anything is loaded. Subclasses extend both methods.
+    Makes a trainer resume exactly or raise an error. `resume_from_checkpoint=True` takes the last complete checkpoint.
+    Each holds [`describe_run`], and [`check_run`] compares it with the present run before anything is loaded.
     """
 
     resumed_from: Path | None = None  # the checkpoint of this `train()` call
@@ -66,11 +64,11 @@ class ExactResumeMixin:
                     f"Can't find a valid checkpoint at {self.resumed_from}: it has no readable {TRAINER_STATE_NAME}. "
                     "Pass `resume_from_checkpoint=True` for the last complete one."
                 )
-            record = self.resumed_from / RESUME_FILE  # a plain `SFTTrainer` writes none
             if old := [name for name in _FILES_OF_0_1_0 if (self.resumed_from / name).is_file()]:
                 raise ValueError(
                     f"{self.resumed_from} was written by trl-selfdistill 0.1.0 (it holds {old[0]}). Start a new run."
                 )
+            record = self.resumed_from / RESUME_FILE  # a plain `SFTTrainer` writes none
             self.check_run(read_json(record) if record.is_file() else {}, self.resumed_from)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

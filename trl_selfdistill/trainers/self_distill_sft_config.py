@@ -91,23 +91,20 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         metadata={"help": "Temperature of both models' distributions in the KL term (the CE is at temperature 1)."},
     )
     teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Path or Hub id of the teacher. Defaults to a frozen copy of the model."},
+        default=None, metadata={"help": "Path or Hub id of the teacher. Defaults to a frozen copy of the model."}
     )
     teacher_model_revision: str | None = field(
         default=None, metadata={"help": "Revision (branch, tag or commit) of the teacher on the Hub."}
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `from_pretrained` when the teacher is loaded by name."},
+        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when the teacher is loaded by name."}
     )
     teacher_snapshot_steps: int | None = field(
         default=None,
         metadata={"help": "Optimizer steps of plain SFT after which a snapshot of the model becomes the teacher."},
     )
     teacher_snapshot_epochs: float | None = field(
-        default=None,
-        metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."},
+        default=None, metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."}
     )
     anchors: str | None = field(
         default=None,

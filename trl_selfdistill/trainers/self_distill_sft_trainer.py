@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..parameters.structure import base_causal_lm
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
-from .anchors import Anchors, choose_anchors, draw_anchors, forked, prepare_anchors
+from .anchors import Anchors, draw_anchors, forked, load_anchors, prepare_anchors
 from .frozen_groups_sft_config import config_from
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .label_head import check_label_head, student_ce_kl
@@ -81,7 +81,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     ):
         args = config_from(args, SelfDistillSFTConfig, model, self.method_name)
         given = args.choose_teacher(teacher_model)
-        anchor_dataset = choose_anchors(args, anchor_dataset)
+        anchor_dataset = load_anchors(args, anchor_dataset)
         super().__init__(model, args, *positional, **kwargs)
         self.anchors: Anchors | None = None  # those with a KL of their own
         self.anchor_settings = prepare_anchors(self, anchor_dataset)

@@ -10,17 +10,19 @@ import functools
 import re
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, skip_first_batches
 from accelerate.utils import compare_versions
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
+from transformers import trainer as transformers_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -113,25 +115,28 @@ class HookedSFTTrainer(SFTTrainer):
             self.on_save_model(Path(self.args.output_dir if output_dir is None else output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self._missing_keys: list[str] = []
+        self._loaded_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.load_renamed(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._missing_keys = []
+        self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
-        self.load_renamed(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        tied = getattr(self.model, "all_tied_weights_keys", None) or ()
-        self._missing_keys = [name for name in load_result.missing_keys if name not in tied]
-        if not self._missing_keys:
-            super()._issue_warnings_after_load(load_result)
+        if set(load_result.missing_keys) - {*(getattr(self.model, "all_tied_weights_keys", None) or ())}:
+            # What `save_pretrained` renamed (experts), which `Trainer` would leave untrained, with a warning
+            load_result = load_saved(self.model, self._loaded_from)
+        super()._issue_warnings_after_load(load_result)
 
-    def load_renamed(self, checkpoint: str) -> None:
-        """Loads what `save_pretrained` renamed (experts), which `Trainer` leaves untrained, with a warning."""
-        if self._missing_keys:
-            super()._issue_warnings_after_load(load_saved(self.model, checkpoint))
+    def _inner_training_loop(self, *args, **kwargs):
+        def skip_within_the_epoch(dataloader, num_batches=0):
+            rest = skip_first_batches(dataloader, num_batches)
+            rest.iteration = getattr(dataloader, "iteration", 0)
+            return rest
+
+        # accelerate before 1.15 forgets the epoch: transformers 4 would resume in the order of the first one
+        with patch.object(transformers_trainer, "skip_first_batches", skip_within_the_epoch):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.args.should_save:
@@ -142,7 +147,8 @@ class HookedSFTTrainer(SFTTrainer):
 
 
 with private_names():  # of a method with another name nobody would notice that it is not called any more
-    for _name in re.findall(r"\b_[a-z]\w+", " ".join(vars(HookedSFTTrainer))):
+    _used = "_get_output_dir _get_train_sampler _remove_unused_columns"
+    for _name in re.findall(r"\b_[a-z]\w+", " ".join([_used, *vars(HookedSFTTrainer)])):
         getattr(SFTTrainer, _name)
 
 
@@ -156,10 +162,8 @@ class LabelStates(NamedTuple):
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     """
-    A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own.
-
-    TRL and accelerate bind wrapped `forward`s to the instance, whose closures hold the original: in a plain deep copy
-    they would keep running the weights of the student in training, and accelerate would not prepare it anew.
+    A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own. Those that TRL and
+    accelerate bind to the instance would keep running the student, and accelerate would not prepare the copy anew.
     """
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     teacher = _copy_partitioned(model) if partitioned else copy.deepcopy(model)
@@ -186,7 +190,8 @@ def _copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
         )
     config = copy.deepcopy(model.config)
     # While ZeRO-3 is on, transformers partitions what it makes, in the same way
-    twin = type(model)._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
+    with patch.object(PreTrainedModel, "initialize_weights"):  # it may index an embedding that is elsewhere
+        twin = type(model)._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
     with torch.no_grad():
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             ours.ds_tensor.copy_(theirs.ds_tensor)
@@ -209,11 +214,10 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator) -> torch.n
 
 def add_label_head_forward(model: PreTrainedModel) -> None:
     """
-    Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`.
-
-    The backbone runs as in any other forward, and `function` gets its [`LabelStates`]. It is a `forward`, as in TRL,
-    because that is what DDP, FSDP, DeepSpeed, PEFT and accelerate's autocast wrap: parameters are gathered and cast,
-    and prompt-learning tokens are added. The model, without a PEFT wrapper, is changed in place.
+    Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`, with the
+    [`LabelStates`] of its backbone. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and
+    accelerate's autocast wrap: parameters are gathered and cast, and prompt-learning tokens are added. The model,
+    without a PEFT wrapper, is changed in place.
     """
     original_forward = model.forward
 
@@ -233,22 +237,25 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
         if kwargs.get("output_router_logits"):
             # In some families only the model or only the config has both, as transformers' versions go
             owner = self if hasattr(self, "num_experts_per_tok") else self.config.get_text_config()
-            experts = owner.num_experts, owner.num_experts_per_tok
-            aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, kwargs.get("attention_mask"))
+            try:
+                experts = owner.num_experts, owner.num_experts_per_tok
+                aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, kwargs.get("attention_mask"))
+            except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+                name = f"The load-balancing loss of {type(self).__name__}"
+                raise ValueError(f"{name} is not Mixtral's ({error}). Set `router_aux_loss_coef=0`.") from error
         return label_head(self, LabelStates(hidden_states, shift_labels[mask], aux_loss))
 
     model.forward = types.MethodType(forward, model)
 
 
-@contextmanager
-def peft_configs_made_by(make: Callable[[Any, PreTrainedModel], Any]) -> Iterator[None]:
+def peft_configs_made_by(make: Callable[[Any, PreTrainedModel], Any]) -> AbstractContextManager:
     """Lets `SFTTrainer` put the adapter of `make(peft_config, model)` on the model that it has loaded."""
-    get_peft_model = getattr(sft_trainer, "get_peft_model", None)  # without PEFT there are no configs
-    sft_trainer.get_peft_model = lambda model, config, **options: get_peft_model(model, make(config, model), **options)
-    try:
-        yield
-    finally:
-        sft_trainer.get_peft_model = get_peft_model
+
+    def get_peft_model(model: PreTrainedModel, config, **options):
+        return original(model, make(config, model), **options)
+
+    original = getattr(sft_trainer, "get_peft_model", None)  # without PEFT there are no configs
+    return patch.object(sft_trainer, "get_peft_model", get_peft_model, create=True)
 
 
 def name_experts(model: PreTrainedModel) -> None:
@@ -258,17 +265,11 @@ def name_experts(model: PreTrainedModel) -> None:
         type(config).attribute_map = {**config.attribute_map, "num_experts": "num_local_experts"}
 
 
-@contextmanager
-def label_positions_only() -> Iterator[None]:
-    """
-    Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as it does on a GPU. The loss is the
-    same; a step of a small model on short answers takes half as long.
-    """
-    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = _use_triton
+def label_positions_only() -> AbstractContextManager:
+    """Lets `SFTTrainer` apply the LM head to the label positions only on a CPU too, as on a GPU. Same loss."""
+    return patch.object(
+        trl_utils, "_use_triton", lambda device: device.type == "cpu" or _use_triton(device), create=True
+    )
 
 
 def train_in_order(trainer: SFTTrainer) -> None:

@@ -33,9 +33,7 @@ from .teachers import Teacher
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_CACHE_DIR = os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache")
 _STATES, _INPUTS = CACHE_COLUMNS = ("teacher_hidden_states", "teacher_inputs")
-_FEATURES = Features({name: Value("large_binary") for name in CACHE_COLUMNS})
 _NAMES = ("input_ids", "position_ids", "token_type_ids")  # what a model may see of a token
 _OTHER_INPUTS = (
     "The tokens, positions or labels of a batch are not those that the teacher was run on. With "
@@ -47,19 +45,14 @@ _OTHER_INPUTS = (
 class CachedTeacher(Teacher):
     """
     The hidden states that the teacher with this hash had, stored in `dtype`, and its LM head, which nothing else may
-    change: with both the KL is that over the whole vocabulary.
+    change: with both the KL is that over the whole vocabulary. A `ValueError` if a batch is of a dataset that the
+    teacher has not been run on, or has other tokens.
     """
 
     def __init__(self, sha256: str, lm_head: LMHead, dtype: torch.dtype):
         self.sha256, self._lm_head, self._dtype = sha256, lm_head, dtype
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
-        """
-        As [`Teacher.targets`]. Takes the dataset's columns out of `inputs`.
-
-        Raises:
-            ValueError: If the batch is of a dataset that the teacher has not been run on, or has other tokens.
-        """
         if _STATES not in inputs:
             raise ValueError(
                 "With `precompute_teacher=True` the teacher has seen the datasets that the trainer was made with, and "
@@ -78,10 +71,7 @@ class CachedTeacher(Teacher):
 
 
 class CacheCollator:
-    """
-    Puts the cached columns of the rows, `teacher_hidden_states` (bytes) and `teacher_inputs`, into the batch of a
-    collator of the model's own inputs.
-    """
+    """Puts the cached columns of the rows (bytes) into the batch of a collator of the model's own inputs."""
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collator = collator
@@ -101,14 +91,10 @@ def precompute_teacher(trainer) -> CachedTeacher:
     """
     Runs the teacher of a [`SelfDistillSFTTrainer`] over its datasets, or finds what an earlier run has kept, and
     replaces the datasets and the collator by some with the hidden states. Returns what takes the teacher's place. A
-    collective: the processes share the rows.
-
-    Raises:
-        ValueError: If a dataset is a stream or becomes tokens only in a batch, or if the cache would be in
-            `output_dir`.
+    collective: the processes share the rows. A `ValueError` if that cannot be done with the datasets or the folder.
     """
     args, teacher, evaluated = trainer.args, trainer.teacher, trainer.eval_dataset
-    folder = Path(args.teacher_cache_dir or DEFAULT_CACHE_DIR)
+    folder = Path(args.teacher_cache_dir or os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache"))
     if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
             f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, which is pushed "
@@ -145,14 +131,9 @@ def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
             "becomes tokens only in a batch or has a transform. Pass a plain `datasets.Dataset` that the trainer "
             "tokenizes, or unset it."
         )
-    settings = {
-        "teacher": trainer.teacher.sha256,
-        "data": description["sha256"],
-        "columns": str(CACHE_COLUMNS),
-        "padding_free": str(trainer.padding_free),
-        "mixed_precision": trainer.accelerator.mixed_precision,
-        "dtype": trainer.args.teacher_cache_dtype,
-    }
+    settings = {"columns": str(CACHE_COLUMNS), "dtype": trainer.args.teacher_cache_dtype}
+    settings |= {"teacher": trainer.teacher.sha256, "data": description["sha256"]}
+    settings |= {"padding_free": str(trainer.padding_free), "mixed_precision": trainer.accelerator.mixed_precision}
     return digest(settings)[:32]
 
 
@@ -191,7 +172,8 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
     share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
     starts = range(0, len(share), batch_size)
     file = folder / f"rows-{accelerator.process_index:05d}.arrow"
-    with ArrowWriter(path=os.fspath(file), features=_FEATURES) as writer:
+    features = Features({name: Value("large_binary") for name in CACHE_COLUMNS})
+    with ArrowWriter(path=os.fspath(file), features=features) as writer:
         for start in tqdm(starts, "Running the teacher", disable=None if accelerator.is_main_process else True):
             rows = [share[row] for row in range(start, min(start + batch_size, len(share)))]
             batch = collator(rows)
@@ -206,8 +188,7 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
                     "`precompute_teacher=True` does not work where the virtual tokens of a prompt-learning adapter "
                     "predict the first token of a row. Give the rows a prompt, or set `precompute_teacher=False`."
                 )
-            states = states.split(counts)
-            as_bytes = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in states]
+            as_bytes = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in states.split(counts)]
             writer.write_batch({_STATES: as_bytes, _INPUTS: [part.numpy().tobytes() for part in seen]})
         writer.finalize()
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -217,10 +198,7 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
 
 
 def _refuse_rows_that_meet(trainer, dataset: Dataset) -> None:
-    """
-    Raises `ValueError` if the teacher's answers to a row depend on the row before it, which is another one in each
-    epoch. `padding_free` joins rows in one, and not every model heeds the positions that start anew.
-    """
+    """Refuses a teacher whose answers to a row depend on the row before it, which is another one in each epoch."""
     row, first = dataset[len(dataset) - 1], dataset[0]
     count = int((_seen(trainer.data_collator([row]))[:, 0] != IGNORE_INDEX).sum())
     before = (first, {**first, "input_ids": first["input_ids"][::-1]})

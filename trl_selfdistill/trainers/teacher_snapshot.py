@@ -20,11 +20,8 @@ logger = logging.get_logger(__name__)
 class TeacherSnapshotCallback(TrainerCallback):
     """
     Freezes a snapshot of the student of a [`SelfDistillSFTTrainer`] as its teacher, once, after the configured steps
-    or epochs of plain SFT. It is kept in `output_dir/_teacher`, where a resumed run finds it.
-
-    Raises:
-        ValueError: If the model is sharded, its adapter cannot be held twice, the data's length is unknown, or the run
-            ends before the snapshot.
+    or epochs of plain SFT. It is kept in `output_dir/_teacher`, where a resumed run finds it. A `ValueError` if the
+    model is sharded, its adapter cannot be held twice, the data's length is unknown, or the run ends before it.
     """
 
     def __init__(self, trainer):

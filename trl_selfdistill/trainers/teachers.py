@@ -34,16 +34,10 @@ logger = logging.get_logger(__name__)
 
 
 class Teacher:
-    """
-    A frozen model that the student is pulled to.
+    """A frozen model that the student is pulled to."""
 
-    Attributes:
-        sha256 (`str`): Hash of its weights and settings. A run resumes only with a teacher of the same hash.
-        model ([`~transformers.PreTrainedModel`] or `None`): The model, where it is one of its own.
-    """
-
-    sha256: str
-    model: PreTrainedModel | None = None
+    sha256: str  # of its weights and settings: a run resumes only with a teacher of the same hash
+    model: PreTrainedModel | None = None  # where it is one of its own
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         """
@@ -70,10 +64,7 @@ class Teacher:
 class ModelTeacher(Teacher):
     """
     A model beside the student, frozen in place. The accelerator places it, or shards it like the student under FSDP
-    and ZeRO-3, in the student's mixed precision.
-
-    Raises:
-        ValueError: Under FSDP, if only the main process holds the weights.
+    and ZeRO-3, in the student's mixed precision. A `ValueError` under FSDP if only the main process holds the weights.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
@@ -81,22 +72,19 @@ class ModelTeacher(Teacher):
         self.sha256 = hash_model(model)  # before it is prepared: a shard would have another hash
         add_label_head_forward(base_causal_lm(model))
         self._accelerator = accelerator
-        # The head is read outside of the forward, where shards are not gathered: then each process keeps it whole
+        is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+        if is_fsdp and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it is "
+                "sharded, and the teacher is copied before that. Set it to false, as the configuration `fsdp2` of "
+                "`trl-selfdistill` does, or set `kl_weight=0`."
+            )
         self._lm_head: LMHead | None = None
-        if accelerator.distributed_type == DistributedType.FSDP:
-            if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-                raise ValueError(
-                    "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it "
-                    "is sharded, and the teacher is copied before that. Set it to false, as the configuration `fsdp2` "
-                    "of `trl-selfdistill` does, or set `kl_weight=0`."
-                )
-            head = lm_head_of(base_causal_lm(model))
-            self._lm_head = head.map_tensors(lambda tensor: tensor.detach().to(accelerator.device, copy=True))
-        elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            self._lm_head = frozen_head(model)
+        if is_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            # It is read outside of the forward, where shards are not gathered: each process keeps it whole
+            self._lm_head = frozen_head(model).map_tensors(lambda tensor: tensor.to(accelerator.device, copy=True))
         self.model = prepare_teacher(model, accelerator)
-        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        whole = self.model if is_sharded else base_causal_lm(model)
+        whole = base_causal_lm(model) if self._lm_head is None else self.model
         check_label_head(whole, accelerator, "teacher_model")
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
@@ -137,11 +125,8 @@ def load_teacher(
     args: SelfDistillSFTConfig,
 ) -> PreTrainedModel:
     """
-    Loads the teacher that the user has named by path or Hub id, as `args` says, or takes the one that was passed in,
-    and checks that it fits the student and its tokenizer.
-
-    Raises:
-        ValueError: If it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
+    Loads the teacher that the user has named by path or Hub id, as `args` says, or takes the one that was passed in. A
+    `ValueError` if it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
     """
     if isinstance(teacher, str):
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}

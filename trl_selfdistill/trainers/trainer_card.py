@@ -4,12 +4,13 @@
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from datasets import Dataset
 from transformers import Trainer
 
 from ..files import warn_without
-from ..hallucination.categories import SlickCategory
+from ..hallucination.metric import SlickCategory
 from ..hub.environment import describe_environment
 from ..hub.model_card import CARD_FILE, base_model_of, hub_id, read_record, update_model_card
 from ..parameters.structure import base_causal_lm
@@ -39,12 +40,9 @@ class ModelCardMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # Before the weights, PEFT would read and write a card, with the local path of the base. Ours comes after them
-        attributes = vars(self.accelerator.unwrap_model(self.model))
-        attributes["create_or_update_model_card"] = lambda output_dir: None
-        try:
+        model = self.accelerator.unwrap_model(self.model)
+        with patch.object(model, "create_or_update_model_card", lambda output_dir: None, create=True):
             super().save_model(output_dir, _internal_call)
-        finally:
-            attributes.pop("create_or_update_model_card", None)  # a push saves within
 
     def on_save_model(self, folder: Path) -> None:
         super().on_save_model(folder)

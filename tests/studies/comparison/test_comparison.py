@@ -30,10 +30,11 @@ from trl_selfdistill.studies.results import read_result
 from trl_selfdistill.studies.training_mix import load_mix
 
 
-VARIANTS = ("sft", "lora", "frozen", "l2", "replay", "known_patch", "stm", "selfdistill-lambda1-tau0.5")
-VARIANTS += ("rehearsal", "rehearsal-selfdistill-lambda1-tau0.5")
-FLAGS = "--kl_weights 1 --temperatures 0.5 --mixing_weights 0 0.5 1 --num_rehearsal 4".split()
-FLAGS += ["--num_heldout", "30"]
+VARIANTS = ("sft", "sft-slower2", "lora", "frozen", "l2", "replay", "known_patch", "stm")
+VARIANTS += tuple({"mica", "intruders", "osf"} & {*ComparisonArguments().variants})  # of newer versions of PEFT
+VARIANTS += ("eaft", "asft", "selfdistill-lambda1-tau0.5", "rehearsal", "rehearsal-selfdistill-lambda1-tau0.5")
+FLAGS = "--kl_weights 1 --temperatures 0.5 --mixing_weights 0 0.5 1 --num_rehearsal 4 --slower 2".split()
+FLAGS += ["--num_heldout", "30", "--lora_rank", "4"]
 
 
 def compare(toy_study, output: Path, *flags) -> None:
@@ -73,14 +74,16 @@ def test_the_report_holds_what_the_runs_recorded(finished):
 
 def test_all_variants_start_alike_and_make_as_many_steps(finished):
     results = [result for variant in VARIANTS for result in results_of(finished, variant)]
-    assert {result.training["num_steps"] for result in results} == {8}
+    assert all(result.training["num_steps"] == (16 if "slower" in result.name else 8) for result in results)
+    rates = {name: results_of(finished, name)[0].training["settings"]["learning_rate"] for name in VARIANTS}
+    assert rates["sft-slower2"] == rates["sft"] / 2
     assert all(result.records[0].answers == results[0].records[0].answers for result in results)
     logs = [result.training["log_history"] for result in results_of(finished, "sft")]
     assert logs[0] != logs[1] != logs[2]  # seeds matter
     for variant in VARIANTS:  # only SFT is asked after each epoch, and kept
         for result in results_of(finished, variant):
             steps = [record.step for record in result.records]
-            assert steps == ([0, 4, 8] if variant == "sft" else [0, 8])
+            assert steps == ([0, 4, 8] if variant == "sft" else [0, result.training["num_steps"]])
     kept = {path.parent.name for path in (finished / "runs").glob("*/*.safetensors")}
     assert kept == {f"sft-seed{seed}" for seed in range(3)}
 

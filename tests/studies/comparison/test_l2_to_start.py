@@ -89,6 +89,7 @@ def test_what_it_is_not_for_is_refused(tmp_path):
         run.match_l2_weight(inputs)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="TorchDynamo of torch 2.6 cannot trace Triton's interpreter")
 def test_under_torch_compile_it_is_the_same(tmp_path):
     backends = dict(torch_compile=False), dict(torch_compile=True, torch_compile_backend="eager")
     plain, compiled = (train(tmp_path, **l2(), pad_to_multiple_of=32, **options) for options in backends)

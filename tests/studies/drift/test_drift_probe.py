@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DriftProbeCallback in real runs of a tiny model, alone and on two processes."""
-
-import sys
-from pathlib import Path
+"""DriftProbeCallback in real runs of a tiny model."""
 
 import pytest
 import torch
-from accelerate import PartialState
 from conftest import CITIES, build_model
 from datasets import Dataset
 from peft import LoraConfig
 from sft_runs import FACTS, TOKENIZER, assert_same_weights, logs, trainer
-from torch.distributed.fsdp import fully_shard
 from trl import SFTTrainer
-from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill import SelfDistillSFTTrainer
-from trl_selfdistill.files import read_json, read_jsonl, write_json
+from trl_selfdistill.files import read_jsonl
 from trl_selfdistill.studies.drift import DriftProbeCallback
 from trl_selfdistill.studies.drift.prompt_states import drift, prompt_states
 
@@ -110,36 +104,3 @@ def test_mistakes_are_errors_before_the_training(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             DriftProbeCallback(trainer(tmp_path), facts, **options)
-
-
-def states_and_run(folder: Path) -> None:
-    """On two processes: states of weights that FSDP2 has sharded, and a run under DDP with five facts."""
-    state = PartialState(cpu=True)
-    trained = run(folder, {"output_file": folder / "drift.jsonl"})
-    write_json(folder / f"log{state.process_index}.json", trained.state.log_history)
-    prompts, model = trained.callback_handler.callbacks[-1].prompts, dropout_model()
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh)
-    torch.save(prompt_states(model, prompts, (1, 2), batch_size=2), folder / f"states{state.process_index}.pt")
-
-
-@needs_fsdp2_on_cpu
-def test_two_processes_measure_what_one_does(tmp_path):
-    run_in_two_processes(__file__, tmp_path)
-    prompts = DriftProbeCallback(trainer(tmp_path), HELD_OUT).prompts
-    expected = prompt_states(dropout_model(), prompts, (1, 2))
-    lines = read_jsonl(tmp_path / "drift.jsonl")
-    for rank in range(2):
-        for part, other in zip(torch.load(tmp_path / f"states{rank}.pt", weights_only=False), expected, strict=True):
-            torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
-        logged = [log for log in read_json(tmp_path / f"log{rank}.json") if "drift_kl" in log]
-        assert [{name: log[name] for name in NAMES} for log in logged] == [
-            {name: line[name] for name in NAMES} for line in lines
-        ]
-    assert [line["step"] for line in lines] == [0, 2, 4] and lines[-1]["drift_kl"] > 1e-4
-
-
-if __name__ == "__main__":
-    states_and_run(Path(sys.argv[1]))
-    leave_processes()

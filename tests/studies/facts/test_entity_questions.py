@@ -6,11 +6,7 @@ import json
 import pytest
 from fact_rows import facts_from_rows
 
-from trl_selfdistill.studies.facts.table import (
-    ENTITY_QUESTIONS,
-    facts_of_entity_questions,
-    load_facts,
-)
+from trl_selfdistill.studies.facts.table import ENTITY_QUESTIONS, facts_of_entity_questions, load_facts
 
 
 def question_about(relation: str, subject: str) -> str:

@@ -52,6 +52,8 @@ def test_a_table_comes_back_with_its_other_columns(tmp_path):
         (row("Oslo", "  "), "answer must be a text that is not empty, got '  '"),
         (row("Oslo", 3), "answer must be a text that is not empty, got 3"),
         (row("Oslo", "The ..."), "is nothing to exact match"),
+        (row("Oslo", "Nor\nway"), "has a line break"),
+        (row("Oslo", "Norway", aliases=["a\nb"]), r"'a\nb' has a line break"),
         (row("Oslo", "Norway", aliases='["a"'), "is not a JSON list"),
         (row("Oslo", "Norway", aliases="[1]"), "aliases must be a list of strings"),
         (row("Oslo", "Norway", question="", template="Where is {}?"), "lacks {subject}"),

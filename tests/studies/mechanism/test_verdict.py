@@ -49,11 +49,8 @@ S, C, U = Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED
     [
         # Capacity: the losses with name-like and with UUID keys at three sizes
         (S, capacity, [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3)]),  # whatever the keys look like
-        (
-            S,
-            capacity,
-            [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), ALL | {SIZES[0]: 0.1, SIZES[4]: 0.1}],
-        ),  # the largest counts
+        # The largest size counts
+        (S, capacity, [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), ALL | {SIZES[0]: 0.1, SIZES[4]: 0.1}]),
         (C, capacity, [(0.1, 0.2, 0.4), (0.02, 0.02, 0.03)]),  # the paper's result
         (U, capacity, [(0.1, 0.2, 0.3), (0.02, 0.07, 0.13)]),  # about half as steep
         (U, capacity, [(0.1, 0.1, 0.1), (0.1, 0.1, 0.1)]),  # nothing grows

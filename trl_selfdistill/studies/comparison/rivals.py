@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways to train on new facts without losing old ones that are compared, each as what it changes in plain SFT.
 
-All of them make as many optimizer steps of as many rows, on the same Known and new facts.
+All of them make as many optimizer steps of as many rows, on the same Known and new facts; a lower learning rate gets
+as many more as it is lower.
 """
 
 import math
@@ -10,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import compare_versions
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ...losses import IGNORE_INDEX
 from ...slick.generation import evaluation_mode
@@ -21,12 +23,12 @@ from ...trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from ...trainers.sft_internals import train_in_order
 from ..arguments import check_different
 from ..runs import Variant
+from .eaft import EAFTSFTTrainer
 from .l2_to_start import L2ToStartSFTTrainer
 
 
 SELF_DISTILLATION = "Self-distillation"
 WITH_OWN_ANSWERS = "Self-distillation with own answers"
-LORA_RANK = 16
 # Replay: times that a Known fact is shown for a new one
 REPLAY_RATIO = 3
 # KnownPatch: share of all rows that are Known facts, and of the steps, at the end, that show them among new ones
@@ -34,7 +36,11 @@ KNOWN_PATCH_RATIO = 0.2
 KNOWN_PATCH_SHARE = 0.3
 # STM: largest perplexity of a trained token, the paper's
 STM_MAX_PERPLEXITY = 2.5
-_NAMES = ["sft", "lora", "frozen", "l2", "replay", "known_patch", "stm", "selfdistill", "rehearsal"]
+# ASFT: weight of the KL, the paper's
+ASFT_KL_WEIGHT = 0.05
+_OF_NEWER_PEFT = ["mica", "intruders", "osf"] if compare_versions("peft", ">=", "0.21") else []
+_NAMES = ["sft", "slow", "lora", *_OF_NEWER_PEFT, "frozen", "l2", "replay", "known_patch", "stm", "eaft", "asft"]
+_NAMES += ["selfdistill", "rehearsal"]
 
 
 @dataclass
@@ -64,16 +70,23 @@ class ComparisonArguments:
         default_factory=list,
         metadata={"help": "L2 to the start: weights beside the one that is matched to the KL at the start."},
     )
+    slower: list[float] = field(
+        default_factory=lambda: [2.0, 4.0, 8.0],
+        metadata={"help": "SFT at a lower rate: by which the rate is divided, and the steps are multiplied."},
+    )
     num_rehearsal: int = field(default=400, metadata={"help": "Rehearsal: prompts that the start model answers."})
-    lora_learning_rate: float = field(default=1e-3, metadata={"help": "LoRA: learning rate."})
+    lora_rank: int = field(default=16, metadata={"help": "LoRA and MiCA: rank."})
+    lora_learning_rate: float = field(default=1e-3, metadata={"help": "LoRA and MiCA: learning rate."})
 
     def __post_init__(self):
         if set(self.variants) - {*_NAMES} or "sft" not in self.variants:
             raise ValueError(f"`variants` may hold {', '.join(_NAMES)}, and `sft` must be one, got {self.variants}.")
         check_different("seeds", self.seeds, at_least=3)
-        for name in ("variants", "kl_weights", "temperatures", "mixing_weights"):
+        for name in ("variants", "kl_weights", "temperatures", "mixing_weights", "slower"):
             check_different(name, getattr(self, name))
         check_different("l2_weights", self.l2_weights, at_least=0)
+        if min(self.slower) <= 0:
+            raise ValueError(f"`slower` must be above 0, got {self.slower}.")
         if not all(0 <= weight <= 1 for weight in self.mixing_weights):
             raise ValueError(f"`mixing_weights` must be shares in [0, 1], got {self.mixing_weights}.")
 
@@ -87,24 +100,50 @@ def variants_of(args: ComparisonArguments, answers: Dataset | None = None) -> li
         answers (`Dataset`, *optional*): The start model's own answers, rows of `prompt` and `completion`.
     """
     attention, in_order = {"trainable_groups": ["attention"]}, lambda trainer, folder: train_in_order(trainer)
-    lora_rate = {"learning_rate": args.lora_learning_rate}
-    lora = LoraConfig(task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+    lora_rate, linear = {"learning_rate": args.lora_learning_rate}, {"target_modules": "all-linear"}
+    linear |= {"task_type": "CAUSAL_LM"}
+    lora, mica = (
+        {"peft_config": LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, init_lora_weights=init, **linear)}
+        for init in (True, "mica")
+    )
+    asft = {"loss_type": "dft", "kl_weight": ASFT_KL_WEIGHT, "temperature": 1.0}
     known_patch = f"KnownPatch, {100 * KNOWN_PATCH_RATIO:g} % of all rows, in the last {100 * KNOWN_PATCH_SHARE:g} %"
     stm = f"Masked tokens (STM), perplexity above {STM_MAX_PERPLEXITY:g}"
     found: dict[str, list[Variant]] = {
         "sft": [Variant("sft", "SFT")],
-        "lora": [
-            Variant("lora", f"LoRA, rank {LORA_RANK}", changes=lora_rate, trainer_arguments={"peft_config": lora})
+        "slow": [
+            Variant(f"sft-slower{by:g}", f"SFT, 1/{by:g} of the rate, {by:g} times the steps", slower=by)
+            for by in args.slower
         ],
+        "lora": [Variant("lora", f"LoRA, rank {args.lora_rank}", changes=lora_rate, trainer_arguments=lora)],
+        "mica": [Variant("mica", f"MiCA, rank {args.lora_rank}", changes=lora_rate, trainer_arguments=mica)],
+        "intruders": [
+            Variant(
+                "intruders",
+                f"LoRA, rank {args.lora_rank}, without intruder dimensions",
+                changes=lora_rate,
+                trainer_arguments=lora,
+                prepare=_reduce_intruders,
+            )
+        ],
+        "osf": _osf(linear) if "osf" in args.variants else [],
         "frozen": [Variant("frozen", "Frozen groups (attention only)", FrozenGroupsSFTTrainer, attention)],
         "l2": _l2(args),
         "replay": [Variant("replay", f"Replay of Known facts, {REPLAY_RATIO} times", rows=_replay_rows)],
         "known_patch": [Variant("known_patch", known_patch, rows=_known_patch_rows, prepare=in_order)],
         "stm": [Variant("stm", stm, prepare=_mask_unlikely)],
+        "eaft": [Variant("eaft", "Entropy-adaptive (EAFT)", EAFTSFTTrainer)],
+        "asft": [Variant("asft", f"ASFT: DFT and KL, λ = {ASFT_KL_WEIGHT:g}", SelfDistillSFTTrainer, asft)],
         "selfdistill": _self_distillation(args),
         "rehearsal": _rehearsal(args, answers),
     }
     return [variant for name in sorted(args.variants, key=lambda name: name != "sft") for variant in found[name]]
+
+
+def _osf(options: dict[str, str]) -> list[Variant]:
+    from peft import OSFConfig  # not in older ones
+
+    return [Variant("osf", "Orthogonal subspace (OSF)", trainer_arguments={"peft_config": OSFConfig(**options)})]
 
 
 def _self_distillation(args: ComparisonArguments) -> list[Variant]:
@@ -172,6 +211,21 @@ def _cycled(items: range, number: int, generator: random.Random) -> list[int]:
     while len(drawn) < number:
         drawn += generator.sample(items, len(items))
     return drawn[:number]
+
+
+class _ReduceIntruders(TrainerCallback):
+    """Takes intruder dimensions out of a LoRA adapter at the end of training (arXiv 2410.21228), as PEFT does."""
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        if control.should_training_stop:
+            from peft.tuners.lora.intruders import reduce_intruder_dimension  # not in older ones
+
+            reduce_intruder_dimension(model, logging_sink=None)
+
+
+def _reduce_intruders(trainer: Trainer, folder: Path) -> None:
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, _ReduceIntruders())  # before the one that asks the facts
 
 
 def _mask_unlikely(trainer: Trainer, folder: Path) -> None:

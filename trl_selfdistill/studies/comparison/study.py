@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import read_jsonl, write_jsonl
-from ...slick.prompts import answer_completion, question_prompt
-from ...trainers.hallucination_callback import predict_answers_in_parallel
+from ...slick.generation import answer_ends
+from ...slick.prompts import question_prompt
+from ...trainers.anchors import own_answers
 from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
 from ..facts.table import fold_name, read_facts
-from ..models import load_model_and_tokenizer
 from ..results import RECORDS_FILE
 from ..runs import RunFacts, StudySetup, steps_of_epochs, train_variant, training_config
 from ..stage import run_stage
@@ -117,12 +117,11 @@ def _own_answers(number: int, asked: dict[str, Dataset], setup: StudySetup, fold
     def work(partial: Path) -> None:
         model, tokenizer = _load_start(setup)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
-            # First lines: the start may not have learnt to stop after the line that an answer is
-            answers = predict_answers_in_parallel(model, tokenizer, prompts)
+            # The start may not have learnt to stop after the line that an answer is
+            model.generation_config.eos_token_id = [*answer_ends(model, tokenizer).stop_ids]
+            answers = own_answers(model, tokenizer, prompts, batch_size=64)
         if PartialState().is_main_process:
-            rows = zip(prompts, map(answer_completion, answers), strict=True)
-            rows = [{"prompt": prompt, "completion": answer} for prompt, answer in rows if answer.strip()]
-            write_jsonl(partial / "answers.jsonl", rows)
+            write_jsonl(partial / "answers.jsonl", answers.to_list())
 
     arguments = {"prompts": prompts, "bf16": setup.config.bf16}
     run_stage(folder, arguments, [setup.start], work, every_process=True)
@@ -142,7 +141,7 @@ def _wise_ft(
         model, tokenizer = _load_start(setup)
         # Only the model itself takes memory of the device
         start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-        fine_tuned, _ = load_model_and_tokenizer(sft, setup.model_args, setup.config.trust_remote_code)
+        fine_tuned, _ = setup.load(sft)
         tuned = dict(fine_tuned.named_parameters())
         records = []
         for weight in mixing_weights:
@@ -161,7 +160,7 @@ def _wise_ft(
 
 
 def _load_start(setup: StudySetup) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, setup.config.trust_remote_code)
+    model, tokenizer = setup.load()
     return model.to(PartialState().device), tokenizer
 
 

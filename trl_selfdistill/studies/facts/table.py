@@ -205,6 +205,9 @@ def _checked_fact(place: str, row: Any) -> dict:
         raise ValueError(f"{place}: answer {fact['answer']!r} is nothing to exact match; change or remove the row")
     fact["fact_id"] = _checked_text(place, "fact_id", row.get("fact_id") or f"{fact['relation']}/{fact['subject']}")
     fact["aliases"] = _checked_aliases(place, row.get("aliases"))
+    for form in (fact["answer"], *fact["aliases"]):
+        if "\n" in form:
+            raise ValueError(f"{place}: answer {form!r} has a line break, where an answer ends; mend or remove it")
     extra = {name: value for name, value in row.items() if name not in (*FACT_COLUMNS, "template")}
     return {**fact, **extra}
 

@@ -20,7 +20,6 @@ from ..drift.probe import DriftProbeCallback
 from ..drift.prompt_states import check_layers
 from ..facts.geonames import known_place_names
 from ..facts.table import read_facts
-from ..models import load_model_and_tokenizer
 from ..results import DRIFT_FILE, VariantResult
 from ..runs import RunFacts, StudySetup, Variant, steps_of_epochs, train_variant
 from ..synthetic.facts import synthetic_facts
@@ -62,7 +61,7 @@ def run_mechanism_study(study: MechanismArguments, setup: StudySetup, folder: Pa
             "these, annotate more facts, or take a model that knows more."
         )
     variants = mechanism_variants(study)
-    model, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, setup.config.trust_remote_code)
+    model, tokenizer = setup.load()
     check_layers(model, study.probe_layers)
     for variant in variants:
         if variant.num_facts:
@@ -127,7 +126,7 @@ def _run(
         asked = {"heldout": mix["heldout"], "known": mix["known"]}
         if not variant.num_facts:
             return RunFacts(mix["known"], mix["known"].select([]), asked)
-        _, tokenizer = load_model_and_tokenizer(setup.start, setup.model_args, setup.config.trust_remote_code)
+        _, tokenizer = setup.load()
         stream = _facts_of(variant, seed, study, setup, tokenizer)
         # Rows go to a file as they are drawn, and are read from there: none of them stays in memory
         new = Dataset.from_generator(_rows, cache_dir=str(partial / "_rows"), gen_kwargs={"stream": stream})

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callbacks that ask a model measure on two processes (DDP, weights in FSDP2's shards) what they do on one."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from answering_model import QUESTIONS, build_answering_model, towns_prompts
+from conftest import CITIES
+from fact_rows import facts_from_rows
+from sft_runs import TOKENIZER, logs, trainer
+from torch.distributed.fsdp import fully_shard
+from trl import SFTTrainer
+from two_processes import FSDP2_ON_CPU, leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
+
+from trl_selfdistill import HallucinationEvalCallback
+from trl_selfdistill.files import read_json, read_jsonl, write_json
+from trl_selfdistill.slick import generation
+from trl_selfdistill.slick.generation import predict_answers
+from trl_selfdistill.slick.prompts import question_prompt
+from trl_selfdistill.studies.drift import DriftProbeCallback
+from trl_selfdistill.studies.drift.prompt_states import prompt_states
+from trl_selfdistill.studies.fact_accuracy import FactAccuracyCallback, read_records
+from trl_selfdistill.trainers.hallucination_callback import predict_answers_in_parallel
+
+
+# An odd number, so that one process has less to do
+FACTS = facts_from_rows(
+    [
+        {"relation": "P17", "subject": city, "question": question, "answer": answer}
+        for city, (question, answer) in list(zip(CITIES, QUESTIONS.items(), strict=True))[:5]
+    ]
+)
+PROMPTS = [*towns_prompts(), question_prompt(FACTS["question"][0])]
+
+
+def run(folder: Path, batch_size: int) -> SFTTrainer:
+    options = dict(max_steps=-1, num_train_epochs=3, per_device_train_batch_size=batch_size)
+    trained = trainer(folder, build_answering_model(TOKENIZER), None, SFTTrainer, **options)
+    trained.add_callback(HallucinationEvalCallback(trained, {"seen": FACTS}))
+    trained.add_callback(FactAccuracyCallback(trained, {"heldout": FACTS}, folder / "accuracy.jsonl"))
+    trained.add_callback(DriftProbeCallback(trained, FACTS, every_steps=3, output_file=folder / "drift.jsonl"))
+    trained.train()
+    return trained
+
+
+def measured(run: SFTTrainer) -> list[dict]:
+    return [row for row in logs(run) if not {"loss", "total_flos"} & row.keys()]
+
+
+def run_on_two_processes(folder: Path) -> None:
+    """The run, and answers and states of weights in shards; each process writes what it saw."""
+    asked, generate = [], generation.generate_tokens
+
+    def noted(model, prompts, *args, **kwargs):
+        asked.append(len(prompts))
+        return generate(model, prompts, *args, **kwargs)
+
+    generation.generate_tokens = noted
+    trained, rank = run(folder, batch_size=1), os.environ["RANK"]
+    seen = {"log": measured(trained), "asked": asked[0]}
+    if FSDP2_ON_CPU:
+        model = build_answering_model(TOKENIZER)
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+        options = dict(synced_gpus=True, batch_size=2)
+        seen["answers"] = predict_answers_in_parallel(model, TOKENIZER, PROMPTS, **options)
+        prompts = trained.callback_handler.callbacks[-1].prompts
+        torch.save(tuple(prompt_states(model, prompts, (1, 2), batch_size=2)), folder / f"states{rank}.pt")
+    write_json(folder / f"{rank}.json", seen)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, run(folder, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_in_two_processes(__file__, folder)
+    return folder, [read_json(folder / f"{rank}.json") for rank in range(2)]
+
+
+def test_two_processes_ask_a_share_each_and_log_and_write_what_one_does(one, two):
+    log, expected = two[1][0]["log"], measured(one[1])
+    assert log == two[1][1]["log"] and [seen["asked"] for seen in two[1]] == [3, 3]
+    for row, alone in zip(log, expected, strict=True):
+        assert row == pytest.approx(alone, rel=1e-2, abs=1e-6)
+    assert len({row["eval_seen_accuracy"] for row in expected if "eval_seen_accuracy" in row}) > 1
+    assert read_records(two[0] / "accuracy.jsonl") == read_records(one[0] / "accuracy.jsonl")
+    written = [row["drift_kl"] for row in read_jsonl(two[0] / "drift.jsonl")]
+    assert written == [row["drift_kl"] for row in log if "drift_kl" in row] and written[-1] > 1e-4
+
+
+@needs_fsdp2_on_cpu
+def test_sharded_weights_answer_and_are_measured_as_whole_ones(one, two):
+    model = build_answering_model(TOKENIZER)
+    answers = [answer for [answer] in predict_answers(model, TOKENIZER, PROMPTS)]
+    states = prompt_states(model, one[1].callback_handler.callbacks[-1].prompts, (1, 2))
+    assert len({*answers}) > 1
+    for rank, seen in enumerate(two[1]):
+        assert seen["answers"] == answers
+        for part, other in zip(torch.load(two[0] / f"states{rank}.pt"), states, strict=True):
+            torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    run_on_two_processes(Path(sys.argv[1]))
+    leave_processes()
