@@ -108,9 +108,8 @@ def _escaped(value: Any) -> Any:
 
 
 def method_of(training: dict[str, Any]) -> str:
-    """How a model was trained, as a tag of its card. `SelfDistillSFTTrainer` without a KL is plain SFT."""
-    settings = training.get("settings", {})
-    if settings.get("kl_weight") or settings.get("anchors") in ("kl", "self"):
+    """How a model was trained, as a tag of its card. `SelfDistillSFTTrainer` without a teacher is plain SFT."""
+    if training.get("teacher"):
         return "self-distill-sft"
     return "frozen-groups-sft" if training.get("groups") else "sft"
 

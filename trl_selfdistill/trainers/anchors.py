@@ -4,15 +4,13 @@ Anchors: prompts or texts without labels on which the student is kept near its s
 with the model's own answers (pseudo-rehearsal, Robins 1995).
 """
 
+import random
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import DistributedType, PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -34,66 +32,54 @@ _STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many
 
 class Anchors:
     """
-    Rows with a label at each token, as an endless sequence: its next part comes when it is asked for, by all processes
-    of a step. A step takes its rows by their positions, so that a run that is resumed, or split otherwise over
-    micro-batches and processes, takes the same ones.
+    Rows with a label at each token, as an endless sequence. A step takes its rows by their positions, so that a run
+    that is resumed, or split otherwise over micro-batches and processes, takes the same ones.
 
     Args:
-        trainer ([`SelfDistillSFTTrainer`]): Its teacher writes, and its seed and the part decide the random numbers.
-        dataset (`Dataset`, *optional*):
-            Tokenized rows. A part is all of them in another order; without them, texts that the teacher samples.
+        trainer ([`SelfDistillSFTTrainer`]): Its teacher writes, when all processes of a step ask for the next texts.
+        dataset (`Dataset`, *optional*): Tokenized rows, again and again; without them, texts that the teacher samples.
     """
 
     def __init__(self, trainer, dataset: Dataset | None = None):
         args = trainer.args
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        # Whole steps, as writing is a collective
-        self._size = _STEPS * rows_per_step if dataset is None else len(dataset)
         self.dataset, self._trainer, self._written = dataset, trainer, None
+        # Whole steps, as writing is a collective
+        self._size = _STEPS * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        part = position // self._size
-        if (part, self._trainer.teacher.sha256) != self._written:
-            self._written = part, self._trainer.teacher.sha256
-            self._rows = self._write(part) if self.dataset is None else self._shuffle(part)
-        return self._rows[position % self._size]
-
-    def _generator(self, *part: int) -> np.random.Generator:
-        return np.random.default_rng([self._trainer.args.seed, *part])
-
-    def _shuffle(self, part: int) -> Dataset:
-        return self.dataset.shuffle(generator=self._generator(part), keep_in_memory=True)
+        if self.dataset is not None:
+            return self.dataset[position % len(self.dataset)]
+        part = position // self._size, self._trainer.teacher.sha256  # a snapshot writes other texts
+        if part != self._written:
+            self._written, self._texts = part, self._write(part[0])
+        return self._texts[position % self._size]
 
     def _write(self, part: int) -> list[dict[str, list[int]]]:
         """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
-        accelerator, args = self._trainer.accelerator, self._trainer.args
-        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        tokenizer = text_tokenizer(self._trainer.processing_class)
+        trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        tokenizer = text_tokenizer(trainer.processing_class)
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
 
         def write(first: int) -> list[list[int]]:
-            torch.manual_seed(int(self._generator(part, first).integers(2**63)))
+            torch.manual_seed(random.Random(f"{args.seed}/{part}/{first}").getrandbits(32))
             prompts = [[begin]] * min(_BATCH_SIZE, self._size - first)
             return generate_tokens(model, prompts, config, is_sharded and accelerator.num_processes > 1)
 
-        batches = [*range(0, self._size, _BATCH_SIZE)]
-        # As many for each process: with sharded weights, every forward pass is a collective
-        shares = PartialState().split_between_processes(batches, apply_padding=True)
-        teacher = self._trainer.teacher.as_model(self._trainer.model_wrapped)
-        with shares as own, teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
-            config = _to_the_end(model, tokenizer, most, do_sample=True, temperature=1.0, top_k=0)
-            written = dict(gather_object([(first, write(first)) for first in own]))
-        texts = [[begin, *ids] for ids in chain.from_iterable(written[first] for first in batches)]
-        return [{"input_ids": ids, "labels": ids} for ids in texts]
+        teacher = trainer.teacher.as_model(trainer.model_wrapped)
+        with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
+            model = accelerator.unwrap_model(model)
+            config = _to_the_end(model, tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
+            written = chain.from_iterable(map_in_parallel(write, range(0, self._size, _BATCH_SIZE)))
+        return [{"input_ids": [begin, *ids], "labels": [begin, *ids]} for ids in written]
 
 
-def _to_the_end(model, tokenizer, max_new_tokens: int, **options) -> GenerationConfig:
+def _to_the_end(model, tokenizer, **options) -> GenerationConfig:
     """To write up to the tokens that end a text: those of the model's generation config, and the tokenizer's."""
     model_eos = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
-    ends = {"eos_token_id": sorted(ends), "pad_token_id": min(ends, default=0)}
-    return GenerationConfig(max_new_tokens=max_new_tokens, **ends, **options)
+    return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends, default=0), **options)
 
 
 def forked(accelerator):
@@ -103,16 +89,15 @@ def forked(accelerator):
 
 def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
     """
-    Puts anchors beside the rows of each micro-batch of a step, as many as it has rows: `batch["anchors"]` holds the
+    Puts anchors beside the rows of each micro-batch of a step, as many as rows fit: `batch["anchors"]` holds the
     inputs of a forward and the number of tokens that the anchors of the step predict, over all processes.
     """
     args, accelerator, tp_size = trainer.args, trainer.accelerator, trainer.get_tp_size()
     process, num_processes = accelerator.process_index // tp_size, accelerator.num_processes // tp_size
     drawn, num_tokens = [], torch.tensor(0)
-    for number, batch in enumerate(batches, start=trainer.state.global_step * args.gradient_accumulation_steps):
+    for number, _ in enumerate(batches, start=trainer.state.global_step * args.gradient_accumulation_steps):
         first = (number * num_processes + process) * args.train_batch_size  # as rows go to processes: batch by batch
-        num_rows = args.train_batch_size if trainer.padding_free else len(batch["input_ids"])
-        drawn.append(trainer.data_collator([trainer.anchors[first + i] for i in range(num_rows)]))
+        drawn.append(trainer.data_collator([trainer.anchors[first + i] for i in range(args.train_batch_size)]))
         num_tokens += (drawn[-1]["labels"][:, 1:] != IGNORE_INDEX).sum()
     num_tokens = accelerator.gather(num_tokens.to(accelerator.device)).sum() // tp_size
     for batch, inputs in zip(batches, drawn, strict=True):
@@ -125,8 +110,7 @@ def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> 
     if (anchor_dataset is not None) + (name is not None) != is_needed:
         raise ValueError(
             f"`anchors={args.anchors!r}` takes {'one' if is_needed else 'none'} of `anchor_dataset` and "
-            f"`anchor_dataset_name`, got {type(anchor_dataset).__name__} and {name!r}. Prompts are for "
-            "`anchors='own_answers'` and `anchors='kl'`."
+            f"`anchor_dataset_name`, got {type(anchor_dataset).__name__} and {name!r}. Own answers and 'kl' take one."
         )
     if name is None:
         return anchor_dataset
@@ -150,9 +134,10 @@ def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
         rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset)[0])
     elif args.anchors == "kl":
         _, token_ids = _checked_prompts(trainer, dataset)
-        rows = prepare_rows(trainer, Dataset.from_dict({"input_ids": token_ids, "labels": token_ids}))
-    if args.anchors != "own_answers":
-        trainer.anchors = Anchors(trainer, rows)
+        rows = Dataset.from_dict({"input_ids": token_ids, "labels": token_ids})
+        trainer.anchors = Anchors(trainer, prepare_rows(trainer, rows).shuffle(seed=args.seed))
+    else:
+        trainer.anchors = Anchors(trainer)
     settings = {name: getattr(args, name) for name in ("anchors", "anchor_weight", "anchor_max_new_tokens")}
     return settings | {f"anchor_{name}": value for name, value in (describe_dataset(rows) or {}).items()}
 
@@ -175,9 +160,9 @@ def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, list[list[int]]]:
     for row, ids in enumerate(token_ids, start=1):
         if not least <= len(ids) <= (most or len(ids)):
             refuse(row, f"has {len(ids)} tokens, not {least} at least and `max_length={most}` at most")
-    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    known = [split for split in evaluated.values() if "prompt" in (getattr(split, "column_names", None) or ())]
-    asked = {repr(prompt) for split in known for prompt in split["prompt"]}
+    splits = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    known = [split for split in splits if isinstance(split, Dataset) and column in split.column_names]
+    asked = {repr(prompt) for split in known for prompt in split[column]}
     if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
         refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
     return prompts, token_ids
@@ -185,15 +170,15 @@ def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, list[list[int]]]:
 
 def _add_own_answers(trainer, prompts: list) -> Dataset:
     """Adds the answers of the model to the prepared training data, and returns these rows."""
-    features = getattr(trainer.train_dataset, "features", None) or {}
+    features = trainer.train_dataset.features or {}
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
     if not isinstance(trainer.train_dataset, Dataset) or "input_ids" not in features or is_partitioned:
         raise ValueError(
             "`anchors='own_answers'` lets a whole model answer before training, and adds rows to a tokenized "
             "`train_dataset`. With streams or DeepSpeed ZeRO-3, add what `own_answers` returns to your data."
         )
+    most = trainer.args.anchor_max_new_tokens
     with trainer.accelerator.autocast():
-        most = trainer.args.anchor_max_new_tokens
         rows = own_answers(trainer.model, trainer.processing_class, prompts, max_new_tokens=most)
     rows = prepare_rows(trainer, rows)
     rows = rows.select_columns([name for name in rows.column_names if name in features])
@@ -217,8 +202,7 @@ def own_answers(
     the end of sequence, or the turn's end of the chat template.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model before training. What ends an answer is in its generation config.
+        model ([`~transformers.PreTrainedModel`]): The model, whose generation config says what ends an answer.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
         prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts or conversations, in the form of the training data.
         max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer, in tokens. Longer ones are left out.
@@ -233,7 +217,7 @@ def own_answers(
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
-    config = _to_the_end(model, tokenizer, max_new_tokens, do_sample=False)
+    config = _to_the_end(model, tokenizer, max_new_tokens=max_new_tokens, do_sample=False)
 
     def answer(start: int) -> list[str]:
         asked = token_ids[start : start + batch_size]
@@ -252,14 +236,10 @@ def own_answers(
         for prompt, text in zip(prompts, answers, strict=True)
         if text.strip()
     ]
-    left_out = (
-        f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
-        f"`max_new_tokens={max_new_tokens}` and are left out."
-    )
+    left_out = f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
+    left_out += f"`max_new_tokens={max_new_tokens}` and are left out."
     if not rows:
-        raise ValueError(
-            f"{left_out} Raise it, or give prompts in the format in which the model has learnt to answer."
-        )
+        raise ValueError(f"{left_out} Raise it, or give prompts in the format in which the model has learnt to stop.")
     if len(rows) < len(prompts):
         logger.warning(left_out)
     return Dataset.from_list(rows)

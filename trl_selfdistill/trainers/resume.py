@@ -12,13 +12,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import read_json, write_json
-from .sft_internals import TOKEN_COLUMNS
 
 
 logger = logging.get_logger(__name__)
 
 RESUME_FILE = "resume.json"  # in each checkpoint, with `describe_run` of the run that wrote it
 _FILES_OF_0_1_0 = ("training_data.json", "teacher.json")
+_COLUMNS = ("input_ids", "labels", "seq_lengths")  # of a tokenized dataset, those that reach the model
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -110,7 +110,7 @@ def describe_dataset(dataset: Dataset | IterableDataset | None) -> dict | None:
     """
     if not isinstance(dataset, Dataset):
         return None
-    columns = [name for name in TOKEN_COLUMNS if _is_list_of_integers(dataset.features.get(name))]
+    columns = [name for name in _COLUMNS if _is_list_of_integers(dataset.features.get(name))]
     if "input_ids" not in columns:
         return {"num_rows": len(dataset), "sha256": None}
     digest = hashlib.sha256(json.dumps(columns).encode())

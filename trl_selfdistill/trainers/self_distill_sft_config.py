@@ -107,11 +107,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         default=None, metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."}
     )
     anchors: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts or texts without labels against forgetting: `own_answers` (the model's, trained on as "
-            "rows), `kl` (the KL to the teacher on each), `self` (the same on texts that the teacher samples)."
-        },
+        default=None, metadata={"help": "Unlabelled texts against forgetting: `own_answers`, `kl` or `self`."}
     )
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the anchors `kl` and `self`."})
     anchor_dataset_name: str | None = field(
@@ -149,7 +145,16 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             )
         if self.takes_snapshot:
             self._check_snapshot()
-        self._check_anchors()
+        if self.anchors not in (None, *ANCHOR_KINDS):
+            raise ValueError(f"`anchors` must be one of {', '.join(ANCHOR_KINDS)}, or unset, got {self.anchors!r}.")
+        for name in ("anchor_weight", "anchor_max_new_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}.")
+        if self.precompute_teacher and self.anchors == "self":
+            raise ValueError(
+                "`precompute_teacher=True` runs the teacher before training, and with `anchors='self'` it writes "
+                "during training. Leave one of them unset, or take `anchors='kl'`."
+            )
 
     def choose_teacher(self, teacher_model: Any) -> Any:
         """
@@ -192,16 +197,4 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             raise ValueError(
                 f"`load_best_model_at_end=True` compares checkpoints by {metric!r}, which is another loss after the "
                 f"snapshot of `{name}`. Set `metric_for_best_model` to 'eval_mean_token_accuracy', for example."
-            )
-
-    def _check_anchors(self) -> None:
-        if self.anchors not in (None, *ANCHOR_KINDS):
-            raise ValueError(f"`anchors` must be one of {', '.join(ANCHOR_KINDS)}, or unset, got {self.anchors!r}.")
-        for name in ("anchor_weight", "anchor_max_new_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}.")
-        if self.precompute_teacher and self.anchors == "self":
-            raise ValueError(
-                "`precompute_teacher=True` runs the teacher before training, and with `anchors='self'` it writes "
-                "during training. Leave one of them unset, or take `anchors='kl'`."
             )

@@ -170,11 +170,10 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
 
     def _anchor_loss(self, model, inputs, num_tokens: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """What a micro-batch adds to the mean of `anchor_weight τ² KL` over the `num_tokens` of the step's anchors."""
-        args = self.args
         inputs["use_cache"] = False
+        weights = {"ce_weight": 0.0, "kl_weight": self.args.anchor_weight, "temperature": self.args.temperature}
         with forked(self.accelerator):
             teacher = self.teacher.targets(model, inputs)
-            weights = {"ce_weight": 0.0, "kl_weight": args.anchor_weight, "temperature": args.temperature}
             ce_kl, _ = student_ce_kl(model, inputs, teacher, **weights, num_items_in_batch=num_tokens)
         ranks = self.accelerator.num_processes // self.get_tp_size()  # over which DDP averages the gradients
         share = ce_kl.num_tokens * ranks / num_tokens.clamp(min=1)

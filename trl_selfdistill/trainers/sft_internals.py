@@ -30,7 +30,6 @@ from ..losses import IGNORE_INDEX
 from ..parameters.structure import base_causal_lm
 
 
-TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths")  # of a prepared text dataset, those that reach the model
 TESTED = {"trl": "1.15.0 to 1.16.0", "transformers": "4.56.2 to 5.24.0"}
 
 
@@ -283,7 +282,6 @@ def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
 
 
 def prepare_rows(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
-    """Anchors as the trainer prepares its training data (tokens, labels, packing): the columns for its collator."""
+    """Anchors as the trainer prepares its training data: tokens, labels, packing."""
     args = trainer.args
-    dataset = trainer._prepare_dataset(dataset, trainer.processing_class, args, args.packing, None, "anchor")
-    return dataset.select_columns([name for name in dataset.column_names if name in TOKEN_COLUMNS])
+    return trainer._prepare_dataset(dataset, trainer.processing_class, args, args.packing, None, "anchor")

@@ -93,7 +93,7 @@ def precompute_teacher(trainer) -> CachedTeacher:
     replaces the datasets and the collator by some with the hidden states. Returns what takes the teacher's place. A
     collective: the processes share the rows. A `ValueError` if that cannot be done with the datasets or the folder.
     """
-    args, teacher, evaluated = trainer.args, trainer.teacher, trainer.eval_dataset
+    args, teacher = trainer.args, trainer.teacher
     folder = Path(args.teacher_cache_dir or os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache"))
     if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
@@ -101,14 +101,15 @@ def precompute_teacher(trainer) -> CachedTeacher:
             "to the Hub. Choose a folder outside of it."
         )
     seen = trainer.train_dataset if args.kl_weight else trainer.anchors.dataset
+    evaluated = trainer.eval_dataset if args.kl_weight else None
     if args.kl_weight:
         trainer.train_dataset = _with_answers(trainer, "train_dataset", trainer.train_dataset, folder)
-    if isinstance(evaluated, dict) and args.kl_weight:
+    if isinstance(evaluated, dict):
         trainer.eval_dataset = {
             name: _with_answers(trainer, f"eval_dataset[{name!r}]", dataset, folder)
             for name, dataset in evaluated.items()
         }
-    elif evaluated is not None and args.kl_weight:
+    elif evaluated is not None:
         trainer.eval_dataset = _with_answers(trainer, "eval_dataset", evaluated, folder)
     if trainer.anchors is not None:
         trainer.anchors.dataset = _with_answers(trainer, "anchor_dataset", trainer.anchors.dataset, folder)

@@ -48,8 +48,8 @@ class Teacher:
         raise NotImplementedError
 
     def as_model(self, student: torch.nn.Module) -> AbstractContextManager[PreTrainedModel]:
-        """The teacher as a model that can write (`generate`), within the block. With shards a collective."""
-        raise NotImplementedError
+        """The teacher as a model, in a wrapper or not, that can write (`generate`) within the block."""
+        return nullcontext(self.model)
 
     def keep(self, folder: Path) -> None:
         """Saves to `folder` what a resumed run could not load from anywhere else."""
@@ -92,9 +92,6 @@ class ModelTeacher(Teacher):
             hidden_states = label_hidden_states(self.model, inputs)
         lm_head = self._lm_head or frozen_head(self._accelerator.unwrap_model(self.model))
         return ModelSide(hidden_states, lm_head)
-
-    def as_model(self, student: torch.nn.Module) -> AbstractContextManager[PreTrainedModel]:
-        return nullcontext(self._accelerator.unwrap_model(self.model))
 
 
 class UntrainedStudent(Teacher):
