@@ -37,6 +37,7 @@ RUNS = {
     "another teacher": {"teacher_model_name_or_path": None},
     "cached teacher": {"precompute_teacher": True, "teacher_cache_dir": None, "teacher_cache_dtype": "float32"},
     "LoRA": {},
+    "anchors": {"anchors": "self", "anchor_max_new_tokens": 8},
 }
 STEPS, SAVED, ROWS = 4, 2, 16
 SETTINGS = {"max_steps": STEPS, "save_steps": SAVED, "learning_rate": 1e-3, "max_grad_norm": 0.0, "kl_weight": 2.0}

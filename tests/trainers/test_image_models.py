@@ -141,3 +141,8 @@ def test_questions_are_asked_with_the_text_of_a_processor(build):
     run.train()
     for name in ("eval_text_accuracy", "eval_chat_accuracy", "drift_kl"):
         assert len([row for row in logs(run) if name in row]) == 2
+
+
+def test_anchors_are_refused(build):
+    with pytest.raises(ValueError, match="`anchors='self'` are texts, and `train_dataset` has images"):
+        build(anchors="self")

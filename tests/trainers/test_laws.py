@@ -78,6 +78,14 @@ def other_teacher():
     return dict(teacher_model=student(seed=1))
 
 
+def anchors(**options):
+    prompts = Dataset.from_list([{"prompt": f"What is {city}{i * '?'}"} for i, city in enumerate("ABCDE")])
+    return dict(
+        options=dict(anchors="kl", anchor_weight=2.0) | options, arguments=lambda: dict(anchor_dataset=prompts)
+    )
+
+
+SELF = dict(anchors="self", anchor_max_new_tokens=6)
 CACHE = dict(precompute_teacher=True, teacher_cache_dir="cache", teacher_cache_dtype="float32")
 FEATURES = {
     "frozen groups": Feature(
@@ -96,6 +104,12 @@ FEATURES = {
     "another teacher": Feature(arguments=other_teacher),
     "teacher cache": Feature(options=CACHE),
     "teacher cache, packing": Feature("packing", CACHE),
+    "anchors": Feature(**anchors()),
+    "anchors, packing": Feature("packing", **anchors()),
+    "anchors, padding-free, cache": Feature("padding-free", **anchors(**CACHE)),
+    "anchors, no KL on the rows": Feature(**anchors(kl_weight=0)),
+    "anchors of itself": Feature(options=SELF),
+    "anchors of itself, LoRA, snapshot": Feature("LoRA", SELF | dict(teacher_snapshot_steps=1), trains="lora_"),
     "snapshot": Feature(options=dict(teacher_snapshot_steps=1)),
     "snapshot after the checkpoint": Feature(options=dict(teacher_snapshot_steps=3)),
     "snapshot of an adapter": Feature("LoRA", dict(teacher_snapshot_steps=1), trains="lora_"),

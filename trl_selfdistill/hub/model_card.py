@@ -108,8 +108,8 @@ def _escaped(value: Any) -> Any:
 
 
 def method_of(training: dict[str, Any]) -> str:
-    """How a model was trained, as a tag of its card. `SelfDistillSFTTrainer` without a KL is plain SFT."""
-    if training.get("settings", {}).get("kl_weight"):
+    """How a model was trained, as a tag of its card. `SelfDistillSFTTrainer` without a teacher is plain SFT."""
+    if training.get("teacher"):
         return "self-distill-sft"
     return "frozen-groups-sft" if training.get("groups") else "sft"
 

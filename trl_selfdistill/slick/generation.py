@@ -118,16 +118,12 @@ def predict_answers(
 
 
 def generate_tokens(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    config: GenerationConfig,
-    synced_gpus: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, synced_gpus: bool = False
 ) -> list[list[int]]:
     """
     Generates the tokens after each prompt (token ids, of any lengths) in one batch, up to the first stop token and
     with it. The model is in evaluation mode, and its own generation config does not apply: `config` has a list as
-    `eos_token_id`, and `pad_token_id`. `synced_gpus` is as in [`predict_answers`], `tokenizer` for stop strings.
+    `eos_token_id`, and `pad_token_id`. `synced_gpus` is as in [`predict_answers`].
     """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
@@ -146,7 +142,6 @@ def generate_tokens(
             attention_mask=attention_mask.to(model.device),
             generation_config=config,
             synced_gpus=synced_gpus or None,  # None: transformers decides
-            tokenizer=tokenizer,
         )
     finally:
         for module, attributes in own.items():

@@ -60,9 +60,14 @@ class AdapterTeacher(Teacher):
         return digest({"base": self._base_sha256, "config": hash_config(config), **hash_tensors(state)})
 
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
-        model = self._accelerator.unwrap_model(student, keep_torch_compile=False)
-        with _same_trainable(model), use_adapter(model, self.adapter_name), evaluation_mode(student):
+        with self.as_model(student) as model, evaluation_mode(student):
             return ModelSide(label_hidden_states(student, inputs), frozen_head(model))
+
+    @contextmanager
+    def as_model(self, student: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        model = self._accelerator.unwrap_model(student, keep_torch_compile=False)
+        with _same_trainable(model), use_adapter(model, self.adapter_name):
+            yield model
 
     def keep(self, folder: Path) -> None:
         if self.adapter_name is None or self._is_kept:

@@ -10,6 +10,7 @@ from typing import Any
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options
 
 
+ANCHOR_KINDS = ("own_answers", "kl", "self")
 CACHE_DTYPES = ("bfloat16", "float32")
 _TEACHERS = ("teacher_snapshot_steps", "teacher_snapshot_epochs", "teacher_model_name_or_path")
 
@@ -29,8 +30,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
 
         kl_weight (`float`, *optional*, defaults to `1.0`):
             Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the
-            teacher knows and slow down learning what it does not know. At `0.0` there is no teacher, and the run is
-            [`~trl.SFTTrainer`]'s step for step. The default is the paper's.
+            teacher knows and slow down learning what it does not know. At `0.0`, and without `anchors`, there is no
+            teacher, and the run is [`~trl.SFTTrainer`]'s step for step. The default is the paper's.
         temperature (`float`, *optional*, defaults to `0.5`):
             Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
             protects the teacher's top answers rather than its tail. The default is the paper's.
@@ -52,12 +53,28 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         teacher_snapshot_epochs (`float`, *optional*):
             The same in epochs of the whole data. Stage 1 of the paper is an epoch of its Known facts only.
 
+        > Parameters that control the anchors, prompts or texts without labels against forgetting
+
+        anchors (`str`, *optional*):
+            `"own_answers"`: before training the model answers the prompts greedily, and its answers are trained on
+            among the other rows. `"kl"`: each step takes as many anchors as rows, and adds
+            `anchor_weight τ² KL(teacher ‖ student)` over all of their tokens, but no CE; `kl_weight` may be 0 then.
+            `"self"`: the same on texts that the teacher samples without a prompt (arXiv 2605.26097).
+        anchor_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the KL of `"kl"` and `"self"`. Own answers count as the other rows do.
+        anchor_dataset_name (`str`, *optional*):
+            Hub id, folder or file (`.jsonl`, `.json`, `.csv`, `.parquet`) of the prompts, whose split `train` has a
+            column `prompt` (texts or conversations), `messages` or `text`. Or pass `anchor_dataset` to the trainer.
+        anchor_max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest own answer, or text of `"self"`, in tokens.
+
         > Parameters that control the teacher cache
 
         precompute_teacher (`bool`, *optional*, defaults to `False`):
             Whether to run the teacher once over the tokenized datasets before training, and keep its last hidden
             states at the label positions on disk and only its LM head in memory. The KL stays that over the whole
-            vocabulary, and no step pays for a forward pass of the teacher. Not for streams and snapshots.
+            vocabulary, and no step pays for a forward pass of the teacher. Not for streams, snapshots and
+            `anchors="self"`.
         teacher_cache_dir (`str`, *optional*):
             Folder for these hidden states, which other runs with the same teacher and data use too. Defaults to
             `trl_selfdistill/teacher_cache` in `HF_HOME`. Not inside `output_dir`, which is pushed to the Hub.
@@ -89,6 +106,16 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     teacher_snapshot_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."}
     )
+    anchors: str | None = field(
+        default=None, metadata={"help": "Unlabelled texts against forgetting: `own_answers`, `kl` or `self`."}
+    )
+    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the anchors `kl` and `self`."})
+    anchor_dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or path of the anchors: a column `prompt`, `messages` or `text`."}
+    )
+    anchor_max_new_tokens: int = field(
+        default=256, metadata={"help": "Longest own answer, or text of the anchors `self`, in tokens."}
+    )
     precompute_teacher: bool = field(
         default=False,
         metadata={"help": "Whether to run the teacher once before training and keep its hidden states on disk."},
@@ -118,6 +145,16 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             )
         if self.takes_snapshot:
             self._check_snapshot()
+        if self.anchors not in (None, *ANCHOR_KINDS):
+            raise ValueError(f"`anchors` must be one of {', '.join(ANCHOR_KINDS)}, or unset, got {self.anchors!r}.")
+        for name in ("anchor_weight", "anchor_max_new_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}.")
+        if self.precompute_teacher and self.anchors == "self":
+            raise ValueError(
+                "`precompute_teacher=True` runs the teacher before training, and with `anchors='self'` it writes "
+                "during training. Leave one of them unset, or take `anchors='kl'`."
+            )
 
     def choose_teacher(self, teacher_model: Any) -> Any:
         """

@@ -4,10 +4,12 @@
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..parameters.structure import base_causal_lm
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
+from .anchors import Anchors, draw_anchors, forked, load_anchors, prepare_anchors
 from .frozen_groups_sft_config import config_from
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .label_head import check_label_head, student_ce_kl
@@ -37,16 +39,18 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Teacher, by path, Hub id or instance. Defaults to `args.teacher_model_name_or_path`, and without that to a
             frozen copy of `model`. An instance is frozen in place.
+        anchor_dataset (`Dataset`, *optional*):
+            Prompts or texts for `args.anchors`, in a column `prompt`, `messages` or `text`.
         kwargs: The other arguments of [`~trl.SFTTrainer`].
 
     Attributes:
-        teacher ([`~trl_selfdistill.trainers.teachers.Teacher`] or `None`): The teacher; `None` with `kl_weight=0`, and
-            before its snapshot.
+        teacher ([`~trl_selfdistill.trainers.teachers.Teacher`] or `None`): The teacher; `None` with `kl_weight=0` and
+            no KL of anchors, and before its snapshot.
         teacher_folder (`pathlib.Path`): Where a teacher is kept that a resumed run could not load from elsewhere.
 
     Raises:
         ValueError: If the teacher does not fit the student or is given twice, the KL does not work with another
-            setting, or a model's logits are not those of its LM head.
+            setting, a model's logits are not those of its LM head, or the anchors are not what `args.anchors` needs.
 
     Example:
 
@@ -72,17 +76,21 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         args: SelfDistillSFTConfig | None = None,
         *positional,
         teacher_model: str | PreTrainedModel | None = None,
+        anchor_dataset: Dataset | None = None,
         **kwargs,
     ):
         args = config_from(args, SelfDistillSFTConfig, model, self.method_name)
         given = args.choose_teacher(teacher_model)
+        anchor_dataset = load_anchors(args, anchor_dataset)
         super().__init__(model, args, *positional, **kwargs)
+        self.anchors: Anchors | None = None  # those with a KL of their own
+        self.anchor_settings = prepare_anchors(self, anchor_dataset)
         self.teacher: Teacher | None = None
         self.saved_teacher: dict | None = None  # of the checkpoint that training resumes from
         # Trainer does not push names that start with "_"
         self.teacher_folder = Path(args.output_dir) / "_teacher"
         self._teacher_name = given if isinstance(given, str) else None
-        if args.kl_weight == 0:
+        if args.kl_weight == 0 and self.anchors is None:
             return
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
@@ -125,9 +133,14 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher = None
         if self.teacher is not None:
             teacher = {"sha256": self.teacher.sha256, "name_or_path": self._teacher_name}
-        return {**super().describe_run(), "teacher": teacher}
+        return {**super().describe_run(), "teacher": teacher, "anchors": self.anchor_settings}
 
     def check_run(self, saved: dict, checkpoint: Path) -> None:
+        if saved.get("anchors") != self.anchor_settings:
+            raise ValueError(
+                f"{checkpoint} was trained with the anchors {saved.get('anchors')}, and this run has "
+                f"{self.anchor_settings}. Resume with the same ones, or start a new run from that model."
+            )
         super().check_run(saved, checkpoint)
         self.saved_teacher = saved.get("teacher")
         if self.teacher is None or self.args.takes_snapshot:  # the snapshot's callback checks it
@@ -141,9 +154,35 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         if self.teacher is not None:
             self.teacher.keep(self.teacher_folder)
 
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self.anchors is not None and self.teacher is not None:
+            draw_anchors(self, batches)
+        return batches, num_items_in_batch
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        anchors = inputs.pop("anchors", None)  # of a step of training, which asks for the loss alone
+        if self.teacher is None or self.args.kl_weight == 0:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            loss = self._distillation_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss if anchors is None else loss + self._anchor_loss(model, *anchors, num_items_in_batch)
+
+    def _anchor_loss(self, model, inputs, num_tokens: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """What a micro-batch adds to the mean of `anchor_weight τ² KL` over the `num_tokens` of the step's anchors."""
+        inputs["use_cache"] = False
+        weights = {"ce_weight": 0.0, "kl_weight": self.args.anchor_weight, "temperature": self.args.temperature}
+        with forked(self.accelerator):
+            teacher = self.teacher.targets(model, inputs)
+            ce_kl, _ = student_ce_kl(model, inputs, teacher, **weights, num_items_in_batch=num_tokens)
+        ranks = self.accelerator.num_processes // self.get_tp_size()  # over which DDP averages the gradients
+        share = ce_kl.num_tokens * ranks / num_tokens.clamp(min=1)
+        self.log_step_sums(anchor_kl_loss=self.accelerator.gather(share * ce_kl.kl_loss).mean().item())
+        # Without `num_items_in_batch`, Trainer divides the loss by the steps
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+        return ce_kl.loss * ranks * steps
+
+    def _distillation_loss(self, model, inputs, return_outputs, num_items_in_batch):
         args = self.args
         # Another loss than the CE is left to `SFTTrainer`: the KL is added to it, from a forward of its own
         own_ce = args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None

@@ -69,7 +69,7 @@ class HookedSFTTrainer(SFTTrainer):
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
     current_gradient_accumulation_steps: int = 1  # of the step; Trainer sets it in training
-    summed_step: int | None = None  # that the last of the logged sums are of
+    summed_steps: dict[str, int] = {}  # that the last of the logged sums are of
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
     def __init_subclass__(cls, **kwargs):
@@ -91,12 +91,12 @@ class HookedSFTTrainer(SFTTrainer):
 
     def log_step_sums(self, **values: float) -> None:
         """Adds what a micro-batch contributes to sums over its step. The trainer logs their mean over the steps."""
-        is_new, self.summed_step = self.summed_step != self.state.global_step, self.state.global_step
         for name, value in values.items():
             sums = self._metrics["train"][name]
-            if is_new or not sums:
+            if self.summed_steps.get(name) != self.state.global_step or not sums:
                 sums.append(0.0)
             sums[-1] += value
+        self.summed_steps = self.summed_steps | dict.fromkeys(values, self.state.global_step)
 
     def count_input_tokens(self, mode: str, number: int) -> None:
         """Adds the input tokens of this step, over all processes, to the logged `num_tokens` of the run."""
@@ -279,3 +279,9 @@ def train_in_order(trainer: SFTTrainer) -> None:
 def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
     """A prepared dataset with the columns that the trainer hands to its collator."""
     return trainer._remove_unused_columns(dataset, "training")
+
+
+def prepare_rows(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
+    """Anchors as the trainer prepares its training data: tokens, labels, packing."""
+    args = trainer.args
+    return trainer._prepare_dataset(dataset, trainer.processing_class, args, args.packing, None, "anchor")

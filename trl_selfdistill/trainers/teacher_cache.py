@@ -93,15 +93,17 @@ def precompute_teacher(trainer) -> CachedTeacher:
     replaces the datasets and the collator by some with the hidden states. Returns what takes the teacher's place. A
     collective: the processes share the rows. A `ValueError` if that cannot be done with the datasets or the folder.
     """
-    args, teacher, evaluated = trainer.args, trainer.teacher, trainer.eval_dataset
+    args, teacher = trainer.args, trainer.teacher
     folder = Path(args.teacher_cache_dir or os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache"))
     if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
             f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, which is pushed "
             "to the Hub. Choose a folder outside of it."
         )
-    train_dataset = trainer.train_dataset
-    trainer.train_dataset = _with_answers(trainer, "train_dataset", trainer.train_dataset, folder)
+    seen = trainer.train_dataset if args.kl_weight else trainer.anchors.dataset
+    evaluated = trainer.eval_dataset if args.kl_weight else None
+    if args.kl_weight:
+        trainer.train_dataset = _with_answers(trainer, "train_dataset", trainer.train_dataset, folder)
     if isinstance(evaluated, dict):
         trainer.eval_dataset = {
             name: _with_answers(trainer, f"eval_dataset[{name!r}]", dataset, folder)
@@ -109,7 +111,9 @@ def precompute_teacher(trainer) -> CachedTeacher:
         }
     elif evaluated is not None:
         trainer.eval_dataset = _with_answers(trainer, "eval_dataset", evaluated, folder)
-    first = trainer.data_collator([without_unused_columns(trainer, train_dataset)[0]])
+    if trainer.anchors is not None:
+        trainer.anchors.dataset = _with_answers(trainer, "anchor_dataset", trainer.anchors.dataset, folder)
+    first = trainer.data_collator([without_unused_columns(trainer, seen)[0]])
     lm_head = _targets(trainer, first).lm_head
     moving = {parameter.data_ptr() for parameter in trainer.model.parameters() if parameter.requires_grad}
     if lm_head.weight.data_ptr() in moving:

@@ -7,6 +7,7 @@ another adapter or none ([`~trl_selfdistill.trainers.adapter_teacher.AdapterTeac
 first step ([`UntrainedStudent`]), or answers on disk ([`~trl_selfdistill.trainers.teacher_cache.CachedTeacher`]).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -45,6 +46,10 @@ class Teacher:
         `inputs` are the arguments of its forward, `labels` among them.
         """
         raise NotImplementedError
+
+    def as_model(self, student: torch.nn.Module) -> AbstractContextManager[PreTrainedModel]:
+        """The teacher as a model, in a wrapper or not, that can write (`generate`) within the block."""
+        return nullcontext(self.model)
 
     def keep(self, folder: Path) -> None:
         """Saves to `folder` what a resumed run could not load from anywhere else."""

@@ -65,6 +65,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     # A trainer without a teacher may get a configuration with one
     names = _SETTINGS + (_TEACHER_SETTINGS if hasattr(trainer, "teacher") else ())
     settings = {name: values[name] for name in names if values.get(name) not in (None, -1)}
+    settings |= getattr(trainer, "anchor_settings", None) or {}
     settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return {
@@ -85,7 +86,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
 def describe_teacher(trainer: Trainer) -> dict[str, str] | None:
     """Which model the teacher is, as `identity` and `sha256`; `None` without a KL."""
     args = trainer.args
-    if not hasattr(trainer, "teacher") or args.kl_weight == 0:
+    if not hasattr(trainer, "teacher") or (args.kl_weight == 0 and trainer.anchors is None):
         return None
     steps, epochs = args.teacher_snapshot_steps, args.teacher_snapshot_epochs
     if steps or epochs:

@@ -13,8 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import read_jsonl, write_jsonl
+from ...slick.generation import answer_ends
 from ...slick.prompts import question_prompt
-from ...trainers.own_answers import own_answers
+from ...trainers.anchors import own_answers
 from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
 from ..facts.table import fold_name, load_facts, read_facts
 from ..results import RECORDS_FILE, VariantResult
@@ -197,7 +198,8 @@ def _own_answers(prompts: list[str], setup: StudySetup, folder: Path) -> Dataset
         model, tokenizer = _load_start(setup)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
             # The start may not have learnt to stop after the line that an answer is
-            answers = own_answers(model, tokenizer, prompts, stop_strings=["\n"], batch_size=64)
+            model.generation_config.eos_token_id = [*answer_ends(model, tokenizer).stop_ids]
+            answers = own_answers(model, tokenizer, prompts, batch_size=64)
         if PartialState().is_main_process:
             write_jsonl(partial / "answers.jsonl", answers.to_list())
 

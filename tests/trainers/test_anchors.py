@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+`anchors`: own answers are further rows, the others have a KL of their own. Other laws of theirs stand in test_laws.py
+and test_distributed.py.
+"""
+
+import logging
+from itertools import chain
+
+import pytest
+import torch
+from answering_model import QUESTIONS, build_answering_model
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+from sft_runs import FACTS, ROUNDING, TOKENIZER, assert_same_weights, config, logs, train, trainer
+from tokenizers import decoders
+from torch.nn import functional as F
+
+from trl_selfdistill.slick.prompts import question_prompt
+from trl_selfdistill.trainers import anchors
+from trl_selfdistill.trainers.anchors import own_answers
+
+
+PROMPTS = [question_prompt(question) for question in [*QUESTIONS][:4]]
+CHATS = [[{"role": "user", "content": row["prompt"]}] for row in FACTS]
+CHAT_ROWS = [
+    {"prompt": chat, "completion": [{"role": "assistant", "content": row["completion"]}]}
+    for chat, row in zip(CHATS, FACTS, strict=True)
+]
+
+
+def given(prompts=PROMPTS, column="prompt", **arguments) -> dict:
+    return {"anchor_dataset": Dataset.from_dict({column: prompts}), **arguments}
+
+
+def answering():
+    """A model whose answers end with a line."""
+    model = build_answering_model(TOKENIZER)
+    model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, *TOKENIZER("\n")["input_ids"]]
+    return model
+
+
+def soon_silent():
+    model = build_model(TOKENIZER, initializer_range=0.4)
+    model.generation_config.eos_token_id = [*range(0, 300, 3)]
+    return model
+
+
+def greedy(model, prompt: str, length: int = 12) -> str:
+    """What the model writes, token by token, without a cache or padding."""
+    ids = TOKENIZER(prompt)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + length and ids[-1] != TOKENIZER.eos_token_id:
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    return TOKENIZER.decode(ids[start:])
+
+
+def test_own_answers_are_what_the_model_writes_up_to_its_end(caplog):
+    model = answering()
+    model.config.attention_dropout = 0.9
+    written = {prompt: greedy(model.eval(), prompt) for prompt in [*PROMPTS, "Q"]}
+    model.train()
+    with caplog.at_level(logging.WARNING, logger="trl_selfdistill"):
+        rows = own_answers(model, TOKENIZER, [*written], max_new_tokens=12, batch_size=3).to_list()
+    assert model.training
+    ends = [text.partition("\n") for text in written.values()]
+    expected = {p: line for p, (line, end, _) in zip(written, ends, strict=True) if end and line.strip()}
+    assert {row["prompt"]: row["completion"] for row in rows} == expected and len(expected) > 3
+    if len(expected) < len(written):
+        assert f"of the model's {len(written)} answers are empty or have no end" in caplog.text
+    with pytest.raises(ValueError, match="4 of the model's 4 answers .* within `max_new_tokens=2`"):
+        own_answers(build_model(TOKENIZER), TOKENIZER, PROMPTS, max_new_tokens=2)
+
+
+def test_own_answers_keep_their_first_blank():
+    """Also where the tokenizer's decoder drops that of a text, as SentencePiece's do."""
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    expected = own_answers(answering(), TOKENIZER, PROMPTS, max_new_tokens=12).to_list()
+    assert own_answers(answering(), tokenizer, PROMPTS, max_new_tokens=12).to_list() == expected
+    assert any(row["completion"].startswith(" ") for row in expected)
+
+
+OWN = {
+    "completions": (answering, FACTS, PROMPTS, {}),
+    "all tokens": (answering, FACTS, PROMPTS, dict(completion_only_loss=False, kl_weight=0)),
+    "conversations": (soon_silent, CHAT_ROWS, CHATS, {}),
+    "packing": (answering, FACTS, PROMPTS, dict(packing=True, packing_strategy="wrapped", max_length=32)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_answers_are_rows_like_the_others(tmp_path, name):
+    model, facts, prompts, options = OWN[name]
+    rows = own_answers(model(), TOKENIZER, prompts, max_new_tokens=12).to_list()
+    by_hand = train(tmp_path, model(), dict(train_dataset=Dataset.from_list([*facts, *rows])), **options)
+    options = options | dict(anchors="own_answers", anchor_max_new_tokens=12)
+    ours = train(tmp_path, model(), given(prompts, train_dataset=Dataset.from_list(facts)), **options)
+    assert len(rows) > 2
+    for column in ("input_ids", "labels"):
+        found, expected = (sorted(chain(*run.train_dataset[column])) for run in (ours, by_hand))
+        assert found == expected
+    if name != "packing":  # where each part is packed by itself
+        assert logs(ours) == logs(by_hand)
+        assert_same_weights(ours.model, by_hand.model)
+
+
+def losses_by_hand(model, teacher, kl_weight: float, weight: float, temperature: float) -> dict[str, torch.Tensor]:
+    """CE and KL of the rows, KL of the anchors, each a mean over all tokens, from logits; and the loss."""
+
+    def log_probs(model, ids, temperature=1.0):
+        return (model(input_ids=torch.tensor([ids])).logits[0, :-1] / temperature).log_softmax(-1)
+
+    def kl(ids):
+        sides = log_probs(model, ids, temperature), log_probs(teacher, ids, temperature).detach()
+        return F.kl_div(*sides, reduction="none", log_target=True).sum(-1)
+
+    terms = {
+        "ce_loss": [],
+        "kl_loss": [],
+        "anchor_kl_loss": [kl(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS],
+    }
+    for row in FACTS[:4]:
+        prompt, answer = (TOKENIZER(row[name])["input_ids"] for name in ("prompt", "completion"))
+        ids, own = [*prompt, *answer, TOKENIZER.eos_token_id], slice(len(prompt) - 1, None)
+        terms["ce_loss"].append(F.nll_loss(log_probs(model, ids), torch.tensor(ids)[1:], reduction="none")[own])
+        terms["kl_loss"].append(kl(ids)[own])
+    means = {name: torch.cat(values).mean() for name, values in terms.items()}
+    kls = kl_weight * means["kl_loss"] + weight * means["anchor_kl_loss"]
+    return means | {"loss": means["ce_loss"] + temperature**2 * kls}
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 1.5])
+def test_the_kl_of_anchors_is_a_mean_over_all_their_tokens(tmp_path, kl_weight):
+    """Two micro-batches with unequal numbers of tokens, of rows and of anchors: one step takes each once."""
+    start, teacher = (build_model(TOKENIZER, seed=seed, initializer_range=0.4) for seed in range(2))
+    expected = losses_by_hand(start, teacher, kl_weight, weight=3.0, temperature=2.0)
+    expected["loss"].backward()
+    arguments = given(train_dataset=Dataset.from_list(FACTS[:4]), teacher_model=teacher)
+    weights = dict(kl_weight=kl_weight, temperature=2.0, anchors="kl", anchor_weight=3.0)
+    steps = dict(max_steps=1, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.5, max_grad_norm=0.0)
+    run = train(tmp_path, build_model(TOKENIZER, initializer_range=0.4), arguments, **weights, **steps)
+    names = {"loss", "anchor_kl_loss"} | ({"ce_loss", "kl_loss"} if kl_weight else set())
+    for name in names:
+        assert logs(run)[0][name] == pytest.approx(expected[name].item(), rel=1e-5, abs=ROUNDING), name
+    moved = dict(run.model.named_parameters())
+    for name, parameter in start.named_parameters():
+        torch.testing.assert_close(moved[name], parameter - 0.5 * parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert "anchor" not in str(run.evaluate(Dataset.from_list(FACTS)))
+
+
+@pytest.mark.parametrize("column, kl_weight", [("prompt", 1.0), ("text", 0.0), ("messages", 1.0)])
+def test_a_cached_teacher_is_one_in_memory(tmp_path, column, kl_weight):
+    prompts = CHATS if column == "messages" else PROMPTS
+    options = dict(anchors="kl", anchor_weight=2.0, kl_weight=kl_weight, max_steps=4)
+    cache = dict(precompute_teacher=True, teacher_cache_dir=str(tmp_path / "cache"), teacher_cache_dtype="float32")
+    runs = [train(tmp_path, None, given(prompts, column), **options, **extra) for extra in ({}, cache)]
+    expected, found = ([row["anchor_kl_loss"] for row in logs(run)[:-1]] for run in runs)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6) and expected[-1] > 1e-4
+    texts = prompts if column != "messages" else TOKENIZER.apply_chat_template(prompts, tokenize=False)
+    texts = [text + "<|im_start|>assistant\n" * (column == "messages") for text in texts]
+    assert sorted(runs[0].anchors[i]["input_ids"] for i in range(len(texts))) == sorted(TOKENIZER(texts)["input_ids"])
+
+
+def test_each_row_comes_once_a_pass_in_an_order_of_the_seed(tmp_path):
+    rows, other = (trainer(tmp_path, None, given(), anchors="kl", seed=seed).anchors for seed in (3, 4))
+    passes, others = ([[x[4 * n + i]["input_ids"] for i in range(4)] for n in range(2)] for x in (rows, other))
+    assert passes[0] == passes[1] != others[0] and sorted(passes[0]) == sorted(others[0]) != passes[0]
+
+
+def test_each_step_takes_the_next_ones(tmp_path, monkeypatch):
+    taken, take = [], anchors.Anchors.__getitem__
+    monkeypatch.setattr(anchors.Anchors, "__getitem__", lambda rows, n: taken.append(n) or take(rows, n))
+    train(tmp_path, None, given(), anchors="kl", gradient_accumulation_steps=2, max_steps=3)
+    assert taken == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]  # an epoch ends in the middle of the second step
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_texts_are_the_teachers_however_far_the_student_is(tmp_path, monkeypatch, adapter):
+    monkeypatch.setattr(anchors, "_STEPS", 3)  # of two rows
+    options = dict(anchors="self", anchor_max_new_tokens=7, max_steps=4, learning_rate=0.5)
+
+    def run():
+        peft = dict(peft_config=LoraConfig(r=4, target_modules="all-linear")) if adapter else {}
+        return trainer(tmp_path, build_model(TOKENIZER, initializer_range=0.4), peft, **options)
+
+    fresh, trained = run(), run()
+    expected = [fresh.anchors[position]["input_ids"] for position in range(12)]
+    trained.train()
+    assert [trained.anchors[position]["input_ids"] for position in range(6, 12)] == expected[6:]
+    assert trained.anchors[3]["input_ids"] == expected[3]
+    assert len({*map(tuple, expected)}) == 12 and max(map(len, expected)) == 8
+    assert {ids[0] for ids in expected} == {TOKENIZER.eos_token_id}
+    if not adapter:
+        fresh.teacher = trained.freeze_student()
+        assert [fresh.anchors[position]["input_ids"] for position in range(6, 12)] != expected[6:]
+
+
+EVALUATED = Dataset.from_list([{"prompt": PROMPTS[2], "completion": " x"}])
+STREAM = Dataset.from_list(FACTS).to_iterable_dataset()
+REFUSED = [
+    (dict(anchors="replay"), {}, "`anchors` must be one of own_answers, kl, self, or unset, got 'replay'"),
+    (dict(anchors="self", anchor_weight=-1.0), {}, "`anchor_weight` must be > 0, got -1.0"),
+    (dict(anchors="self", anchor_max_new_tokens=0), {}, "`anchor_max_new_tokens` must be > 0, got 0"),
+    (dict(anchors="self", precompute_teacher=True), {}, "`precompute_teacher=True` .* take `anchors='kl'`"),
+    (dict(anchors="kl"), {}, "`anchors='kl'` takes one of `anchor_dataset` and `anchor_dataset_name`, got NoneType"),
+    (dict(anchors="kl", anchor_dataset_name="a/b"), given(), "`anchors='kl'` takes one of .* and 'a/b'"),
+    (dict(anchors="self"), given(), "`anchors='self'` takes none of `anchor_dataset`"),
+    ({}, given(), "`anchors=None` takes none of `anchor_dataset`"),
+    (dict(anchors="kl"), given([]), "`anchor_dataset` must be a `Dataset` with rows and a column"),
+    (dict(anchors="kl"), given(["a"], "question"), r"a column \('prompt', .* got Dataset\({"),
+    (dict(anchors="kl"), dict(anchor_dataset=["a"]), r"must be a `Dataset` .* got \['a'\]"),
+    (dict(anchors="kl"), given(["a b", " "]), "row 2: `prompt` must be a text or a conversation, got ' '"),
+    (dict(anchors="own_answers"), given(["a b", None]), "row 2: `prompt` must be a text .* got None"),
+    (dict(anchors="kl"), given([1, 2], "text"), "row 1: `text` must be a text or a conversation, got 1"),
+    (dict(anchors="kl"), given(["What?", "a"]), "row 2: `prompt` has 1 tokens, not 2 at least"),
+    (dict(anchors="kl", max_length=8), given(["ab", "What " * 20]), "row 2: .* and `max_length=8` at most"),
+    (
+        dict(anchors="kl"),
+        given(eval_dataset={"one": EVALUATED}),
+        "row 3: `prompt` is one of 1 .* `eval_dataset`, too: 'Q",
+    ),
+    (
+        dict(anchors="own_answers"),
+        given(train_dataset=STREAM),
+        "adds rows to a tokenized `train_dataset`. With streams",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, arguments, message", REFUSED)
+def test_what_cannot_be_is_refused_before_training(tmp_path, options, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, None, arguments, **options)
+
+
+def test_a_run_resumes_with_the_anchors_it_had(tmp_path):
+    options = dict(anchors="kl", kl_weight=0, max_steps=2, save_strategy="steps", save_steps=1)
+    train(tmp_path, None, given(), **options)
+    card = (tmp_path / "run/README.md").read_text()
+    assert "the mean KL over the tokens of texts without labels" in card
+    assert "| anchors | kl |" in card and "| anchor_num_rows | 4 |" in card and "| anchor_weight | 1.0 |" in card
+    for arguments, changes in (
+        (given(PROMPTS[:3]), {}),
+        (given(), dict(anchor_weight=2.0)),
+        ({}, dict(anchors=None)),
+    ):
+        other = trainer(tmp_path, None, arguments, **options | changes)
+        with pytest.raises(ValueError, match="was trained with the anchors {'anchors': 'kl', .*Resume with the same"):
+            other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+
+
+@pytest.mark.parametrize("name", ["anchors.csv", "anchors.jsonl", "anchors.parquet", "folder"])
+def test_anchors_are_loaded_by_name(tmp_path, name):
+    rows, file = Dataset.from_dict({"prompt": ["What, then?", "Who?"]}), tmp_path / name
+    write = {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(file.suffix, rows.to_json)
+    if name == "folder":
+        file.mkdir()
+    write(str(file / "train.jsonl" if name == "folder" else file))
+    loaded = anchors.load_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=str(file)), None)
+    assert loaded["prompt"][:] == rows["prompt"][:]

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Anchors: prompts or texts without labels on which the student is kept near its start, by a KL of their own, or as rows
+with the model's own answers (pseudo-rehearsal, Robins 1995).
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, concatenate_datasets, load_dataset
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..losses import IGNORE_INDEX
+from ..slick.generation import evaluation_mode, generate_tokens
+from ..slick.process_sharding import map_in_parallel
+from ..slick.prompt_tokens import text_tokenizer, tokenize_prompts
+from .resume import describe_dataset
+from .self_distill_sft_config import SelfDistillSFTConfig
+from .sft_internals import prepare_rows
+
+
+logger = logging.get_logger(__name__)
+
+_COLUMNS = ("prompt", "messages", "text")
+_STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many of them at once
+
+
+class Anchors:
+    """
+    Rows with a label at each token, as an endless sequence. A step takes its rows by their positions, so that a run
+    that is resumed, or split otherwise over micro-batches and processes, takes the same ones.
+
+    Args:
+        trainer ([`SelfDistillSFTTrainer`]): Its teacher writes, when all processes of a step ask for the next texts.
+        dataset (`Dataset`, *optional*): Tokenized rows, again and again; without them, texts that the teacher samples.
+    """
+
+    def __init__(self, trainer, dataset: Dataset | None = None):
+        args = trainer.args
+        self.dataset, self._trainer, self._written = dataset, trainer, None
+        # Whole steps, as writing is a collective
+        self._size = _STEPS * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        if self.dataset is not None:
+            return self.dataset[position % len(self.dataset)]
+        part = position // self._size, self._trainer.teacher.sha256  # a snapshot writes other texts
+        if part != self._written:
+            self._written, self._texts = part, self._write(part[0])
+        return self._texts[position % self._size]
+
+    def _write(self, part: int) -> list[dict[str, list[int]]]:
+        """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
+        trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        tokenizer = text_tokenizer(trainer.processing_class)
+        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
+
+        def write(first: int) -> list[list[int]]:
+            torch.manual_seed(random.Random(f"{args.seed}/{part}/{first}").getrandbits(32))
+            prompts = [[begin]] * min(_BATCH_SIZE, self._size - first)
+            return generate_tokens(model, prompts, config, is_sharded and accelerator.num_processes > 1)
+
+        teacher = trainer.teacher.as_model(trainer.model_wrapped)
+        with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
+            model = accelerator.unwrap_model(model)
+            config = _to_the_end(model, tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
+            written = chain.from_iterable(map_in_parallel(write, range(0, self._size, _BATCH_SIZE)))
+        return [{"input_ids": [begin, *ids], "labels": [begin, *ids]} for ids in written]
+
+
+def _to_the_end(model, tokenizer, **options) -> GenerationConfig:
+    """To write up to the tokens that end a text: those of the model's generation config, and the tokenizer's."""
+    model_eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
+    return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends, default=0), **options)
+
+
+def forked(accelerator):
+    """Leaves torch's random state as it was: the rows get the random numbers that they get without anchors."""
+    return torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else [])
+
+
+def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
+    """
+    Puts anchors beside the rows of each micro-batch of a step, as many as rows fit: `batch["anchors"]` holds the
+    inputs of a forward and the number of tokens that the anchors of the step predict, over all processes.
+    """
+    args, accelerator, tp_size = trainer.args, trainer.accelerator, trainer.get_tp_size()
+    process, num_processes = accelerator.process_index // tp_size, accelerator.num_processes // tp_size
+    drawn, num_tokens = [], torch.tensor(0)
+    for number, _ in enumerate(batches, start=trainer.state.global_step * args.gradient_accumulation_steps):
+        first = (number * num_processes + process) * args.train_batch_size  # as rows go to processes: batch by batch
+        drawn.append(trainer.data_collator([trainer.anchors[first + i] for i in range(args.train_batch_size)]))
+        num_tokens += (drawn[-1]["labels"][:, 1:] != IGNORE_INDEX).sum()
+    num_tokens = accelerator.gather(num_tokens.to(accelerator.device)).sum() // tp_size
+    for batch, inputs in zip(batches, drawn, strict=True):
+        batch["anchors"] = (inputs, num_tokens)
+
+
+def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
+    """The trainer's `anchor_dataset`, or that of its configuration. A `ValueError` if `anchors` takes not as many."""
+    name, is_needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
+    if (anchor_dataset is not None) + (name is not None) != is_needed:
+        raise ValueError(
+            f"`anchors={args.anchors!r}` takes {'one' if is_needed else 'none'} of `anchor_dataset` and "
+            f"`anchor_dataset_name`, got {type(anchor_dataset).__name__} and {name!r}. Own answers and 'kl' take one."
+        )
+    if name is None:
+        return anchor_dataset
+    path = Path(name)
+    if path.is_file():
+        return load_dataset(str(path.parent), data_files=path.name, split="train")
+    return load_dataset(name, split="train")
+
+
+def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
+    """
+    Sets `trainer.anchors`, or adds own answers to its training data, before it has a teacher. Returns what a resumed
+    run must have in common, as JSON values. A collective. A `ValueError` if prompts or training data do not fit.
+    """
+    args, rows = trainer.args, None
+    if args.anchors is None:
+        return None
+    if {"image", "images"} & {*(trainer.train_dataset.column_names or ())}:
+        raise ValueError(f"`anchors={args.anchors!r}` are texts, and `train_dataset` has images. Leave it unset.")
+    if args.anchors == "own_answers":
+        rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset)[0])
+    elif args.anchors == "kl":
+        _, token_ids = _checked_prompts(trainer, dataset)
+        rows = Dataset.from_dict({"input_ids": token_ids, "labels": token_ids})
+        trainer.anchors = Anchors(trainer, prepare_rows(trainer, rows).shuffle(seed=args.seed))
+    else:
+        trainer.anchors = Anchors(trainer)
+    settings = {name: getattr(args, name) for name in ("anchors", "anchor_weight", "anchor_max_new_tokens")}
+    return settings | {f"anchor_{name}": value for name, value in (describe_dataset(rows) or {}).items()}
+
+
+def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, list[list[int]]]:
+    """The prompts of an anchor dataset, texts or conversations, and their token ids."""
+    names = dataset.column_names if isinstance(dataset, Dataset) and len(dataset) else ()
+    column = next((name for name in _COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(f"`anchor_dataset` must be a `Dataset` with rows and a column {_COLUMNS}, got {dataset}.")
+    prompts, most, least = dataset[column][:], trainer.args.max_length, 1 + (trainer.args.anchors == "kl")
+
+    def refuse(row: int, reason: str) -> None:
+        raise ValueError(f"`anchor_dataset`, row {row}: `{column}` {reason}. Change it or leave the row out.")
+
+    for row, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str | list) or not (prompt.strip() if isinstance(prompt, str) else prompt):
+            refuse(row, f"must be a text or a conversation, got {prompt!r}")
+    token_ids = tokenize_prompts(trainer.processing_class, prompts)
+    for row, ids in enumerate(token_ids, start=1):
+        if not least <= len(ids) <= (most or len(ids)):
+            refuse(row, f"has {len(ids)} tokens, not {least} at least and `max_length={most}` at most")
+    splits = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    known = [split for split in splits if isinstance(split, Dataset) and column in split.column_names]
+    asked = {repr(prompt) for split in known for prompt in split[column]}
+    if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
+        refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
+    return prompts, token_ids
+
+
+def _add_own_answers(trainer, prompts: list) -> Dataset:
+    """Adds the answers of the model to the prepared training data, and returns these rows."""
+    features = trainer.train_dataset.features or {}
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+    if not isinstance(trainer.train_dataset, Dataset) or "input_ids" not in features or is_partitioned:
+        raise ValueError(
+            "`anchors='own_answers'` lets a whole model answer before training, and adds rows to a tokenized "
+            "`train_dataset`. With streams or DeepSpeed ZeRO-3, add what `own_answers` returns to your data."
+        )
+    most = trainer.args.anchor_max_new_tokens
+    with trainer.accelerator.autocast():
+        rows = own_answers(trainer.model, trainer.processing_class, prompts, max_new_tokens=most)
+    rows = prepare_rows(trainer, rows)
+    rows = rows.select_columns([name for name in rows.column_names if name in features])
+    rows = rows.cast(Features({name: features[name] for name in rows.column_names}))
+    trainer.train_dataset = concatenate_datasets([trainer.train_dataset, rows])
+    return rows
+
+
+def own_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[dict]],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+) -> Dataset:
+    """
+    What a model answers to prompts, greedily, as rows to concatenate with a prompt-completion dataset.
+
+    The rows are texts, or messages for conversations: [`~trl.SFTTrainer`] tokenizes them like the other rows, and adds
+    the end of sequence, or the turn's end of the chat template.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, whose generation config says what ends an answer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts or conversations, in the form of the training data.
+        max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer, in tokens. Longer ones are left out.
+        batch_size (`int`, *optional*, defaults to `8`): Prompts that are answered at once.
+
+    Returns:
+        `Dataset` with the columns `prompt` and `completion`, in the order of `prompts`, without answers that are empty
+        or have no end.
+
+    Raises:
+        ValueError: If no answer is left.
+    """
+    token_ids = tokenize_prompts(tokenizer, prompts)
+    tokenizer = text_tokenizer(tokenizer)
+    config = _to_the_end(model, tokenizer, max_new_tokens=max_new_tokens, do_sample=False)
+
+    def answer(start: int) -> list[str]:
+        asked = token_ids[start : start + batch_size]
+        answers = []
+        for prompt, ids in zip(asked, generate_tokens(model, asked, config), strict=True):
+            last = prompt[-1:]  # before an answer, as some decoders drop the first blank of a text
+            pair = [last, last + (ids[:-1] if ids[-1] in config.eos_token_id else [])]
+            before, text = tokenizer.batch_decode(pair, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers.append(text[len(before) :])
+        return answers
+
+    with evaluation_mode(model):
+        answers = chain.from_iterable(map_in_parallel(answer, range(0, len(prompts), batch_size)))
+    rows = [
+        {"prompt": prompt, "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]}
+        for prompt, text in zip(prompts, answers, strict=True)
+        if text.strip()
+    ]
+    left_out = f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
+    left_out += f"`max_new_tokens={max_new_tokens}` and are left out."
+    if not rows:
+        raise ValueError(f"{left_out} Raise it, or give prompts in the format in which the model has learnt to stop.")
+    if len(rows) < len(prompts):
+        logger.warning(left_out)
+    return Dataset.from_list(rows)
