@@ -11,7 +11,7 @@ from ..trainers import SelfDistillSFTConfig
 
 
 # The variants of a study set these, or the number of steps follows from others
-_NOT_SHARED = ("max_steps", "teacher_model_name_or_path", "frozen_groups", "trainable_groups")
+_NOT_SHARED = ("max_steps", "teacher_model_name_or_path", "frozen_groups", "trainable_groups", "anchors")
 
 
 @dataclass

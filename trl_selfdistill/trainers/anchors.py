@@ -134,7 +134,8 @@ def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
         rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset)[0])
     elif args.anchors == "kl":
         _, token_ids = _checked_prompts(trainer, dataset)
-        rows = Dataset.from_dict({"input_ids": token_ids, "labels": token_ids})
+        labels = [[-100] * len(ids) + ids[-1:] for ids in token_ids]
+        rows = Dataset.from_dict({"input_ids": [[*ids, ids[-1]] for ids in token_ids], "labels": labels})
         trainer.anchors = Anchors(trainer, prepare_rows(trainer, rows).shuffle(seed=args.seed))
     else:
         trainer.anchors = Anchors(trainer)

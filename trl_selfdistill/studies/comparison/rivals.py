@@ -86,7 +86,6 @@ class ComparisonArguments:
         default=None,
         metadata={"help": "A facts file whose questions are the prompts. By default the facts that are in no split."},
     )
-    anchor_max_new_tokens: int = field(default=32, metadata={"help": "Longest text of the anchors `self`, in tokens."})
     mixed: list[str] = field(
         default_factory=lambda: ["sft"],
         metadata={"help": "Variants, by the names of their folders, whose weights are mixed with the start's."},
@@ -151,7 +150,6 @@ def variants_of(
     asft = {"loss_type": "dft", "kl_weight": ASFT_KL_WEIGHT, "temperature": 1.0}
     known_patch = f"KnownPatch, {100 * KNOWN_PATCH_RATIO:g} % of all rows, in the last {100 * KNOWN_PATCH_SHARE:g} %"
     stm = f"Masked tokens (STM), perplexity above {STM_MAX_PERPLEXITY:g}"
-    written = {"anchor_max_new_tokens": args.anchor_max_new_tokens}
     found: dict[str, list[Variant]] = {
         "sft": [Variant("sft", "SFT")],
         "slow": [
@@ -168,7 +166,7 @@ def variants_of(
         "selfdistill": _self_distillation(args.parsed["settings"]),
         "own_answers": _own_answers(args, answers),
         "kl_anchors": [variant for number in args.num_anchors for variant in _kl_anchors(args, prompts[:number])],
-        "self_anchors": _anchors(args, "self", "KL on self-samples", **written),
+        "self_anchors": _anchors(args, "self", "KL on self-samples"),
     }
     names = sorted(args.variants, key=lambda name: name != "sft")
     return [variant._replace(group=GROUPS[name]) for name in names for variant in found[name]]
@@ -250,14 +248,14 @@ def _kl_anchors(args: ComparisonArguments, prompts: Sequence[str]) -> list[Varia
     ]
 
 
-def _anchors(args: ComparisonArguments, kind: str, label: str, **changes) -> list[Variant]:
+def _anchors(args: ComparisonArguments, kind: str, label: str) -> list[Variant]:
     """A KL on anchors of a kind, and on the training rows with a weight λ of their own."""
     return [
         Variant(
             f"{kind}_anchors-weight{weight:g}-lambda{kl_weight:g}",
             f"{label}, weight {weight:g}, λ = {kl_weight:g} on rows",
             SelfDistillSFTTrainer,
-            {"anchors": kind, "anchor_weight": weight, "kl_weight": kl_weight, "temperature": 1.0, **changes},
+            {"anchors": kind, "anchor_weight": weight, "kl_weight": kl_weight, "temperature": 1.0},
             steps=times,
         )
         for weight, kl_weight, times in args.parsed["anchor_settings"]
