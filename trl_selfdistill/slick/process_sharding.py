@@ -16,14 +16,12 @@ from ..files import written_whole
 def map_in_parallel(function: Callable, items: Sequence) -> list:
     """
     Returns `[function(item) for item in items]` on every process, of which each computes a share. A collective: call
-    it on every process with the same `items`. Each calls `function` as often, which may be a collective itself (a
-    forward pass of sharded weights). Its results are pickled.
+    it on every process with the same `items`. `function`, called as often on each, may be one. Results are pickled.
     """
     # Not accelerate's `split_between_processes`, which before 1.14 gives the last item to processes without one too
     size = -(-len(items) // PartialState().num_processes)
-    share = items[size * PartialState().process_index :][:size]
-    padding = [items[0]] * (size - len(share)) if size else []
-    results = [function(item) for item in [*share, *padding]]
+    share = [*items[size * PartialState().process_index :][:size]]
+    results = [function(item) for item in share + [*items[:1]] * (size - len(share))]
     return gather_object(results[: len(share)])
 
 

@@ -114,9 +114,8 @@ def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> 
         )
     if name is None:
         return anchor_dataset
-    path = Path(name)
-    if path.is_file():
-        return load_dataset(str(path.parent), data_files=path.name, split="train")
+    if Path(name).is_file():
+        return load_dataset(str(Path(name).parent), data_files=Path(name).name, split="train")
     return load_dataset(name, split="train")
 
 
@@ -221,8 +220,7 @@ def own_answers(
     config = _to_the_end(model, tokenizer, max_new_tokens=max_new_tokens, do_sample=False)
 
     def answer(start: int) -> list[str]:
-        asked = token_ids[start : start + batch_size]
-        answers = []
+        asked, answers = token_ids[start : start + batch_size], []
         for prompt, ids in zip(asked, generate_tokens(model, asked, config), strict=True):
             last = prompt[-1:]  # before an answer, as some decoders drop the first blank of a text
             pair = [last, last + (ids[:-1] if ids[-1] in config.eos_token_id else [])]

@@ -44,12 +44,12 @@ def label_hidden_states(model: torch.nn.Module, inputs: dict[str, torch.Tensor])
 
 
 def student_ce_kl(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], teacher: ModelSide, **options
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], teacher: ModelSide | None, **options
 ) -> tuple[CEKLOutput, torch.Tensor | None]:
     """
     [`~trl_selfdistill.losses.linear_ce_kl`], which takes `options`, of the student on a batch, and the MoE
     load-balancing loss, where router logits were asked for. Model and inputs are as for [`label_hidden_states`], and
-    `teacher` is what [`Teacher.targets`] returned for the same inputs.
+    `teacher` is what [`Teacher.targets`] returned for the same inputs; `None` with `kl_weight=0`.
     """
     return model(**inputs, label_head=functools.partial(_ce_kl, teacher=teacher, **options))
 
@@ -58,8 +58,8 @@ def _hidden_states(model: PreTrainedModel, states: LabelStates) -> torch.Tensor:
     return states.hidden_states
 
 
-def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide, **options):
-    if len(states.hidden_states) != len(teacher.hidden_states):
+def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide | None, **options):
+    if teacher is not None and len(states.hidden_states) != len(teacher.hidden_states):
         raise ValueError(
             f"The student has {len(states.hidden_states)} label positions and the teacher "
             f"{len(teacher.hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) shifts the "
@@ -67,8 +67,9 @@ def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide, **op
         )
     lm_head = lm_head_of(model)
     device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
-    student_side = states.hidden_states.to(device), lm_head
-    teacher_side = teacher.hidden_states.to(device), teacher.lm_head.map_tensors(lambda tensor: tensor.to(device))
+    student_side, teacher_side = (states.hidden_states.to(device), lm_head), (None, None)
+    if teacher is not None:
+        teacher_side = teacher.hidden_states.to(device), teacher.lm_head.map_tensors(lambda tensor: tensor.to(device))
     return linear_ce_kl(*student_side, *teacher_side, states.shift_labels.to(device), **options), states.aux_loss
 
 

@@ -162,7 +162,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         anchors = inputs.pop("anchors", None)  # of a step of training, which asks for the loss alone
-        if self.teacher is None or self.args.kl_weight == 0:
+        if self.teacher is None:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             loss = self._distillation_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -186,9 +186,11 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         args = self.args
         # Another loss than the CE is left to `SFTTrainer`: the KL is added to it, from a forward of its own
         own_ce = args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None
+        if own_ce and args.kl_weight == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
         inputs["use_cache"] = False
-        teacher = self.teacher.targets(model, inputs)
+        teacher = self.teacher.targets(model, inputs) if args.kl_weight else None
         sft_loss, outputs = 0.0, None
         if own_ce:
             sft_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -214,7 +216,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             # A mean over the micro-batch: with `num_items_in_batch`, Trainer leaves accumulation to the loss
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
-        self._record_losses(mode, share * torch.stack([ce_kl.ce_loss, ce_kl.kl_loss]))
+        if args.kl_weight:
+            self._record_losses(mode, share * torch.stack([ce_kl.ce_loss, ce_kl.kl_loss]))
         if not own_ce:  # else its pass has recorded them
             self._record_metrics(mode, inputs, ce_kl, aux_loss)
         if return_outputs and outputs is None:
