@@ -84,7 +84,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
 
     kl_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the KL to the teacher. At 0 there is no teacher and the run is SFTTrainer's."},
+        metadata={"help": "Weight of the KL to the teacher. At 0, without `anchors`, the run is SFTTrainer's."},
     )
     temperature: float = field(
         default=0.5,
