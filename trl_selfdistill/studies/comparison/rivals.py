@@ -84,7 +84,7 @@ class ComparisonArguments:
     num_own_answers: int = field(default=400, metadata={"help": "Own answers: prompts that the start model answers."})
     anchor_facts: str | None = field(
         default=None,
-        metadata={"help": "A facts file whose questions are the prompts. By default the facts that are in no split."},
+        metadata={"help": "Facts whose questions are further prompts, after those of the facts that are in no split."},
     )
     mixed: list[str] = field(
         default_factory=lambda: ["sft"],

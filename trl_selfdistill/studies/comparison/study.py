@@ -171,23 +171,28 @@ def _facts(mix: Path) -> RunFacts:
 
 def _prompts(args: ComparisonArguments, asked: dict[str, Dataset], setup: StudySetup) -> list[str]:
     """
-    Questions about other subjects than the asked ones, of their relations or of `anchor_facts`, drawn at random but
-    always the same. Neither are their answers looked at, nor whether the model knows them.
+    Questions about other subjects than the asked ones: those of their relations first, then those of `anchor_facts`,
+    each drawn at random but always the same. Neither are their answers looked at, nor whether the model knows them.
     """
     used = {fold_name(subject) for facts in asked.values() for subject in facts["subject"]}
     relations = {relation for facts in asked.values() for relation in facts["relation"]}
-    facts = read_facts(setup.annotated) if args.anchor_facts is None else load_facts(args.anchor_facts)
-    questions = [
-        fact["question"] for fact in facts if fact["relation"] in relations and fold_name(fact["subject"]) not in used
-    ]
+    annotated = read_facts(setup.annotated)
+    tables = [[fact for fact in annotated if fact["relation"] in relations]]
+    if args.anchor_facts is not None:
+        used_later = used | {fold_name(subject) for subject in annotated["subject"]}
+        tables.append([fact for fact in load_facts(args.anchor_facts) if fold_name(fact["subject"]) not in used_later])
+    questions = []
+    for table in tables:
+        left = [fact["question"] for fact in table if fold_name(fact["subject"]) not in used]
+        questions += random.Random(0).sample(left, len(left))
     needed = {"num_own_answers": args.num_own_answers} if "own_answers" in args.variants else {}
     needed |= {"num_anchors": max(args.num_anchors)} if "kl_anchors" in args.variants else {}
     for name, number in needed.items():
         if len(questions) < number:
             raise ValueError(
-                f"`{name}={number}`, but only {len(questions)} facts are in no split. Lower it, or take more facts."
+                f"`{name}={number}`, but only {len(questions)} facts are in no split. Lower it, or take more facts, "
+                "for prompts alone as `anchor_facts`."
             )
-    questions = random.Random(0).sample(questions, len(questions))[: max(needed.values())]
     return [question_prompt(question) for question in questions]
 
 
