@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .losses import CEKLOutput, LMHead, linear_ce_kl
     from .trainers import (
+        PAPER_SETTING,
         FrozenGroupsSFTConfig,
         FrozenGroupsSFTTrainer,
         HallucinationEvalCallback,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = version("trl-selfdistill")
 __all__ = [
+    "PAPER_SETTING",
     "CEKLOutput",
     "FrozenGroupsSFTConfig",
     "FrozenGroupsSFTTrainer",

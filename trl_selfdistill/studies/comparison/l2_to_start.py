@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ...losses import IGNORE_INDEX
 from ...slick.generation import evaluation_mode
-from ...trainers import FrozenGroupsSFTTrainer
+from ...trainers import PAPER_SETTING, FrozenGroupsSFTTrainer
 
 
 class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
@@ -89,7 +89,7 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
             with torch.enable_grad():
                 logits = self.model(**inputs).logits[:, :-1][mask].float()
                 direction = self._gradient(cross_entropy(logits, labels[mask]))
-            temperature = 0.5  # the default τ of self-distillation, whose λ is 1
+            temperature = PAPER_SETTING["temperature"]  # of a KL whose weight λ is 1, too
             start = (logits.detach() / temperature).log_softmax(-1)
             for parameter, gradient in zip(self._trained(), direction, strict=True):
                 parameter.sub_(self.args.learning_rate * gradient.sign())
