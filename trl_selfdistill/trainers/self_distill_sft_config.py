@@ -30,7 +30,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     Parameters:
         > Parameters that control the distillation loss
 
-        kl_weight (`float`, *optional*, defaults to `0.7`):
+        kl_weight (`float`, *optional*, defaults to `0.3`):
             Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the
             teacher knows and slow down learning what it does not know. At `0.0`, and without `anchors`, there is no
             teacher, and the run is [`~trl.SFTTrainer`]'s step for step. The paper's is in `PAPER_SETTING`.
@@ -85,7 +85,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     """
 
     kl_weight: float = field(
-        default=0.7,
+        default=0.3,
         metadata={"help": "Weight of the KL to the teacher. At 0, without `anchors`, the run is SFTTrainer's."},
     )
     temperature: float = field(
