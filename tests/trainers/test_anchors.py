@@ -106,20 +106,27 @@ def test_own_answers_are_rows_like_the_others(tmp_path, name):
         assert_same_weights(ours.model, by_hand.model)
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 1.5])
-def test_the_kl_of_anchors_is_that_of_rows_with_a_label_at_each_token(tmp_path, kl_weight):
-    """A step of SGD is that on the rows and what the KL adds to one on the anchors; its micro-batches are uneven."""
+@pytest.mark.parametrize("column, kl_weight", [("text", 0.0), ("prompt", 1.5)])
+def test_the_kl_of_anchors_is_that_of_rows_with_labels(tmp_path, column, kl_weight):
+    """
+    A step of SGD is that on the rows and what the KL adds to one on the anchors, at each token of a text and at the
+    first token of an answer; its micro-batches are uneven.
+    """
     settings = dict(max_steps=1, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.5, max_grad_norm=0.0)
 
     def step(rows: list[dict], **options) -> tuple[dict[str, torch.Tensor], dict]:
         model = build_model(TOKENIZER, initializer_range=0.4)
         before, arguments = weights(model), dict(train_dataset=Dataset.from_list(rows), **other_teacher())
-        arguments |= given() if "anchors" in options else {}
+        arguments |= given(PROMPTS, column) if "anchors" in options else {}
         run = train(tmp_path, model, arguments, temperature=2.0, **settings, **options)
         assert "anchor" not in str(run.evaluate(Dataset.from_list(rows)))
         return {name: value - before[name] for name, value in weights(model).items()}, logs(run)[0]
 
     texts = [{"input_ids": ids, "labels": ids} for ids in TOKENIZER(PROMPTS)["input_ids"]]
+    if column == "prompt":
+        texts = [
+            {"input_ids": ids + [7], "labels": [-100] * len(ids) + [7]} for ids in TOKENIZER(PROMPTS)["input_ids"]
+        ]
     (with_kl, of_texts), (without, _) = (step(texts, kl_weight=weight) for weight in (1.0, 0.0))
     moved, row = step(FACTS[:4], kl_weight=kl_weight, anchors="kl", anchor_weight=3.0)
     for name, value in step(FACTS[:4], kl_weight=kl_weight)[0].items():
@@ -139,7 +146,8 @@ def test_a_cached_teacher_is_one_in_memory(tmp_path, column, kl_weight):
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6) and expected[-1] > 1e-4
     texts = prompts if column != "messages" else TOKENIZER.apply_chat_template(prompts, tokenize=False)
     texts = [text + "<|im_start|>assistant\n" * (column == "messages") for text in texts]
-    assert sorted(runs[0].anchors[i]["input_ids"] for i in range(len(texts))) == sorted(TOKENIZER(texts)["input_ids"])
+    tokens = [runs[0].anchors[i]["input_ids"][: None if column == "text" else -1] for i in range(len(texts))]
+    assert sorted(tokens) == sorted(TOKENIZER(texts)["input_ids"])
 
 
 def test_each_row_comes_once_a_pass_in_an_order_of_the_seed(tmp_path):
@@ -193,7 +201,7 @@ REFUSED = [
     (dict(anchors="kl"), given(["a b", " "]), "row 2: `prompt` must be a text or a conversation, got ' '"),
     (dict(anchors="own_answers"), given(["a b", None]), "row 2: `prompt` must be a text .* got None"),
     (dict(anchors="kl"), given([1, 2], "text"), "row 1: `text` must be a text or a conversation, got 1"),
-    (dict(anchors="kl"), given(["What?", "a"]), "row 2: `prompt` has 1 tokens, not 2 at least"),
+    (dict(anchors="kl"), given(["What?", "a"], "text"), "row 2: `text` has 1 tokens, not 2 at least"),
     (dict(anchors="kl", max_length=8), given(["ab", "What " * 20]), "row 2: .* and `max_length=8` at most"),
     (
         dict(anchors="kl"),
@@ -218,7 +226,7 @@ def test_a_run_resumes_with_the_anchors_it_had(tmp_path):
     options = dict(anchors="kl", kl_weight=0, max_steps=2, save_strategy="steps", save_steps=1)
     train(tmp_path, None, given(), **options)
     card = (tmp_path / "run/README.md").read_text()
-    assert "the mean KL over the tokens of texts without labels" in card
+    assert "the mean KL over texts without labels" in card
     assert "| anchors | kl |" in card and "| anchor_num_rows | 4 |" in card and "| anchor_weight | 1.0 |" in card
     for arguments, changes in (
         (given(PROMPTS[:3]), {}),

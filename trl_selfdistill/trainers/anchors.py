@@ -132,9 +132,7 @@ def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
     if args.anchors == "own_answers":
         rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset)[0])
     elif args.anchors == "kl":
-        _, token_ids = _checked_prompts(trainer, dataset)
-        labels = [[-100] * len(ids) + ids[-1:] for ids in token_ids]
-        rows = Dataset.from_dict({"input_ids": [[*ids, ids[-1]] for ids in token_ids], "labels": labels})
+        _, rows = _checked_prompts(trainer, dataset)
         trainer.anchors = Anchors(trainer, prepare_rows(trainer, rows).shuffle(seed=args.seed))
     else:
         trainer.anchors = Anchors(trainer)
@@ -142,13 +140,16 @@ def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
     return settings | {f"anchor_{name}": value for name, value in (describe_dataset(rows) or {}).items()}
 
 
-def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, list[list[int]]]:
-    """The prompts of an anchor dataset, texts or conversations, and their token ids."""
+def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, Dataset]:
+    """
+    The prompts of an anchor dataset, texts or conversations, and rows with labels where the KL is taken: at each token
+    of a `text`, and of a prompt where its answer begins.
+    """
     names = dataset.column_names if isinstance(dataset, Dataset) and len(dataset) else ()
     column = next((name for name in _COLUMNS if name in names), None)
     if column is None:
         raise ValueError(f"`anchor_dataset` must be a `Dataset` with rows and a column {_COLUMNS}, got {dataset}.")
-    prompts, most, least = dataset[column][:], trainer.args.max_length, 1 + (trainer.args.anchors == "kl")
+    prompts, most, is_text = dataset[column][:], trainer.args.max_length, column == "text"
 
     def refuse(row: int, reason: str) -> None:
         raise ValueError(f"`anchor_dataset`, row {row}: `{column}` {reason}. Change it or leave the row out.")
@@ -157,15 +158,18 @@ def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, list[list[int]]]:
         if not isinstance(prompt, str | list) or not (prompt.strip() if isinstance(prompt, str) else prompt):
             refuse(row, f"must be a text or a conversation, got {prompt!r}")
     token_ids = tokenize_prompts(trainer.processing_class, prompts)
+    if not is_text:
+        token_ids = [ids + ids[-1:] for ids in token_ids]  # the KL is between distributions of the last one
     for row, ids in enumerate(token_ids, start=1):
-        if not least <= len(ids) <= (most or len(ids)):
-            refuse(row, f"has {len(ids)} tokens, not {least} at least and `max_length={most}` at most")
+        if not 2 <= len(ids) <= (most or len(ids)):
+            refuse(row, f"has {len(ids)} tokens, not 2 at least and `max_length={most}` at most")
     splits = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     known = [split for split in splits if isinstance(split, Dataset) and column in split.column_names]
     asked = {repr(prompt) for split in known for prompt in split[column]}
     if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
         refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
-    return prompts, token_ids
+    labels = [ids if is_text else [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:] for ids in token_ids]
+    return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": labels})
 
 
 def _add_own_answers(trainer, prompts: list) -> Dataset:
