@@ -52,8 +52,7 @@ class Variant(NamedTuple):
         prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
         about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
         group (`str`, *optional*): The kind of remedy that it is.
-        steps (`float`, *optional*, defaults to `1.0`): Multiplies the steps.
-        rate (`float`, *optional*, defaults to `1.0`): Multiplies the learning rate.
+        steps, rate (`float`, *optional*, defaults to `1.0`): Multiply the steps, and the learning rate.
     """
 
     name: str
