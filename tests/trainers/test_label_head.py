@@ -8,7 +8,7 @@ from conftest import build_model
 from sft_runs import ARCHITECTURES, TOKENIZER, architecture, logs, train, trainer
 from transformers import CONFIG_MAPPING
 
-from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
+from trl_selfdistill import PAPER_SETTING, FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 
 
 MOE = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1)
@@ -45,9 +45,8 @@ def tiny(name, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("name", [*FAMILIES, *ARCHITECTURES])
 def test_the_loss_is_that_of_the_models_own_logits(tmp_path, name):
     model, teacher = tiny(name), tiny(name, seed=1)
-    run = trainer(
-        tmp_path, model, dict(teacher_model=teacher), per_device_train_batch_size=3, router_aux_loss_coef=0.0
-    )
+    options = dict(per_device_train_batch_size=3, router_aux_loss_coef=0.0, **PAPER_SETTING)
+    run = trainer(tmp_path, model, dict(teacher_model=teacher), **options)
     model.eval()
     batch = dict(next(iter(run.get_train_dataloader())))
     counted = batch["labels"][:, 1:] != -100

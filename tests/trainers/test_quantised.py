@@ -34,7 +34,7 @@ def test_a_quantised_run_trains_the_adapter_and_leaves_the_base(tmp_path, model_
     else:
         extra = dict(peft_config=LoraConfig(r=4, target_modules=None if start == "groups" else ["q_proj"]))
         options = dict(trainable_groups=["attention"]) if start == "groups" else {}
-    run = trainer(tmp_path, model, extra, learning_rate=0.3, **options)
+    run = trainer(tmp_path, model, extra, learning_rate=0.3, temperature=0.5, **options)
     before = base_bytes(run.model)
     adapter = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
     assert run.teacher_model is None and sum(p.dtype == torch.uint8 for p in before.values()) == 14

@@ -103,8 +103,9 @@ def doubled_loss(outputs, labels, num_items_in_batch=None):
 def test_kl_is_added_to_another_loss(tmp_path, options, extra):
     """DFT, label smoothing and a loss function of the user's keep what SFTTrainer makes of them."""
     options = dict(max_steps=1, eval_strategy="steps", eval_steps=1, **options)
+    weights = dict(kl_weight=2.0, temperature=0.5)
     extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]), compute_metrics=token_metrics, **extra)
-    ours = train(tmp_path, architecture("mixtral"), extra | other_teacher(), kl_weight=2.0, **options)
+    ours = train(tmp_path, architecture("mixtral"), extra | other_teacher(), **weights, **options)
     theirs = train(tmp_path, architecture("mixtral"), extra, SFTTrainer, **options)
     for prefix, row, expected in zip(["", "eval_"], logs(ours), logs(theirs), strict=False):
         assert row.keys() - expected.keys() == {f"{prefix}ce_loss", f"{prefix}kl_loss"}
