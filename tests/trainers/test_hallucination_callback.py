@@ -3,6 +3,7 @@
 
 import pytest
 import sft_runs
+import torch
 from answering_model import QUESTIONS, build_answering_model
 from datasets import Dataset
 from sft_runs import TOKENIZER, assert_same_weights
@@ -61,6 +62,23 @@ def test_it_logs_each_set_before_the_training_and_after_each_epoch(finished):
     peaks = [max(accuracy[: i + 1]) for i in range(4)]
     expected = [peak - now for peak, now in zip(peaks, accuracy, strict=True)]
     assert values(finished, "eval_heldout_forgetting") == expected and expected[-1] > 0
+
+
+def test_the_curve_goes_from_the_start_to_the_end(tmp_path, finished):
+    run = make_trainer(tmp_path)
+    run.add_callback(HallucinationEvalCallback(run, {"heldout": HELDOUT}, batch_size=4, alphas=[0, 0.5, 1.0]))
+    run.train()
+    assert_same_weights(run.model, finished.model)
+    accuracies = values(finished, "eval_heldout_accuracy")
+    ends = [values(run, f"eval_heldout_accuracy_alpha_{alpha}") for alpha in (0, 1)]
+    assert ends == [[accuracies[0]], [accuracies[-1]]] and len(values(run, "eval_heldout_accuracy_alpha_0.5")) == 1
+    start = build_answering_model(TOKENIZER)
+    with torch.no_grad():
+        for ours, other in zip(start.parameters(), run.model.parameters(), strict=True):
+            ours.lerp_(other, 0.5)
+    assert values(run, "eval_heldout_accuracy_alpha_0.5") == [own_scores(start, HELDOUT)["accuracy"]]
+    with pytest.raises(ValueError, match=r"`alphas` are shares .* in \[0, 1\], got \[2\]"):
+        HallucinationEvalCallback(run, {"heldout": HELDOUT}, alphas=[2])
 
 
 @pytest.mark.parametrize("strategy, number", [("steps", 2), ("epoch", 3)])

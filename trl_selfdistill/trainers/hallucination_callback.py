@@ -4,8 +4,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -60,8 +61,8 @@ def predict_answers_in_parallel(
 def answers_in_training(trainer: Trainer, prompts: Sequence[str], **settings) -> list[str]:
     """As [`predict_answers_in_parallel`], of a trainer's model in its precision, under DDP, FSDP2 and ZeRO-3 too."""
     accelerator = trainer.accelerator
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    settings["synced_gpus"] = sharded and accelerator.num_processes > 1
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    settings["synced_gpus"] = is_sharded and accelerator.num_processes > 1
     model = accelerator.unwrap_model(trainer.model_wrapped)
     with accelerator.autocast():  # one around all forward passes: each by itself would cast all of the weights
         return predict_answers_in_parallel(model, trainer.processing_class, prompts, **settings)
@@ -98,10 +99,16 @@ class HallucinationEvalCallback(TrainerCallback):
         max_new_tokens (`int`, *optional*, defaults to `32`): Longest answer, in tokens.
         answer_rules (`dict`, *optional*):
             Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`], such as `{"match": "contains"}`.
+        alphas (`Sequence[float]`, *optional*):
+            Shares of the trained weights, such as `(0.4, 0.6, 0.8)`. At the end of training the sets are also asked
+            with weights between the model that this callback was made with and the trained one, logged as
+            `eval_<set>_accuracy_alpha_0.4`: the curve from which to choose the `alpha` of
+            [`~trl_selfdistill.hub.interpolation.interpolate`]. Keeps a copy of the trained weights' start on the CPU.
 
     Raises:
-        ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer.
-            When training starts, if an `EarlyStoppingCallback` was added before this callback.
+        ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer; if
+            an alpha is not in [0, 1], or weights are to be mixed that are an adapter's or sharded. When training
+            starts, if an `EarlyStoppingCallback` was added before this callback.
     """
 
     def __init__(
@@ -113,6 +120,7 @@ class HallucinationEvalCallback(TrainerCallback):
         batch_size: int = 64,
         max_new_tokens: int = 32,
         answer_rules: dict | None = None,
+        alphas: Sequence[float] = (),
     ):
         self.trainer = trainer
         self.eval_sets = eval_sets
@@ -120,6 +128,15 @@ class HallucinationEvalCallback(TrainerCallback):
         self.prompts = {name: [prompt_function(row["question"]) for row in rows] for name, rows in eval_sets.items()}
         self.settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
         self.answer_rules = answer_rules or {}
+        self.alphas, self._start = alphas, {}
+        if not all(0 <= alpha <= 1 for alpha in alphas):
+            raise ValueError(f"`alphas` are shares of the trained weights in [0, 1], got {alphas}.")
+        if alphas:
+            is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+            if hasattr(trainer.model, "peft_config") or not is_whole:
+                raise ValueError("`alphas` mixes weights of a whole, full model. Leave it out, and interpolate later.")
+            trained = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
+            self._start = {name: p.detach().to("cpu", copy=True) for name, p in trained}
 
     def on_train_begin(self, args, state, control, **kwargs):
         callbacks = self.trainer.callback_handler.callbacks
@@ -132,9 +149,11 @@ class HallucinationEvalCallback(TrainerCallback):
         if not args.eval_on_start and not any(accuracies & log.keys() for log in state.log_history):
             self._ask(state)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
         if args.eval_strategy == "no":
             self._ask(state)
+        if self.alphas and control.should_training_stop:
+            log_beside_training(self.trainer, self._curve(dict(model.named_parameters())))
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         # A dict of evaluation datasets brings one event for each: the first stands for all
@@ -143,11 +162,27 @@ class HallucinationEvalCallback(TrainerCallback):
         if not any(f"eval_{name}_runtime" in metrics for name in later):
             metrics.update(self._ask(state))
 
+    @torch.no_grad()
+    def _curve(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, float]:
+        end = {name: parameters[name].detach().to("cpu", copy=True) for name in self._start}
+        accuracies = {}
+        for alpha in self.alphas:
+            for name, start in self._start.items():
+                parameters[name].copy_(torch.lerp(start.float(), end[name].float(), alpha))
+            for name in self.eval_sets:
+                accuracies[f"eval_{name}_accuracy_alpha_{alpha:g}"] = self._scores(name)["accuracy"]
+        for name, trained in end.items():
+            parameters[name].copy_(trained)
+        return accuracies
+
+    def _scores(self, name: str) -> dict[str, float]:
+        answers = answers_in_training(self.trainer, self.prompts[name], **self.settings)
+        return score_hallucinations(answers, self.accepted[name], **self.answer_rules)
+
     def _ask(self, state) -> dict[str, float]:
         metrics = {}
         for name in self.eval_sets:
-            answers = answers_in_training(self.trainer, self.prompts[name], **self.settings)
-            scores = score_hallucinations(answers, self.accepted[name], **self.answer_rules)
+            scores = self._scores(name)
             metrics |= {f"eval_{name}_{rate}": scores[rate] for rate in RATES}
             accuracies = [log.get(f"eval_{name}_accuracy", 0.0) for log in (*state.log_history, metrics)]
             metrics[f"eval_{name}_forgetting"] = max(accuracies) - scores["accuracy"]
