@@ -31,7 +31,7 @@ VARIANTS += tuple({"mica", "intruders", "osf"} & {*ComparisonArguments().variant
 VARIANTS += ("eaft", "asft", "selfdistill-lambda1-tau0.5", "own_answers", "own_answers-selfdistill-lambda1-tau0.5")
 VARIANTS += ("kl_anchors-weight1-lambda0.3-4", "self_anchors-weight1-lambda0.3")
 FLAGS = "--settings 1/0.5 --own_answers_settings 1/0.5 --mixing_weights 0 0.5 1 --num_own_answers 4 --slower 2".split()
-FLAGS += "--num_anchors 4 --anchor_settings 1/0.3 --anchor_max_new_tokens 4".split()
+FLAGS += "--num_anchors 4 --anchor_settings 1/0.3 --self_anchor_tokens 4".split()
 FLAGS += ["--num_heldout", "30", "--lora_rank", "4"]
 
 

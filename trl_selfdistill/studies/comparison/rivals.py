@@ -86,6 +86,7 @@ class ComparisonArguments:
         default=None,
         metadata={"help": "Facts whose questions are further prompts, after those of the facts that are in no split."},
     )
+    self_anchor_tokens: int = field(default=16, metadata={"help": "Self-samples: longest text, in tokens."})
     mixed: list[str] = field(
         default_factory=lambda: ["sft"],
         metadata={"help": "Variants, by the names of their folders, whose weights are mixed with the start's."},
@@ -166,7 +167,7 @@ def variants_of(
         "selfdistill": _self_distillation(args.parsed["settings"]),
         "own_answers": _own_answers(args, answers),
         "kl_anchors": [variant for number in args.num_anchors for variant in _kl_anchors(args, prompts[:number])],
-        "self_anchors": _anchors(args, "self", "KL on self-samples"),
+        "self_anchors": _anchors(args, "self", "KL on self-samples", anchor_max_new_tokens=args.self_anchor_tokens),
     }
     names = sorted(args.variants, key=lambda name: name != "sft")
     return [variant._replace(group=GROUPS[name]) for name in names for variant in found[name]]
@@ -248,14 +249,14 @@ def _kl_anchors(args: ComparisonArguments, prompts: Sequence[str]) -> list[Varia
     ]
 
 
-def _anchors(args: ComparisonArguments, kind: str, label: str) -> list[Variant]:
+def _anchors(args: ComparisonArguments, kind: str, label: str, **changes) -> list[Variant]:
     """A KL on anchors of a kind, and on the training rows with a weight λ of their own."""
     return [
         Variant(
             f"{kind}_anchors-weight{weight:g}-lambda{kl_weight:g}",
             f"{label}, weight {weight:g}, λ = {kl_weight:g} on rows",
             SelfDistillSFTTrainer,
-            {"anchors": kind, "anchor_weight": weight, "kl_weight": kl_weight, "temperature": 1.0},
+            {"anchors": kind, "anchor_weight": weight, "kl_weight": kl_weight, "temperature": 1.0, **changes},
             steps=times,
         )
         for weight, kl_weight, times in args.parsed["anchor_settings"]
