@@ -251,10 +251,15 @@ def _kl_anchors(args: ComparisonArguments, prompts: Sequence[str]) -> list[Varia
 
 def _anchors(args: ComparisonArguments, kind: str, label: str, **changes) -> list[Variant]:
     """A KL on anchors of a kind, and on the training rows with a weight λ of their own."""
+
+    def named(weight: float, kl_weight: float) -> str:
+        of_anchors = "" if weight == 1 else f", weight {weight:g}"
+        return label + of_anchors + (f", λ = {kl_weight:g} on rows" if kl_weight else "")
+
     return [
         Variant(
             f"{kind}_anchors-weight{weight:g}-lambda{kl_weight:g}",
-            f"{label}, weight {weight:g}, λ = {kl_weight:g} on rows",
+            named(weight, kl_weight),
             SelfDistillSFTTrainer,
             {"anchors": kind, "anchor_weight": weight, "kl_weight": kl_weight, "temperature": 1.0, **changes},
             steps=times,
