@@ -26,8 +26,8 @@ from accelerate import PartialState
 from trl_selfdistill.files import write_json
 from trl_selfdistill.studies.arguments import check_shared_config
 from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.comparison.arguments import ComparisonArguments
 from trl_selfdistill.studies.comparison.report import plot_comparison, render_comparison, summarise
-from trl_selfdistill.studies.comparison.rivals import ComparisonArguments
 from trl_selfdistill.studies.comparison.study import compare_variants
 from trl_selfdistill.studies.stages import STUDY_ARGUMENTS, prepare_study
 

@@ -150,6 +150,26 @@ def test_a_cached_teacher_is_one_in_memory(tmp_path, column, kl_weight):
     assert sorted(tokens) == sorted(TOKENIZER(texts)["input_ids"])
 
 
+def test_a_conversation_is_asked_for_its_last_answer(tmp_path):
+    asked, answered = (trainer(tmp_path, None, given(rows, "messages"), anchors="kl") for rows in (CHATS, ANSWERED))
+    assert asked.anchors.dataset["input_ids"][:] == answered.anchors.dataset["input_ids"][:]
+
+
+def test_own_answers_carry_the_labels_and_not_their_prompts(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 2)
+    run = trainer(tmp_path, answering(), given(train_dataset=rows), anchors="own_answers", anchor_max_new_tokens=12)
+    added = run.train_dataset.to_list()[2:]
+    assert added and all(row["labels"][0] == -100 != row["labels"][-1] for row in added)
+
+
+def test_texts_need_a_token_to_begin_with(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = tokenizer.bos_token = None
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7]}] * 2)
+    with pytest.raises(ValueError, match="`anchors='self'`: the tokenizer has no token to begin a text with"):
+        trainer(tmp_path, None, dict(processing_class=tokenizer, train_dataset=rows), anchors="self")
+
+
 def test_each_row_comes_once_a_pass_in_an_order_of_the_seed(tmp_path):
     rows, other = (trainer(tmp_path, None, given(), anchors="kl", seed=seed).anchors for seed in (3, 4))
     passes, others = ([[x[4 * n + i]["input_ids"] for i in range(4)] for n in range(2)] for x in (rows, other))
@@ -185,6 +205,9 @@ def test_texts_are_the_teachers_however_far_the_student_is(tmp_path, monkeypatch
 
 
 EVALUATED = Dataset.from_list([{"prompt": PROMPTS[2], "completion": " x"}])
+CHAT_DATA = Dataset.from_list(CHAT_ROWS)
+TEXTS = Dataset.from_dict({"text": ["c d", "e f"]})
+ANSWERED = [[*row["prompt"], *row["completion"]] for row in CHAT_ROWS]
 STREAM = Dataset.from_list(FACTS).to_iterable_dataset()
 REFUSED = [
     (dict(anchors="replay"), {}, "`anchors` must be one of own_answers, kl, self, or unset, got 'replay'"),
@@ -202,11 +225,22 @@ REFUSED = [
     (dict(anchors="own_answers"), given(["a b", None]), "row 2: `prompt` must be a text .* got None"),
     (dict(anchors="kl"), given([1, 2], "text"), "row 1: `text` must be a text or a conversation, got 1"),
     (dict(anchors="kl"), given(["What?", "a"], "text"), "row 2: `text` has 1 tokens, not 2 at least"),
-    (dict(anchors="kl", max_length=8), given(["ab", "What " * 20]), "row 2: .* and `max_length=8` at most"),
+    (
+        dict(anchors="kl", max_length=8),
+        given(["ab", "What " * 20]),
+        "row 2: .* and `max_length=8` at most with that of an answer",
+    ),
     (
         dict(anchors="kl"),
         given(eval_dataset={"one": EVALUATED}),
         "row 3: `prompt` is one of 1 .* `eval_dataset`, too: 'Q",
+    ),
+    (dict(anchors="kl", packing=True), given(eval_dataset=EVALUATED), "row 3: `prompt` is one of 1 .* 'Q"),
+    (dict(anchors="kl"), given(["a b", "c d"], "text", eval_dataset=TEXTS), "row 2: `text` is one of 1 .* 'c d'"),
+    (
+        dict(anchors="kl"),
+        given(ANSWERED, "messages", eval_dataset=Dataset.from_list(CHAT_ROWS)),
+        "row 1: `messages` is",
     ),
     (
         dict(anchors="own_answers"),
@@ -231,6 +265,7 @@ def test_a_run_resumes_with_the_anchors_it_had(tmp_path):
     for arguments, changes in (
         (given(PROMPTS[:3]), {}),
         (given(), dict(anchor_weight=2.0)),
+        (given(), dict(seed=7)),
         ({}, dict(anchors=None)),
     ):
         other = trainer(tmp_path, None, arguments, **options | changes)
@@ -239,11 +274,12 @@ def test_a_run_resumes_with_the_anchors_it_had(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["anchors.csv", "anchors.jsonl", "anchors.parquet", "folder"])
-def test_anchors_are_loaded_by_name(tmp_path, name):
-    rows, file = Dataset.from_dict({"prompt": ["What, then?", "Who?"]}), tmp_path / name
+def test_anchors_are_loaded_by_name(tmp_path, name, monkeypatch):
+    rows, file = Dataset.from_dict({"prompt": ["What, then?", "NA"]}), tmp_path / name
     write = {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(file.suffix, rows.to_json)
     if name == "folder":
         file.mkdir()
     write(str(file / "train.jsonl" if name == "folder" else file))
-    loaded = anchors.load_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=str(file)), None)
+    monkeypatch.chdir(tmp_path)
+    loaded = anchors.load_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=name), None)
     assert loaded["prompt"][:] == rows["prompt"][:]

@@ -46,7 +46,7 @@ def interpolate(
             differ in name or shape or are quantised, or adapters are no LoRA or differ in their settings.
     """
     output = Path(output_dir).expanduser().resolve()
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` is the share of the fine-tuned weights and must be in [0, 1], got {alpha!r}.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output_dir`: {output} is not an empty folder. Choose a new one.")

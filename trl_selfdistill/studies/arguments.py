@@ -12,6 +12,7 @@ from ..trainers import SelfDistillSFTConfig
 
 # The variants of a study set these, or the number of steps follows from others
 _NOT_SHARED = ("max_steps", "teacher_model_name_or_path", "frozen_groups", "trainable_groups", "anchors")
+_NOT_SHARED += ("anchor_dataset_name", "teacher_snapshot_steps", "teacher_snapshot_epochs")
 
 
 @dataclass

@@ -47,8 +47,7 @@ class Variant(NamedTuple):
         changes (`dict`, *optional*): What it sets in the training configuration.
         rows (`Callable`, *optional*): `rows(known, new, num_rows, generator)`, its training rows of `prompt` and
             `completion`, by default all. The run's steps take `num_rows` of them.
-        trainer_arguments (`dict`, *optional*): Further arguments of the trainer, such as `peft_config`, which may be a
-            function of the model, its tokenizer and the rows.
+        trainer_arguments (`dict`, *optional*): Others; `peft_config` may be a function of model, tokenizer and rows.
         prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
         about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
         group (`str`, *optional*): The kind of remedy that it is.
@@ -119,16 +118,18 @@ class StepTimes(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self._started)
-        self.costs.append(self._clock() - self._ended)  # with drawing its rows
+        self.costs.append(self._clock() - self._ended)  # with drawing its rows, but nothing done once
         self._ended = self._clock()
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self._ended = self._clock()  # after the evaluation
+    def on_epoch_end(self, args, state, control, **kwargs):  # after the evaluation
+        self._ended = self._clock()
+
+    on_save = on_evaluate = on_epoch_end
 
     def summary(self, num_steps: int) -> dict[str, float | None]:
-        """Median seconds a step, and what all of a run cost: processor time on a CPU. `None` if no step was made."""
-        cost = num_steps * statistics.fmean(self.costs) if self.costs else None
-        return {"seconds_per_step": statistics.median(self.seconds or [None]), "training_seconds": cost}
+        """Median seconds a step, and those of all steps, on a CPU processor time. `None` if no step was made."""
+        seconds = num_steps * statistics.fmean(self.costs) if self.costs else None
+        return {"seconds_per_step": statistics.median(self.seconds or [None]), "training_seconds": seconds}
 
 
 class RunFacts(NamedTuple):
@@ -277,8 +278,7 @@ def training_config(variant: Variant, shared: TrainingArguments, num_steps: int 
     changes = dict(variant.changes)
     if num_steps is not None:
         changes["max_steps"] = max(1, round(num_steps * variant.steps))
-    if variant.rate != 1:
-        changes["learning_rate"] = shared.learning_rate * variant.rate
+    changes["learning_rate"] = changes.get("learning_rate", shared.learning_rate) * variant.rate
     return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **changes)
 
 

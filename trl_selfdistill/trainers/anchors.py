@@ -4,6 +4,7 @@ Anchors: prompts or texts without labels on which the student is kept near its s
 with the model's own answers (pseudo-rehearsal, Robins 1995).
 """
 
+import glob
 import random
 from collections.abc import Sequence
 from itertools import chain
@@ -27,6 +28,7 @@ from .sft_internals import prepare_rows
 logger = logging.get_logger(__name__)
 
 _COLUMNS = ("prompt", "messages", "text")
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many of them at once
 
 
@@ -45,6 +47,10 @@ class Anchors:
         self.dataset, self._trainer, self._written = dataset, trainer, None
         # Whole steps, as writing is a collective
         self._size = _STEPS * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        tokenizer = text_tokenizer(trainer.processing_class)
+        self._begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if dataset is None and self._begin is None:
+            raise ValueError("`anchors='self'`: the tokenizer has no token to begin a text with. Set its `bos_token`.")
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         if self.dataset is not None:
@@ -59,7 +65,7 @@ class Anchors:
         trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         tokenizer = text_tokenizer(trainer.processing_class)
-        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        begin = self._begin
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
 
         def write(first: int) -> list[list[int]]:
@@ -114,15 +120,17 @@ def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> 
         )
     if name is None:
         return anchor_dataset
-    if Path(name).is_file():
-        return load_dataset(str(Path(name).parent), data_files=Path(name).name, split="train")
+    if (file_format := _FORMATS.get(Path(name).suffix.lower())) and Path(name).is_file():
+        options = {"keep_default_na": False} if file_format == "csv" else {}  # "NA" is a text
+        return load_dataset(file_format, data_files=[glob.escape(name)], split="train", **options)
     return load_dataset(name, split="train")
 
 
-def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
+def prepare_anchors(trainer, dataset: Dataset | None, evaluated: Any) -> dict[str, Any] | None:
     """
     Sets `trainer.anchors`, or adds own answers to its training data, before it has a teacher. Returns what a resumed
-    run must have in common, as JSON values. A collective. A `ValueError` if prompts or training data do not fit.
+    run must have in common, as JSON values. A collective. A `ValueError` if prompts or training data do not fit, or a
+    prompt is one of `evaluated`, the trainer's `eval_dataset` as it was given.
     """
     args, rows = trainer.args, None
     if args.anchors is None:
@@ -130,17 +138,26 @@ def prepare_anchors(trainer, dataset: Dataset | None) -> dict[str, Any] | None:
     if {"image", "images"} & {*(trainer.train_dataset.column_names or ())}:
         raise ValueError(f"`anchors={args.anchors!r}` are texts, and `train_dataset` has images. Leave it unset.")
     if args.anchors == "own_answers":
-        rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset)[0])
+        rows = _add_own_answers(trainer, _checked_prompts(trainer, dataset, evaluated)[0])
     elif args.anchors == "kl":
-        _, rows = _checked_prompts(trainer, dataset)
+        _, rows = _checked_prompts(trainer, dataset, evaluated)
         trainer.anchors = Anchors(trainer, prepare_rows(trainer, rows).shuffle(seed=args.seed))
     else:
         trainer.anchors = Anchors(trainer)
-    settings = {name: getattr(args, name) for name in ("anchors", "anchor_weight", "anchor_max_new_tokens")}
+    names = ["anchor_weight"] if args.anchors == "kl" else ["anchor_weight", "anchor_max_new_tokens"]
+    settings = {name: getattr(args, name) for name in ("anchors", *names)}
+    if args.anchors != "own_answers":  # which texts, and in which order
+        settings["anchor_seed"] = args.seed
     return settings | {f"anchor_{name}": value for name, value in (describe_dataset(rows) or {}).items()}
 
 
-def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, Dataset]:
+def _question(prompt: str | list[dict]) -> str | list[dict]:
+    """A prompt; of a conversation what comes before its last answer."""
+    is_answered = isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant"
+    return prompt[:-1] if is_answered else prompt
+
+
+def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, Dataset]:
     """
     The prompts of an anchor dataset, texts or conversations, and rows with labels where the KL is taken: at each token
     of a `text`, and of a prompt where its answer begins.
@@ -154,32 +171,39 @@ def _checked_prompts(trainer, dataset: Dataset) -> tuple[list, Dataset]:
     def refuse(row: int, reason: str) -> None:
         raise ValueError(f"`anchor_dataset`, row {row}: `{column}` {reason}. Change it or leave the row out.")
 
+    prompts = [*map(_question, prompts)]
     for row, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str | list) or not (prompt.strip() if isinstance(prompt, str) else prompt):
             refuse(row, f"must be a text or a conversation, got {prompt!r}")
     token_ids = tokenize_prompts(trainer.processing_class, prompts)
-    if not is_text:
-        token_ids = [ids + ids[-1:] for ids in token_ids]  # the KL is between distributions of the last one
+    num_answer_tokens = 0 if is_text else 1
     for row, ids in enumerate(token_ids, start=1):
-        if not 2 <= len(ids) <= (most or len(ids)):
-            refuse(row, f"has {len(ids)} tokens, not 2 at least and `max_length={most}` at most")
-    splits = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
-    known = [split for split in splits if isinstance(split, Dataset) and column in split.column_names]
-    asked = {repr(prompt) for split in known for prompt in split[column]}
+        if not 2 - num_answer_tokens <= len(ids) <= (most or len(ids) + 1) - num_answer_tokens:
+            least = "" if is_text else " with that of an answer"
+            refuse(row, f"has {len(ids)} tokens, not 2 at least and `max_length={most}` at most{least}")
+    splits = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    known = [(split, name) for split in splits if isinstance(split, Dataset) for name in _COLUMNS]
+    asked = {repr(_question(row)) for split, name in known if name in split.column_names for row in split[name]}
     if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
         refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
-    labels = [ids if is_text else [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:] for ids in token_ids]
-    return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": labels})
+    if is_text:
+        return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": token_ids})
+    # Whichever token is the answer's: the KL is between distributions of it
+    labels = [[IGNORE_INDEX] * len(ids) + ids[-1:] for ids in token_ids]
+    return prompts, Dataset.from_dict({"input_ids": [ids + ids[-1:] for ids in token_ids], "labels": labels})
 
 
 def _add_own_answers(trainer, prompts: list) -> Dataset:
     """Adds the answers of the model to the prepared training data, and returns these rows."""
     features = trainer.train_dataset.features or {}
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        is_partitioned = True  # all processes but one hold empty weights
     if not isinstance(trainer.train_dataset, Dataset) or "input_ids" not in features or is_partitioned:
         raise ValueError(
             "`anchors='own_answers'` lets a whole model answer before training, and adds rows to a tokenized "
-            "`train_dataset`. With streams or DeepSpeed ZeRO-3, add what `own_answers` returns to your data."
+            "`train_dataset`. With streams, DeepSpeed ZeRO-3 or FSDP's `cpu_ram_efficient_loading`, add what "
+            "`own_answers` returns to your data."
         )
     most = trainer.args.anchor_max_new_tokens
     with trainer.accelerator.autocast():

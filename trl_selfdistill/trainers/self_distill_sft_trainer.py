@@ -84,7 +84,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         anchor_dataset = load_anchors(args, anchor_dataset)
         super().__init__(model, args, *positional, **kwargs)
         self.anchors: Anchors | None = None  # those with a KL of their own
-        self.anchor_settings = prepare_anchors(self, anchor_dataset)
+        evaluated = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
+        self.anchor_settings = prepare_anchors(self, anchor_dataset, evaluated)
         self.teacher: Teacher | None = None
         self.saved_teacher: dict | None = None  # of the checkpoint that training resumes from
         # Trainer does not push names that start with "_"

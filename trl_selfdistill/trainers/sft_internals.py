@@ -282,6 +282,10 @@ def without_unused_columns(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
 
 
 def prepare_rows(trainer: SFTTrainer, dataset: Dataset) -> Dataset:
-    """Anchors as the trainer prepares its training data: tokens, labels, packing."""
-    args = trainer.args
-    return trainer._prepare_dataset(dataset, trainer.processing_class, args, args.packing, None, "anchor")
+    """Anchors as the trainer prepares its training data: tokens, labels (of answers those alone), packing."""
+    args, guessed = trainer.args, trainer.completion_only_loss  # by the training rows
+    trainer.completion_only_loss = args.completion_only_loss is not False
+    try:
+        return trainer._prepare_dataset(dataset, trainer.processing_class, args, args.packing, None, "anchor")
+    finally:
+        trainer.completion_only_loss = guessed

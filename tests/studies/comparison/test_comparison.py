@@ -18,7 +18,7 @@ from toy_study import STUDY_FLAGS, run_script, runs_of
 from trl import SFTTrainer
 
 from trl_selfdistill.files import read_json, write_json
-from trl_selfdistill.studies.comparison.rivals import ComparisonArguments
+from trl_selfdistill.studies.comparison.arguments import ComparisonArguments
 from trl_selfdistill.studies.comparison.rows import known_patch_rows, mask_unlikely_tokens, replay_rows
 from trl_selfdistill.studies.comparison.study import best_epoch
 from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, read_records
@@ -119,6 +119,13 @@ def test_other_mixing_weights_and_further_l2_weights_train_nothing_again(toy_stu
     assert results_of(output, "l2-weight1e+06")[0].training["about"] == {"l2_weight": 1e6}
 
 
+def test_another_rank_is_another_run(toy_study, finished, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "study"))
+    compare(toy_study, output, "--variants", "sft", "lora", "--lora_rank", "2", "--save_strategy", "no")
+    ours, before = (results_of(folder, "lora")[0].training for folder in (output, finished))
+    assert ours["trainable_parameters"] == before["trainable_parameters"] / 2
+
+
 def test_in_the_same_time_what_costs_more_makes_fewer_steps(toy_study, finished, tmp_path):
     output = Path(shutil.copytree(finished, tmp_path / "study"))
     for number, variant in enumerate(("sft", "asft", "sft-slower2-steps2"), start=1):
@@ -203,7 +210,12 @@ def test_tokens_above_the_perplexity_are_masked_and_no_others(tmp_path):
         (dict(variants=["lora"]), "`sft` must be one"),
         (dict(seeds=[0, 1]), "`seeds` needs at least 3"),
         (dict(slower=[1.0, 1.0000001]), r"`slower` .* none twice to six digits, got \[1.0, 1.0000001\]"),
-        (dict(settings=["0.3"]), "`settings` are two or three numbers each, as in 0.7/1/3, got"),
+        *(
+            (dict(settings=[x]), "`settings` are two or three numbers each")
+            for x in ("0.3", "1/1/0", "1/2/3/4", "1/-1")
+        ),
+        (dict(settings=["0.3/1", "0.3/1.0/1"]), "`settings` needs different settings"),
+        *((dict([case]), f"`{case[0]}` must be above 0") for case in (("lora_rank", 0), ("l2_weights", [-1.0]))),
         (dict(mixing_weights=[0.5, 2.0]), r"`mixing_weights` must be shares in \[0, 1\], got \[0.5, 2.0\]"),
     ],
 )

@@ -5,14 +5,13 @@ All of them make as many optimizer steps of as many rows, on the same Known and 
 another number; a lower learning rate gets as many more as it is lower.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import compare_versions
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
@@ -22,8 +21,8 @@ from trl import SFTTrainer
 
 from ...trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from ...trainers.sft_internals import train_in_order
-from ..arguments import check_different
 from ..runs import Variant
+from .arguments import GROUPS, ComparisonArguments
 from .eaft import EAFTSFTTrainer
 from .l2_to_start import L2ToStartSFTTrainer
 from .rows import (
@@ -42,98 +41,6 @@ STM_MAX_PERPLEXITY = 2.5
 ASFT_KL_WEIGHT = 0.05
 # CorDA: rows of Known facts that show which directions their answers use
 CORDA_ROWS = 256
-ADAPTERS = "Adapters"
-# Each with the kind of remedy that it is
-GROUPS = {"sft": "SFT", "slow": "Lower rate"} | dict.fromkeys(["lora", "corda"], ADAPTERS)
-if compare_versions("peft", ">=", "0.21"):
-    GROUPS |= dict.fromkeys(["mica", "intruders", "osf"], ADAPTERS)
-GROUPS |= dict.fromkeys(["frozen", "l2"], "Parts of the weights")
-GROUPS |= dict.fromkeys(["replay", "known_patch"], "Known facts again")
-GROUPS |= dict.fromkeys(["stm", "eaft", "asft"], "Other losses")
-GROUPS |= {"selfdistill": "Self-distillation", "own_answers": "Own answers"}
-GROUPS |= dict.fromkeys(["kl_anchors", "self_anchors"], "KL on anchors")
-
-
-@dataclass
-class ComparisonArguments:
-    """Which variants are compared, and their settings."""
-
-    _argument_group_name = "comparison"
-
-    variants: list[str] = field(
-        default_factory=lambda: [*GROUPS],
-        metadata={"help": "Variants to train. `sft` gives early stopping, too."},
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training's order, at least 3."}
-    )
-    settings: list[str] = field(
-        default_factory=lambda: ["0.3/1", "1/0.5"],
-        metadata={"help": "Self-distillation: λ/τ, or λ/τ/times the steps."},
-    )
-    own_answers_settings: list[str] = field(
-        default_factory=lambda: ["0.3/1", "0.7/1/3"], metadata={"help": "The same with own answers."}
-    )
-    anchor_settings: list[str] = field(
-        default_factory=lambda: ["1/0", "1/0.3"],
-        metadata={"help": "Anchors with a KL, τ = 1: their weight/λ of the rows, or weight/λ/times the steps."},
-    )
-    num_anchors: list[int] = field(
-        default_factory=lambda: [400], metadata={"help": "KL on anchors: numbers of prompts."}
-    )
-    num_own_answers: int = field(default=400, metadata={"help": "Own answers: prompts that the start model answers."})
-    anchor_facts: str | None = field(
-        default=None,
-        metadata={"help": "Facts whose questions are further prompts, after those of the facts that are in no split."},
-    )
-    self_anchor_tokens: int = field(default=16, metadata={"help": "Self-samples: longest text, in tokens."})
-    mixed: list[str] = field(
-        default_factory=lambda: ["sft"],
-        metadata={"help": "Variants, by the names of their folders, whose weights are mixed with the start's."},
-    )
-    mixing_weights: list[float] = field(
-        default_factory=lambda: [0.2, 0.4, 0.6, 0.8],
-        metadata={"help": "WiSE-FT: shares of the fine-tuned weights, the rest being those of the start, in [0, 1]."},
-    )
-    l2_weights: list[float] = field(
-        default_factory=list,
-        metadata={"help": "L2 to the start: weights beside the one that is matched to the KL at the start."},
-    )
-    slower: list[float] = field(
-        default_factory=lambda: [2.0, 4.0, 8.0],
-        metadata={"help": "SFT at a lower rate: by which the rate is divided, and the steps are multiplied."},
-    )
-    lora_rank: int = field(default=16, metadata={"help": "LoRA, MiCA and CorDA: rank."})
-    lora_learning_rate: float = field(default=1e-3, metadata={"help": "LoRA, MiCA and CorDA: learning rate."})
-    equal_time: float | None = field(
-        default=None,
-        metadata={"help": "A second table, in which each variant trains for so many times the processor time of SFT."},
-    )
-
-    def __post_init__(self):
-        if set(self.variants) - {*GROUPS} or "sft" not in self.variants:
-            raise ValueError(f"`variants` may hold {', '.join(GROUPS)}, and `sft` must be one, got {self.variants}.")
-        check_different("seeds", self.seeds, at_least=3)
-        kinds = ("settings", "own_answers_settings", "anchor_settings")
-        for name in ("variants", *kinds, "num_anchors", "mixing_weights", "slower"):
-            check_different(name, getattr(self, name))
-        check_different("l2_weights", self.l2_weights, at_least=0)
-        self.parsed = {name: self._parse(name) for name in kinds}
-        for name in ("slower", "num_anchors", "num_own_answers", "equal_time"):
-            value = getattr(self, name)
-            if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
-                raise ValueError(f"`{name}` must be above 0, got {value}.")
-        if not all(0 <= weight <= 1 for weight in self.mixing_weights):
-            raise ValueError(f"`mixing_weights` must be shares in [0, 1], got {self.mixing_weights}.")
-
-    def _parse(self, name: str) -> list[tuple[float, float, float]]:
-        """The settings as numbers, the last the times of the steps, 1 if it is not given."""
-        settings = getattr(self, name)
-        try:
-            parsed = [[*map(float, setting.split("/"))] for setting in settings]
-            return [(first, second, *(rest or [1.0])) for first, second, *rest in parsed]
-        except ValueError as error:
-            raise ValueError(f"`{name}` are two or three numbers each, as in 0.7/1/3, got {settings}.") from error
 
 
 def variants_of(
@@ -182,6 +89,7 @@ def _adapters(args: ComparisonArguments) -> dict[str, list[Variant]]:
     def corda(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> LoraConfig:
         return _corda(model, tokenizer, rows, options)
 
+    about = {"lora_rank": args.lora_rank}
     found = {
         "lora": [Variant("lora", f"LoRA, {rank}", changes=rate, trainer_arguments=lora)],
         "corda": [Variant("corda", f"CorDA, {rank}", changes=rate, trainer_arguments={"peft_config": corda})],
@@ -190,6 +98,7 @@ def _adapters(args: ComparisonArguments) -> dict[str, list[Variant]]:
             Variant("intruders", f"LoRA, {rank}, without intruders", SFTTrainer, rate, None, lora, _reduce_intruders)
         ],
     }
+    found = {name: [variant._replace(about=about) for variant in variants] for name, variants in found.items()}
     if "osf" in args.variants:
         from peft import OSFConfig  # not in older ones
 
@@ -237,14 +146,21 @@ def _own_answers(args: ComparisonArguments, answers: Dataset | None) -> list[Var
         variant._replace(name=f"own_answers-{variant.name}", label=f"{variant.label}, {own}")
         for variant in _self_distillation(args.parsed["own_answers_settings"])
     ]
-    return [variant._replace(rows=rows, about={"num_own_answers": args.num_own_answers}) for variant in variants]
+    about = {"num_own_answers": args.num_own_answers, "sha256": _hash(answers["completion"][:] if answers else [])}
+    return [variant._replace(rows=rows, about=about) for variant in variants]
+
+
+def _hash(texts: Sequence[str]) -> str:
+    """Other texts are another run."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _kl_anchors(args: ComparisonArguments, prompts: Sequence[str]) -> list[Variant]:
     given = {"anchor_dataset": Dataset.from_dict({"prompt": [*prompts]})}
     variants = _anchors(args, "kl", f"KL on {len(prompts):,} prompts")
+    about = {"num_prompts": len(prompts), "sha256": _hash(prompts)}
     return [
-        variant._replace(name=f"{variant.name}-{len(prompts)}", trainer_arguments=given, about={"num": len(prompts)})
+        variant._replace(name=f"{variant.name}-{len(prompts)}", trainer_arguments=given, about=about)
         for variant in variants
     ]
 

@@ -22,8 +22,9 @@ from ..results import RECORDS_FILE, VariantResult
 from ..runs import RunFacts, StudySetup, Variant, steps_of_epochs, train_variant, training_config
 from ..stage import run_stage
 from ..training_mix import load_mix
+from .arguments import ADAPTERS, ComparisonArguments
 from .report import Outcome
-from .rivals import ADAPTERS, ComparisonArguments, variants_of
+from .rivals import variants_of
 
 
 EARLY_STOPPING = "SFT, stopped early"
