@@ -3,7 +3,8 @@
 Trains some groups of parameters and freezes the others (FrozenGroupsSFTTrainer).
 
 The groups are embeddings, attention, mlp, norm and lm_head: name what to train (--trainable_groups) or what not to
-(--frozen_groups). Training the attention alone learns a task or a format, and hardly any new facts: old ones stay.
+(--frozen_groups). Training the attention alone learns a task or a format, and new facts more slowly than all
+parameters do, not never: it suits few steps at a small rate.
 
 Input: a model, and either --mix (a folder of `mix`) with the --splits to train on, or --dataset_name
 (any dataset of SFTTrainer). Output, in --output_dir: the checkpoint and parameter_groups.json; with --mix also
