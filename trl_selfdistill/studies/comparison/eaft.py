@@ -27,6 +27,7 @@ class EAFTSFTTrainer(SFTTrainer):
         top = log_probs.detach().topk(_TOP_K).values.log_softmax(-1)
         weights = -(top.exp() * top).sum(-1) / math.log(_TOP_K)  # (num_label_tokens,)
         loss = (weights * nll).sum() / (is_label.sum() if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None:  # of all processes, over which DDP averages the gradients
+        # It is of all processes then, over which DDP averages the gradients
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
