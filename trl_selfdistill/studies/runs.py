@@ -47,7 +47,7 @@ class Variant(NamedTuple):
         changes (`dict`, *optional*): What it sets in the training configuration.
         rows (`Callable`, *optional*): `rows(known, new, num_rows, generator)`, its training rows of `prompt` and
             `completion`, by default all. The run's steps take `num_rows` of them.
-        trainer_arguments (`dict`, *optional*): Others; `peft_config` may be a function of model, tokenizer and rows.
+        trainer_arguments (`dict`, *optional*): Others; `peft_config` may be `f(model, tokenizer, known)`.
         prepare (`Callable`, *optional*): `prepare(trainer, folder)` adds callbacks before training.
         about (`dict`, *optional*): What else of its settings decides the result, as JSON values.
         group (`str`, *optional*): The kind of remedy that it is.
@@ -234,7 +234,7 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
     options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
     options |= variant.trainer_arguments
     if callable(options.get("peft_config")):
-        options["peft_config"] = options["peft_config"](model, tokenizer, rows)
+        options["peft_config"] = options["peft_config"](model, tokenizer, known)
     trainer = variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
     show_progress(trainer, variant.name)
     return trainer

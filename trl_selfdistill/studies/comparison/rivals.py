@@ -86,8 +86,8 @@ def _adapters(args: ComparisonArguments) -> dict[str, list[Variant]]:
     options = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, **linear}
     lora, mica = ({"peft_config": LoraConfig(init_lora_weights=init, **options)} for init in (True, "mica"))
 
-    def corda(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> LoraConfig:
-        return _corda(model, tokenizer, rows, options)
+    def corda(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: Dataset) -> LoraConfig:
+        return _corda(model, tokenizer, known, options)
 
     about = {"lora_rank": args.lora_rank}
     found = {
@@ -107,14 +107,14 @@ def _adapters(args: ComparisonArguments) -> dict[str, list[Variant]]:
     return found
 
 
-def _corda(model: PreTrainedModel, tokenizer, rows: Dataset, options: dict[str, Any]) -> LoraConfig:
-    """CorDA (arXiv 2406.05223) that keeps what the Known facts, which come first among the rows, use."""
+def _corda(model: PreTrainedModel, tokenizer, known: Dataset, options: dict[str, Any]) -> LoraConfig:
+    """CorDA (arXiv 2406.05223) in its knowledge-preserving mode: what the Known facts use is kept."""
     linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     options = options | {"target_modules": sorted(linear - {"lm_head"}), "init_lora_weights": "corda"}
     config = LoraConfig(**options, corda_config=CordaConfig(corda_method="kpm"))
 
     def run() -> None:
-        for row in rows.select(range(min(CORDA_ROWS, len(rows)))):
+        for row in known.select(range(min(CORDA_ROWS, len(known)))):
             model(**tokenizer(row["prompt"] + row["completion"], return_tensors="pt").to(model.device))
 
     preprocess_corda(model, config, run)
@@ -169,8 +169,7 @@ def _anchors(args: ComparisonArguments, kind: str, label: str, **changes) -> lis
     """A KL on anchors of a kind, and on the training rows with a weight λ of their own."""
 
     def named(weight: float, kl_weight: float) -> str:
-        of_anchors = "" if weight == 1 else f", weight {weight:g}"
-        return label + of_anchors + (f", λ = {kl_weight:g} on rows" if kl_weight else "")
+        return label + f", weight {weight:g}" * (weight != 1) + f", λ = {kl_weight:g} on rows" * (kl_weight != 0)
 
     return [
         Variant(
