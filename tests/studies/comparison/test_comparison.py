@@ -12,7 +12,7 @@ import torch
 from conftest import build_model, made_once
 from datasets import Dataset
 from PIL import Image
-from sft_runs import TOKENIZER, trainer
+from sft_runs import TOKENIZER, config, trainer
 from study_records import answered
 from toy_study import STUDY_FLAGS, run_script, runs_of
 from trl import SFTTrainer
@@ -23,6 +23,7 @@ from trl_selfdistill.studies.comparison.rows import known_patch_rows, mask_unlik
 from trl_selfdistill.studies.comparison.study import best_epoch
 from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, read_records
 from trl_selfdistill.studies.results import read_result
+from trl_selfdistill.studies.runs import RunFacts, StudySetup, Variant, _make_trainer
 from trl_selfdistill.studies.training_mix import load_mix
 
 
@@ -140,6 +141,22 @@ def test_in_the_same_time_what_costs_more_makes_fewer_steps(toy_study, finished,
     assert {point["label"] for point in points} >= {*labels} and len(points) == 3 + 3
     assert results_of(output, "asft-steps0.4")[0].training["num_steps"] == 3
     assert "# The same in 0.75 times the processor time of SFT" in (output / "methods.md").read_text()
+    for seed in range(3):  # killed after the last step
+        path = output / "runs" / f"asft-seed{seed}" / "training.json"
+        write_json(path, read_json(path) | {"training_seconds": None})
+    with pytest.raises(ValueError, match="`equal_time`: no step of SFT or ASFT: DFT and KL"):
+        compare(toy_study, output, *flags)
+    compare(toy_study, output, *flags[:3], "--save_strategy", "no")
+    assert {point["label"]: point["cost"] for point in read_json(output / "methods.json")}[list(steps)[1]] is None
+
+
+def test_an_adapter_is_made_from_the_known_facts(finished, tmp_path):
+    seen, mix = [], load_mix(finished / "mix")
+    variant = Variant("x", "X", trainer_arguments={"peft_config": lambda *given: seen.append(given)})
+    setup = StudySetup(str(finished / "stage1"), finished / "mix", config(tmp_path))
+    _make_trainer(variant, setup, config(tmp_path), RunFacts(mix["known"], mix["new"], {}))
+    [(_, _, known)] = seen
+    assert known["prompt"][:] == mix["known"]["prompt"][:]
 
 
 @pytest.mark.parametrize(

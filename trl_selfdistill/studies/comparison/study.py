@@ -47,19 +47,19 @@ def compare_variants(
     Raises:
         ValueError: If there are too few facts, or a setting that a trainer refuses; before the first run.
     """
-    facts, prompts, answers = _facts(setup.mix), [], None
+    facts, prompts = _facts(setup.mix), []
     if {"own_answers", "kl_anchors"} & {*args.variants}:
         prompts = _prompts(args, facts.asked, setup)
-    if "own_answers" in args.variants:
-        own = prompts[: args.num_own_answers]
-        answers = _own_answers(own, setup, folder.with_name("own_answers"))
-    variants = variants_of(args, prompts, answers)
+    variants = variants_of(args, prompts)
     num_steps = steps_of_epochs(len(facts.known) + len(facts.new), setup.config)
     for variant in variants:
         training_config(variant, setup.config, num_steps)  # refuses what cannot be
     full = {variant.name for variant in variants if variant.group != ADAPTERS}
     if not {*args.mixed} <= full:
         raise ValueError(f"`mixed` may hold {', '.join(sorted(full))}, got {args.mixed}.")
+    if "own_answers" in args.variants:
+        own = prompts[: args.num_own_answers]
+        variants = variants_of(args, prompts, _own_answers(own, setup, folder.with_name("own_answers")))
     runs = _Runs(args, setup, folder, facts, num_steps)
     sft, *others = variants
     results = runs.of(sft)
@@ -117,7 +117,10 @@ class _Runs(NamedTuple):
         """The variants with as many steps, to a tenth of SFT's, as take `equal_time` times the time that SFT took."""
         found = {}
         for variant in variants:
-            share = training_seconds(self.of(variants[0])) / training_seconds(self.of(variant))
+            seconds = [training_seconds(self.of(of)) for of in (variants[0], variant)]
+            if None in seconds:
+                raise ValueError(f"`equal_time`: no step of SFT or {variant.label} was timed. Delete their folders.")
+            share = seconds[0] / seconds[1]
             steps = max(0.1, round(self.args.equal_time * share * variant.steps, 1))
             found.setdefault(variant.label, variant._replace(steps=steps))
         return [*found.values()]
@@ -180,12 +183,12 @@ def _prompts(args: ComparisonArguments, asked: dict[str, Dataset], setup: StudyS
     annotated = read_facts(setup.annotated)
     tables = [[fact for fact in annotated if fact["relation"] in relations]]
     if args.anchor_facts is not None:
-        used_later = used | {fold_name(subject) for subject in annotated["subject"]}
-        tables.append([fact for fact in load_facts(args.anchor_facts) if fold_name(fact["subject"]) not in used_later])
+        tables.append(load_facts(args.anchor_facts))
     questions = []
     for table in tables:
         left = [fact["question"] for fact in table if fold_name(fact["subject"]) not in used]
         questions += random.Random(0).sample(left, len(left))
+        used |= {fold_name(subject) for subject in annotated["subject"]}
     needed = {"num_own_answers": args.num_own_answers} if "own_answers" in args.variants else {}
     needed |= {"num_anchors": max(args.num_anchors)} if "kl_anchors" in args.variants else {}
     for name, number in needed.items():
@@ -226,6 +229,7 @@ def _outcome(
     return Outcome(label, old, new, group, training_seconds(results) if results else None)
 
 
-def training_seconds(results: list[VariantResult]) -> float:
-    """What training took on average."""
-    return fmean(result.training["training_seconds"] for result in results)
+def training_seconds(results: list[VariantResult]) -> float | None:
+    """What training took on average, in the runs that were timed: not if it was killed after the last step."""
+    seconds = [result.training.get("training_seconds") for result in results]
+    return fmean(filter(None, seconds)) if any(seconds) else None
