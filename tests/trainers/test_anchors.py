@@ -163,14 +163,6 @@ def test_own_answers_carry_the_labels_and_not_their_prompts(tmp_path):
     assert added and all(row["labels"][0] == -100 != row["labels"][-1] for row in added)
 
 
-def test_texts_need_a_token_to_begin_with(tmp_path):
-    tokenizer = build_tokenizer()
-    tokenizer.eos_token = tokenizer.bos_token = None
-    rows = Dataset.from_list([{"input_ids": [5, 6, 7]}] * 2)
-    with pytest.raises(ValueError, match="`anchors='self'`: the tokenizer has no token to begin a text with"):
-        trainer(tmp_path, None, dict(processing_class=tokenizer, train_dataset=rows), anchors="self")
-
-
 def test_each_row_comes_once_a_pass_in_an_order_of_the_seed(tmp_path):
     rows, other = (trainer(tmp_path, None, given(), anchors="kl", seed=seed).anchors for seed in (3, 4))
     passes, others = ([[x[4 * n + i]["input_ids"] for i in range(4)] for n in range(2)] for x in (rows, other))
@@ -210,7 +202,11 @@ CHAT_DATA = Dataset.from_list(CHAT_ROWS)
 TEXTS = Dataset.from_dict({"text": ["c d", "e f"]})
 ANSWERED = [[*row["prompt"], *row["completion"]] for row in CHAT_ROWS]
 STREAM = Dataset.from_list(FACTS).to_iterable_dataset()
+SILENT = build_tokenizer()
+SILENT.eos_token = SILENT.bos_token = None
+TOKENS = Dataset.from_list([{"input_ids": [5, 6, 7]}] * 2)
 REFUSED = [
+    (dict(anchors="self"), dict(processing_class=SILENT, train_dataset=TOKENS), "'self'`: the tokenizer has no token"),
     (dict(anchors="replay"), {}, "`anchors` must be one of own_answers, kl, self, or unset, got 'replay'"),
     (dict(anchors="self", anchor_weight=-1.0), {}, "`anchor_weight` must be > 0, got -1.0"),
     (dict(anchors="self", anchor_max_new_tokens=0), {}, "`anchor_max_new_tokens` must be > 0, got 0"),
@@ -221,6 +217,8 @@ REFUSED = [
     ({}, given(), "`anchors=None` takes none of `anchor_dataset`"),
     (dict(anchors="kl"), given([]), "`anchor_dataset` must be a `Dataset` with rows and a column"),
     (dict(anchors="kl"), given(["a"], "question"), r"a column \('prompt', .* got Dataset\({"),
+    (dict(anchors="kl"), given([["a"], ["b"]]), r"row 1: `prompt` must be .* got \['a'\]"),
+    (dict(anchors="kl", anchor_weight=float("nan")), given(), "`anchor_weight` must be"),
     (dict(anchors="kl"), dict(anchor_dataset=["a"]), r"must be a `Dataset` .* got \['a'\]"),
     (dict(anchors="kl"), given(["a b", " "]), "row 2: `prompt` must be a text or a conversation, got ' '"),
     (dict(anchors="own_answers"), given(["a b", None]), "row 2: `prompt` must be a text .* got None"),

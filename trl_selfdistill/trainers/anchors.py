@@ -34,8 +34,8 @@ _STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many
 
 class Anchors:
     """
-    Rows with a label at each token, as an endless sequence. A step takes its rows by their positions, so that a run
-    that is resumed, or split otherwise over micro-batches and processes, takes the same ones.
+    Rows with labels where the KL is taken, as an endless sequence. A step takes its rows by their positions, so that
+    a run that is resumed, or split otherwise over micro-batches and processes, takes the same ones.
 
     Args:
         trainer ([`SelfDistillSFTTrainer`]): Its teacher writes, when all processes of a step ask for the next texts.
@@ -153,8 +153,8 @@ def prepare_anchors(trainer, dataset: Dataset | None, evaluated: Any) -> dict[st
 
 def _question(prompt: str | list[dict]) -> str | list[dict]:
     """A prompt; of a conversation what comes before its last answer."""
-    is_answered = isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant"
-    return prompt[:-1] if is_answered else prompt
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    return prompt[:-1] if isinstance(last, dict) and last.get("role") == "assistant" else prompt
 
 
 def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, Dataset]:
@@ -173,7 +173,8 @@ def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, D
 
     prompts = [*map(_question, prompts)]
     for row, prompt in enumerate(prompts, start=1):
-        if not isinstance(prompt, str | list) or not (prompt.strip() if isinstance(prompt, str) else prompt):
+        is_chat = isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
+        if not (is_chat and prompt or isinstance(prompt, str) and prompt.strip()):
             refuse(row, f"must be a text or a conversation, got {prompt!r}")
     token_ids = tokenize_prompts(trainer.processing_class, prompts)
     num_answer_tokens = 0 if is_text else 1

@@ -10,7 +10,7 @@ from typing import Any
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options
 
 
-# Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults are those that kept most in the comparison
+# Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults learn more and keep as much
 PAPER_SETTING = {"kl_weight": 1.0, "temperature": 0.5}
 ANCHOR_KINDS = ("own_answers", "kl", "self")
 CACHE_DTYPES = ("bfloat16", "float32")
