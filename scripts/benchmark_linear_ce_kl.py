@@ -2,20 +2,23 @@
 """
 Times `linear_ce_kl` against its peers, forward and backward, side by side, and checks all against fp64 before.
 
-    python scripts/benchmark_linear_ce_kl.py --shape smollm2 --num_tokens 1024 --dtype float32
+    python scripts/benchmark_linear_ce_kl.py --shapes smollm2 --num_tokens 1024 --dtype float32
 
 The limit is the time of the four matrix products that no implementation can do without, measured in the same rounds.
 Peak memory is what a step adds to the inputs: the allocator's on CUDA, the resident set's of a process of its own on a
-CPU. Needs `pip install -e ".[benchmark]"`; on a GPU the same command checks and times the Triton kernel.
+CPU. Needs `pip install -e ".[benchmark]"`; on a GPU the same command times the Triton kernel. An implementation that
+fails, for want of memory mostly, is left out of the rounds, and its row names the error.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +28,13 @@ from torch.nn import functional as F
 from trl_selfdistill import LMHead, linear_ce_kl
 
 
-SHAPES = {"smollm2": (576, 49152), "qwen2.5-1.5b": (1536, 151936), "llama-3.1-8b": (4096, 128256)}
+# Hidden size and vocabulary
+SHAPES = {
+    "smollm2": (576, 49152),
+    "qwen2.5-1.5b": (1536, 151936),
+    "llama-3.1-8b": (4096, 128256),
+    "gemma-3-1b": (1152, 262144),
+}
 KL_WEIGHT, TEMPERATURE = 1.0, 0.5
 
 
@@ -125,23 +134,26 @@ def errors(args, dtype) -> dict[str, float]:
     expected = torch.autograd.grad(ours(*exact, impl="reference"), exact[:2])
     result = {}
     for name in args.implementations:
-        grads = torch.autograd.grad(IMPLEMENTATIONS[name](*inputs), inputs[:2])
+        try:
+            grads = torch.autograd.grad(IMPLEMENTATIONS[name](*inputs), inputs[:2])
+        except Exception:  # of a peer: the others are measured all the same
+            traceback.print_exc()
+            result[name] = math.nan
+            continue
         pairs = zip(grads, expected, strict=True)
         result[name] = max(((x.double() - y).abs().max() / y.abs().max()).item() for x, y in pairs)
     return result
 
 
-def peak_mib(name: str, args, dtype) -> float:
+def peak_mib(name: str, inputs, args, shape: str, num_tokens: int) -> float:
     """What one step adds to the inputs at its peak, after a first step."""
     if args.device == "cuda":
-        inputs = make_inputs(args.shape, args.num_tokens, dtype, "cuda")
-        step(IMPLEMENTATIONS[name], inputs)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(IMPLEMENTATIONS[name], inputs)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    command = [sys.executable, __file__, "--peak_memory_of", name, "--shape", args.shape, "--dtype", args.dtype]
-    command += ["--num_tokens", str(args.num_tokens)]
+    command = [sys.executable, __file__, "--peak_memory_of", name, "--shapes", shape, "--dtype", args.dtype]
+    command += ["--num_tokens", str(num_tokens)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -150,7 +162,7 @@ def print_peak_of_this_process(args, dtype) -> None:
     import resource
 
     step(IMPLEMENTATIONS[args.peak_memory_of], make_inputs("smollm2", 8, dtype, "cpu"))
-    inputs = make_inputs(args.shape, args.num_tokens, dtype, "cpu")
+    inputs = make_inputs(args.shapes[0], args.num_tokens[0], dtype, "cpu")
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     step(IMPLEMENTATIONS[args.peak_memory_of], inputs)
@@ -158,37 +170,58 @@ def print_peak_of_this_process(args, dtype) -> None:
     print(int(peak.split()[1]) / 1024 - resident / 2**20)
 
 
-def time_all(args, dtype) -> dict[str, list[float]]:
-    """Seconds of each implementation and of the limit, in rounds that run all of them one after the other."""
-    inputs = make_inputs(args.shape, args.num_tokens, dtype, args.device)
+def measure(shape: str, num_tokens: int, args, dtype, error: dict[str, float]) -> dict:
+    """
+    Times the limit and each implementation in rounds that run all of them one after the other.
+
+    Returns:
+        `dict`: The shape, the seconds of the limit, and for each implementation its seconds, peak memory in MiB and
+        error; no seconds, and the name of the failure, for one that failed.
+    """
+    inputs = make_inputs(shape, num_tokens, dtype, args.device)
     hidden, weight = (x.detach() for x in inputs[:2])
     outputs = (hidden.new_empty(len(hidden), len(weight)), torch.empty_like(hidden), torch.empty_like(weight))
-    runs = {"limit": partial(four_products, inputs, outputs)}
-    runs |= {name: partial(step, IMPLEMENTATIONS[name], inputs) for name in args.implementations}
-    for run in runs.values():
-        run()  # compiles, and loads libraries
+    runs, peaks, failures = {"limit": partial(four_products, inputs, outputs)}, {}, {}
+    runs["limit"]()
+    for name in args.implementations:
+        run = partial(step, IMPLEMENTATIONS[name], inputs)
+        try:
+            run()  # compiles, and loads libraries
+            peaks[name], runs[name] = peak_mib(name, inputs, args, shape, num_tokens), run
+        except Exception as failure:
+            traceback.print_exc()
+            failures[name] = type(failure).__name__
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
     times = {name: [] for name in runs}
     for _ in range(args.repeats):
         for name, run in runs.items():
             times[name].append(seconds(run, args.device))
-    return times
+    measured = {}
+    for name in args.implementations:
+        measured[name] = {"seconds": times.get(name, []), "peak_mib": peaks.get(name), "error": error[name]}
+        measured[name]["failure"] = failures.get(name)
+    return {"shape": shape, "num_tokens": num_tokens, "limit": times["limit"], "implementations": measured}
 
 
-def report(args, times, peaks, error) -> str:
-    limit = statistics.median(times["limit"])
-    hidden_size, vocab_size = SHAPES[args.shape]
-    rate = 8 * args.num_tokens * hidden_size * vocab_size / limit / 1e12
+def report(result: dict, args) -> str:
+    limit = statistics.median(result["limit"])
+    hidden_size, vocab_size = SHAPES[result["shape"]]
+    rate = 8 * result["num_tokens"] * hidden_size * vocab_size / limit / 1e12
     lines = [
-        f"{args.shape} (hidden {hidden_size}, vocabulary {vocab_size}), {args.num_tokens} tokens, {args.dtype}, "
-        f"{machine(args.device)}: four products {limit * 1e3:.1f} ms ({rate:.2f} TFLOP/s)",
+        f"{result['shape']} (hidden {hidden_size}, vocabulary {vocab_size}), {result['num_tokens']} tokens, "
+        f"{args.dtype}, {machine(args.device)}: four products {limit * 1e3:.1f} ms ({rate:.2f} TFLOP/s)",
         "",
         "| implementation | ms, median [min, max] | share of the limit | peak memory, MiB | error of the gradients |",
         "|---|---|---|---|---|",
     ]
-    for name in args.implementations:
-        median = statistics.median(times[name])
-        spread = f"{median * 1e3:.1f} [{min(times[name]) * 1e3:.1f}, {max(times[name]) * 1e3:.1f}]"
-        lines.append(f"| {name} | {spread} | {limit / median:.2f} | {peaks[name]:.0f} | {error[name]:.1e} |")
+    for name, measured in result["implementations"].items():
+        cells = [measured["failure"], "-", "-"]
+        if times := measured["seconds"]:
+            median, low, high = (x * 1e3 for x in (statistics.median(times), min(times), max(times)))
+            spread = f"{median:.1f} [{low:.1f}, {high:.1f}]"
+            cells = [spread, f"{limit * 1e3 / median:.2f}", f"{measured['peak_mib']:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {measured['error']:.1e} |")
     return "\n".join(lines)
 
 
@@ -197,29 +230,33 @@ def machine(device: str) -> str:
     return f"{name}, torch {torch.__version__}, python {platform.python_version()}"
 
 
-def plot(args, times, peaks) -> None:
+def plot(results: list[dict], args) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    limit = statistics.median(times["limit"])
-    names = list(args.implementations)[::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(names) + 1.2), sharey=True, layout="constrained")
+    names = args.implementations[::-1]
     colors = ["tab:blue" if name == "linear_ce_kl" else "tab:gray" for name in names]
-    axes[0].barh(names, [limit / statistics.median(times[name]) for name in names], color=colors)
-    axes[0].axvline(1.0, color="black", linestyle="--", linewidth=1)
-    axes[0].set(xlabel="share of the four-product limit (1 is the limit)", xlim=(0, 1.05))
-    axes[1].barh(names, [peaks[name] for name in names], color=colors)
-    axes[1].set(xlabel="peak memory of a step, MiB")
-    figure.suptitle(f"CE + KL head, {args.shape}, {args.num_tokens} tokens, {args.dtype}")
+    size = (10, (0.35 * len(names) + 1.2) * len(results))
+    figure, axes = plt.subplots(len(results), 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for (left, right), result in zip(axes, results, strict=True):
+        limit, measured = statistics.median(result["limit"]), [result["implementations"][name] for name in names]
+        shares = [limit / statistics.median(x["seconds"]) if x["seconds"] else 0.0 for x in measured]
+        left.barh(names, shares, color=colors)
+        left.axvline(1.0, color="black", linestyle="--", linewidth=1)
+        left.set(title=f"{result['shape']}, {result['num_tokens']} tokens, {args.dtype}", xlim=(0, 1.05))
+        right.barh(names, [(x["peak_mib"] or 0.0) / 1024 for x in measured], color=colors)
+    axes[-1][0].set(xlabel="share of the four-product limit (1 is the limit)")
+    axes[-1][1].set(xlabel="peak memory of a step, GiB")
     figure.savefig(f"{args.output}.png", dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--num_tokens", type=int, default=1024, help="label tokens of a step")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2"])
+    parser.add_argument("--num_tokens", nargs="+", type=int, default=[1024], help="label tokens of a step")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, each of which runs every implementation")
@@ -230,16 +267,16 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     if args.peak_memory_of:
         return print_peak_of_this_process(args, dtype)
-    error = errors(args, dtype)
-    times = time_all(args, dtype)
-    peaks = {name: peak_mib(name, args, dtype) for name in args.implementations}
-    text = report(args, times, peaks, error)
-    print(text)
-    if args.output:
-        measured = json.dumps({"seconds": times, "peak_mib": peaks, "error": error})
-        for suffix, content in ((".md", text + "\n"), (".json", measured)):
-            Path(f"{args.output}{suffix}").write_text(content, encoding="utf-8")
-        plot(args, times, peaks)
+    error, results = errors(args, dtype), []
+    for num_tokens in args.num_tokens:
+        for shape in args.shapes:
+            results.append(measure(shape, num_tokens, args, dtype, error))
+            print(report(results[-1], args), end="\n\n", flush=True)
+            if args.output:  # each time: what is there stays if the next one does not end
+                text = "\n\n".join(report(result, args) for result in results)
+                for suffix, content in ((".md", text + "\n"), (".json", json.dumps(results))):
+                    Path(f"{args.output}{suffix}").write_text(content, encoding="utf-8")
+                plot(results, args)
 
 
 if __name__ == "__main__":

@@ -8,34 +8,75 @@ from trl_selfdistill import LMHead, linear_ce_kl
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+HEADS = {
+    "plain": {},
+    "scale and softcap": dict(logit_scale=0.5, logit_softcap=30.0),
+    "bias": dict(bias=True, logit_scale=2.0),
+}
 
 
-def make_inputs(num_tokens, dtype):
+def make_inputs(num_tokens, dtype, vocab=50257, bias=False, strided=False, device="cuda", **head_options):
+    """The tensors that need a gradient, and the five positional arguments; 50257 is a multiple of nothing."""
     torch.manual_seed(0)
-    hidden, teacher_hidden = torch.randn(2, num_tokens, 256, device="cuda").to(dtype)
-    weight, teacher_weight = (torch.randn(2, 50257, 256, device="cuda") / 8).to(dtype)  # a multiple of nothing
-    labels = torch.randint(50257, (num_tokens,), device="cuda")
+    columns = slice(None, None, 2 if strided else 1)
+
+    def side():
+        hidden = torch.randn(num_tokens, 512 if strided else 256, device=device).to(dtype)[:, columns]
+        weight = (torch.randn(vocab, 256, device=device) / 8).to(dtype)
+        if not bias:
+            return hidden, weight
+        masked = torch.arange(vocab, device=device) % 50 == 7  # tokens that cannot come
+        return hidden, weight, torch.randn(vocab, device=device).to(dtype).masked_fill(masked, float("-inf"))
+
+    student, teacher = [x.detach().requires_grad_() for x in side()], side()
+    labels = torch.randint(vocab, (num_tokens,), device=device) // 50 * 50
     labels[::3] = -100
-    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    head, teacher_head = (LMHead(x, logit_scale=0.5, logit_softcap=30.0) for x in (leaves[1], teacher_weight))
-    return leaves, (leaves[0], head, teacher_hidden, teacher_head, labels)
+    sides = (student[0], LMHead(*student[1:], **head_options), teacher[0], LMHead(*teacher[1:], **head_options))
+    return student, (*sides, labels)
 
 
-def loss_and_gradients(num_tokens, dtype, **options):
-    leaves, inputs = make_inputs(num_tokens, dtype)
-    loss = linear_ce_kl(*inputs, kl_weight=1.0, **options).loss
+def loss_and_gradients(num_tokens, dtype, sizes=None, **options):
+    leaves, inputs = make_inputs(num_tokens, dtype, **(sizes or {}))
+    loss = linear_ce_kl(*inputs, **{"kl_weight": 1.0, **options}).loss
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_as_exact_as_the_reference(dtype, tolerance, temperature):
-    exact = loss_and_gradients(300, torch.float64, temperature=temperature, impl="reference")
-    reference = loss_and_gradients(300, dtype, temperature=temperature, impl="reference")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("head", HEADS)
+def test_as_exact_as_the_reference(dtype, temperature, head):
+    exact = loss_and_gradients(301, torch.float64, HEADS[head], temperature=temperature, impl="reference")
+    reference = loss_and_gradients(301, dtype, HEADS[head], temperature=temperature, impl="reference")
     options = dict(temperature=temperature, impl="triton", memory_budget_mib=20)  # several chunks
-    results = loss_and_gradients(300, dtype, **options)
+    results = loss_and_gradients(301, dtype, HEADS[head], **options)
     for truth, theirs, ours in zip(exact, reference, results, strict=True):
-        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + tolerance
+        largest = truth.abs().max()
+        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + TOLERANCES[dtype] * largest
+
+
+@pytest.mark.parametrize("sizes", [{"vocab": 3}, {"vocab": 129}, {"vocab": 50304}, {"strided": True}], ids=str)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_odd_shapes_and_strides(sizes, kl_weight):
+    truth = loss_and_gradients(33, torch.float64, sizes, kl_weight=kl_weight, impl="reference")
+    for expected, ours in zip(truth, loss_and_gradients(33, torch.float32, sizes, kl_weight=kl_weight), strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_tile_of_more_than_2_to_the_31_elements():
+    """Row offsets in 32 bits would read and write somewhere else: against chunks of 2**27 elements."""
+    num_tokens, sizes = 24_600, dict(vocab=131_073)  # a third of the tokens are ignored
+    whole = loss_and_gradients(num_tokens, torch.bfloat16, sizes, memory_budget_mib=2**14)
+    chunks = loss_and_gradients(num_tokens, torch.bfloat16, sizes, memory_budget_mib=2**9)
+    for one, many in zip(whole, chunks, strict=True):
+        assert (one - many).abs().max() <= 2e-2 * many.abs().max()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one():
+    first, second = (loss_and_gradients(33, torch.bfloat16, dict(device=f"cuda:{i}")) for i in (0, 1))
+    for ours, theirs in zip(second, first, strict=True):
+        torch.testing.assert_close(ours.to("cuda:0"), theirs)
 
 
 def test_memory_follows_the_budget_and_not_the_number_of_tokens():

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Checks and times everything that only a GPU can show, in one call of less than nine minutes and without a network.
+
+    python scripts/measure_on_gpu.py --output_dir outputs/gpu
+
+The parts run in the order of their worth, each in a process and a time of its own: one that fails or is cut off does
+not stop the rest. Each leaves its output, and what it measured, in --output_dir; a table of all of them comes last.
+The exit status is 1 if a part failed or an aim was missed. `--small` runs all parts in small, also without a GPU.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+ROOT = Path(__file__).parents[1]
+TRL = "TRL's pair"
+SHAPES = ("llama-3.1-8b", "smollm2", "qwen2.5-1.5b", "gemma-3-1b")
+
+
+class Part(NamedTuple):
+    """One thing to show."""
+
+    name: str
+    seconds: int  # that it may take
+    command: list[str]  # of Python
+    findings: Callable[[Path], list[tuple]]  # rows of the table, from its output: what, measured, whether it is good
+
+
+def parts(folder: Path, small: bool) -> list[Part]:
+    head = ["scripts/benchmark_linear_ce_kl.py", "--dtype", "bfloat16", "--output"]
+    step = ["scripts/benchmark_training_step.py", "--output"]
+    tokens, shapes, repeats = (8192, 32768), SHAPES, "10"
+    models, workload = ("smollm2-135m", "llama-3.2-1b"), ["--workload", "long_documents", "--rounds", "2"]
+    if small:
+        tokens, shapes, repeats = (32, 64), ("smollm2",), "1"
+        models, workload = ("tiny",), ["--rounds", "2", "--steps", "2", "--no-bf16"]
+        head[2] = "float32"
+    result = [Part("kernels", 120, ["-m", "pytest", "tests/gpu/test_linear_ce_kl_on_cuda.py"], last_line)]
+    for number in tokens:
+        output = folder / f"head-{number}"
+        options = [str(output), "--num_tokens", str(number), "--repeats", repeats, "--shapes", *shapes]
+        result.append(Part(output.name, 150, head + options, head_findings))
+    result.append(Part("trainers", 90, ["-m", "pytest", "tests/gpu/test_trainers_on_cuda.py"], last_line))
+    for model in models:
+        output = folder / f"step-{model}"
+        result.append(Part(output.name, 100, [*step, str(output), "--shape", model, *workload], step_findings))
+    distributed = ["scripts/check_distributed.py", "--output_dir", str(folder / "distributed")]
+    result.append(Part("reference", 60, [*distributed, "--write_reference"], last_line))
+    processes = str(min(8, torch.cuda.device_count()) if torch.cuda.is_available() else 1)
+    for config in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3") if torch.cuda.is_available() else ("cpu",):
+        file = f"scripts/accelerate_configs/{config}.yaml"
+        launch = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", processes]
+        result.append(Part(config, 60, launch + distributed, check_findings))
+    return result
+
+
+def last_line(log: Path) -> list[tuple]:
+    return [(line, True) for line in log.read_text(encoding="utf-8").splitlines()[-1:]]
+
+
+def check_findings(log: Path) -> list[tuple]:
+    """How many of the checks passed, and those that did not."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    passed = sum(line.startswith("passed") for line in lines)
+    return [(f"{passed} checks passed", passed > 0), *((line, False) for line in failed)]
+
+
+def head_findings(log: Path) -> list[tuple]:
+    """Our head beside the limit and its peers; the aims are those of Llama's shape."""
+    rows = []
+    for result in json.loads(log.with_suffix(".json").read_text(encoding="utf-8")):
+        measured = {k: x for k, x in result["implementations"].items() if x["seconds"]}
+        times = {name: statistics.median(x["seconds"]) for name, x in measured.items()}
+        ours, memory = times.pop("linear_ce_kl"), {name: x["peak_mib"] for name, x in measured.items()}
+        share, least = statistics.median(result["limit"]) / ours, memory.pop("linear_ce_kl")
+        what = f"{result['shape']}: {ours * 1e3:.1f} ms, {share:.2f} of the limit"
+        best, leanest = (min(x, key=x.get) for x in (times, memory))
+        if TRL in times:
+            what += f", {ours / times[TRL]:.2f} of TRL's pair"
+        what += f", {ours / times[best]:.2f} of {best}; {least:.0f} MiB, {least / memory[leanest]:.2f} of {leanest}"
+        aims = share >= 0.8 and ours <= 0.45 * times.get(TRL, ours * 9)
+        rows.append((what, ours < times[best] and (aims or not result["shape"].startswith("llama"))))
+    return rows
+
+
+def step_findings(log: Path) -> list[tuple]:
+    """Ratios to `SFTTrainer` of a whole step and of the memory."""
+    measured = json.loads(log.with_suffix(".json").read_text(encoding="utf-8"))
+    aims = {"SelfDistillSFTTrainer": 1.4, "precompute_teacher": 1.1, "FrozenGroupsSFTTrainer": 0.85}
+    rows = []
+    for name, aim in aims.items():
+        ratios = {
+            part: statistics.median(values) / statistics.median(measured["SFTTrainer"][part])
+            for part, values in measured[name].items()
+        }
+        what = ", ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
+        rows.append((f"{name}: {what} of SFTTrainer's (aim {aim})", ratios["whole step"] <= aim))
+    return rows
+
+
+def run(part: Part, folder: Path, seconds: float) -> tuple[str, float]:
+    """Runs a part; how it ended, and its seconds."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if torch.cuda.is_available():
+        environment |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    start, status = time.monotonic(), "ended"
+    with open(folder / f"{part.name}.log", "w", encoding="utf-8") as log:
+        try:
+            command = [sys.executable, *part.command]
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=seconds, check=True)
+        except subprocess.TimeoutExpired:
+            status = "cut off"
+        except subprocess.CalledProcessError as error:
+            status = f"FAILED, exit status {error.returncode}"
+    return status, time.monotonic() - start
+
+
+def main() -> int:
+    """Runs the parts and prints the table; 1 if a part failed or an aim was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu"), help="where logs and numbers go")
+    parser.add_argument("--seconds", type=float, default=520, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", help="names of those to run, all by default")
+    parser.add_argument("--small", action="store_true", help="in small, to try it on a CPU")
+    args = parser.parse_args()
+    if not args.small and not torch.cuda.is_available():
+        parser.error("no GPU was found. `--small` tries the parts on a CPU.")
+    folder = args.output_dir.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    end, table, good = time.monotonic() + args.seconds, [], True
+    for part in parts(folder, args.small):
+        if args.parts and part.name not in args.parts:
+            continue
+        left = min(part.seconds, end - time.monotonic())
+        status, seconds = run(part, folder, left) if left > 5 else ("not started", 0.0)
+        print(f"{part.name}: {status} after {seconds:.0f} s", flush=True)
+        try:
+            rows = part.findings(folder / f"{part.name}.log")
+        except (OSError, KeyError, ValueError) as error:  # it ended before its first number
+            rows = [(f"nothing was measured ({type(error).__name__})", False)]
+        good &= status == "ended" and all(is_good for _, is_good in rows)
+        table += [(part.name, status, f"{seconds:.0f}", what, "yes" if is_good else "NO") for what, is_good in rows]
+    lines = [
+        "| part | status | s | measured | good |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(x)} |" for x in table),
+    ]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    text = "\n".join([f"{device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", "", *lines])
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
