@@ -4,9 +4,10 @@ Checks and times everything that only a GPU can show, in one call of less than n
 
     python scripts/measure_on_gpu.py --output_dir outputs/gpu
 
-The parts run in the order of their worth, each in a process and a time of its own: one that fails or is cut off does
-not stop the rest. Each leaves its output, and what it measured, in --output_dir; a table of all of them comes last.
-The exit status is 1 if a part failed or an aim was missed. `--small` runs all parts in small, also without a GPU.
+The checks run side by side, then what is timed, one after the other in the order of its worth. Each part has processes
+and a time of its own: one that fails or is cut off does not stop the rest. Each leaves its output, and what it
+measured, in --output_dir; a table of all of them comes last. The exit status is 1 if a part failed or an aim was
+missed. `--small` runs all parts in small, also without a GPU.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,35 +35,46 @@ class Part(NamedTuple):
 
     name: str
     seconds: int  # that it may take
-    command: list[str]  # of Python
-    findings: Callable[[Path], list[tuple]]  # rows of the table, from its output: what, measured, whether it is good
+    commands: list[list[str]]  # of Python, one after the other
+    findings: Callable[
+        [Path], list[tuple]
+    ]  # rows of the table, from its output: what was measured, whether it is good
 
 
-def parts(folder: Path, small: bool) -> list[Part]:
-    head = ["scripts/benchmark_linear_ce_kl.py", "--dtype", "bfloat16", "--output"]
-    step = ["scripts/benchmark_training_step.py", "--output"]
+def checks(folder: Path) -> list[Part]:
+    """What is right or wrong, and takes no time of the GPU to speak of."""
+    tests = ["-m", "pytest", "-p", "no:cacheprovider"]
+    distributed = ["scripts/check_distributed.py", "--output_dir", str(folder / "distributed")]
+    commands = [[*distributed, "--write_reference"]]
+    processes = str(min(8, torch.cuda.device_count()) if torch.cuda.is_available() else 1)
+    for config in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3") if torch.cuda.is_available() else ("cpu",):
+        file = f"scripts/accelerate_configs/{config}.yaml"
+        launch = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", processes]
+        commands.append(launch + distributed)
+    return [
+        Part("kernels", 120, [[*tests, "tests/gpu/test_linear_ce_kl_on_cuda.py"]], last_line),
+        Part("trainers", 150, [[*tests, "tests/gpu/test_trainers_on_cuda.py"]], last_line),
+        Part("distributed", 150, commands, check_findings),
+    ]
+
+
+def timings(folder: Path, small: bool) -> list[Part]:
+    """What is timed, the most worth first."""
+    head = ["scripts/benchmark_linear_ce_kl.py", "--dtype", "float32" if small else "bfloat16"]
+    step = ["scripts/benchmark_training_step.py"]
     tokens, shapes, repeats = (8192, 32768), SHAPES, "10"
     models, workload = ("smollm2-135m", "llama-3.2-1b"), ["--workload", "long_documents", "--rounds", "2"]
     if small:
         tokens, shapes, repeats = (32, 64), ("smollm2",), "1"
         models, workload = ("tiny",), ["--rounds", "2", "--steps", "2", "--no-bf16"]
-        head[2] = "float32"
-    result = [Part("kernels", 120, ["-m", "pytest", "tests/gpu/test_linear_ce_kl_on_cuda.py"], last_line)]
+    result = []
     for number in tokens:
-        output = folder / f"head-{number}"
-        options = [str(output), "--num_tokens", str(number), "--repeats", repeats, "--shapes", *shapes]
-        result.append(Part(output.name, 150, head + options, head_findings))
-    result.append(Part("trainers", 90, ["-m", "pytest", "tests/gpu/test_trainers_on_cuda.py"], last_line))
+        options = ["--num_tokens", str(number), "--repeats", repeats, "--shapes", *shapes]
+        options += ["--output", str(folder / f"head-{number}")]
+        result.append(Part(f"head-{number}", 150, [head + options], head_findings))
     for model in models:
-        output = folder / f"step-{model}"
-        result.append(Part(output.name, 100, [*step, str(output), "--shape", model, *workload], step_findings))
-    distributed = ["scripts/check_distributed.py", "--output_dir", str(folder / "distributed")]
-    result.append(Part("reference", 60, [*distributed, "--write_reference"], last_line))
-    processes = str(min(8, torch.cuda.device_count()) if torch.cuda.is_available() else 1)
-    for config in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3") if torch.cuda.is_available() else ("cpu",):
-        file = f"scripts/accelerate_configs/{config}.yaml"
-        launch = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", processes]
-        result.append(Part(config, 60, launch + distributed, check_findings))
+        options = ["--output", str(folder / f"step-{model}"), "--shape", model, *workload]
+        result.append(Part(f"step-{model}", 100, [step + options], step_findings))
     return result
 
 
@@ -110,22 +123,32 @@ def step_findings(log: Path) -> list[tuple]:
     return rows
 
 
-def run(part: Part, folder: Path, seconds: float) -> tuple[str, float]:
-    """Runs a part; how it ended, and its seconds."""
+def run(part: Part, folder: Path, end: float) -> list[tuple]:
+    """Runs a part, until `end` of `time.monotonic` at most; its rows of the table."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if torch.cuda.is_available():
         environment |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
     start, status = time.monotonic(), "ended"
-    with open(folder / f"{part.name}.log", "w", encoding="utf-8") as log:
-        try:
-            command = [sys.executable, *part.command]
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=seconds, check=True)
-        except subprocess.TimeoutExpired:
-            status = "cut off"
-        except subprocess.CalledProcessError as error:
-            status = f"FAILED, exit status {error.returncode}"
-    return status, time.monotonic() - start
+    end = min(end, start + part.seconds)
+    log = folder / f"{part.name}.log"
+    with open(log, "w", encoding="utf-8") as output:
+        for command in part.commands:
+            options = dict(cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=end - time.monotonic())
+            try:
+                subprocess.run([sys.executable, *command], check=True, **options)
+            except subprocess.TimeoutExpired:
+                status = "cut off"
+                break
+            except subprocess.CalledProcessError as error:
+                status = f"FAILED, exit status {error.returncode}"
+    try:
+        rows = part.findings(log)
+    except (OSError, KeyError, ValueError) as error:  # it ended before its first number
+        rows = [(f"nothing was measured ({type(error).__name__})", False)]
+    seconds = f"{time.monotonic() - start:.0f}"
+    print(f"{part.name}: {status} after {seconds} s", flush=True)
+    return [(part.name, status, seconds, what, "yes" if good and status == "ended" else "NO") for what, good in rows]
 
 
 def main() -> int:
@@ -140,19 +163,16 @@ def main() -> int:
         parser.error("no GPU was found. `--small` tries the parts on a CPU.")
     folder = args.output_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    end, table, good = time.monotonic() + args.seconds, [], True
-    for part in parts(folder, args.small):
-        if args.parts and part.name not in args.parts:
-            continue
-        left = min(part.seconds, end - time.monotonic())
-        status, seconds = run(part, folder, left) if left > 5 else ("not started", 0.0)
-        print(f"{part.name}: {status} after {seconds:.0f} s", flush=True)
-        try:
-            rows = part.findings(folder / f"{part.name}.log")
-        except (OSError, KeyError, ValueError) as error:  # it ended before its first number
-            rows = [(f"nothing was measured ({type(error).__name__})", False)]
-        good &= status == "ended" and all(is_good for _, is_good in rows)
-        table += [(part.name, status, f"{seconds:.0f}", what, "yes" if is_good else "NO") for what, is_good in rows]
+    end, table = time.monotonic() + args.seconds, []
+    side_by_side, in_turn = (
+        [part for part in parts if not args.parts or part.name in args.parts]
+        for parts in (checks(folder), timings(folder, args.small))
+    )
+    with ThreadPoolExecutor() as pool:
+        for rows in pool.map(lambda part: run(part, folder, end), side_by_side):
+            table += rows
+    for part in in_turn:
+        table += run(part, folder, end)
     lines = [
         "| part | status | s | measured | good |",
         "|---|---|---|---|---|",
@@ -162,7 +182,7 @@ def main() -> int:
     text = "\n".join([f"{device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", "", *lines])
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    return 0 if good else 1
+    return int(any(row[-1] == "NO" for row in table))
 
 
 if __name__ == "__main__":

@@ -64,12 +64,12 @@ def test_odd_shapes_and_strides(sizes, kl_weight):
 
 
 def test_a_tile_of_more_than_2_to_the_31_elements():
-    """Row offsets in 32 bits would read and write somewhere else: against chunks of 2**27 elements."""
+    """Row offsets in 32 bits would read and write somewhere else: against many small chunks. Takes 20 GiB."""
     num_tokens, sizes = 24_600, dict(vocab=131_073)  # a third of the tokens are ignored
-    whole = loss_and_gradients(num_tokens, torch.bfloat16, sizes, memory_budget_mib=2**14)
-    chunks = loss_and_gradients(num_tokens, torch.bfloat16, sizes, memory_budget_mib=2**9)
+    whole = loss_and_gradients(num_tokens, torch.float32, sizes, memory_budget_mib=2**15)
+    chunks = loss_and_gradients(num_tokens, torch.float32, sizes, memory_budget_mib=2**9)
     for one, many in zip(whole, chunks, strict=True):
-        assert (one - many).abs().max() <= 2e-2 * many.abs().max()
+        assert (one - many).abs().max() <= 1e-4 * many.abs().max()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -60,6 +60,13 @@ def ce_kl_tile_(
     return losses
 
 
+def scaled(grad: torch.Tensor, upstream: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """Writes `grad * upstream * scale` to `out`, which may be `grad`; `upstream` is a scalar."""
+    if out is grad and grad.device.type == "cpu" and upstream * scale == 1:  # else looking at it waits for the device
+        return
+    torch.mul(grad, upstream * scale, out=out)
+
+
 def _block(student, teacher, labels, objective, with_grad, losses, buffers):
     """Fills `losses`, and `student` with the gradient, for one block of rows."""
     student_buffer, teacher_buffer, probs, teacher_probs, scratch = buffers  # (rows, vocab_size) each

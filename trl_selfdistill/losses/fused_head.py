@@ -7,6 +7,7 @@ it into the gradients of the hidden states and of the head. That is four matrix 
 be, and the memory is that of one chunk. The backward pass only multiplies by the upstream gradient.
 """
 
+import functools
 import math
 
 import torch
@@ -29,7 +30,6 @@ _ADDS_TO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 _LOWEST_LOGIT = -1e30
 
 
-@torch.compiler.disable  # the number of chunks changes from batch to batch, and there is nothing to fuse
 def fused_losses(
     student: ModelSide,
     teacher: ModelSide | None,
@@ -40,9 +40,9 @@ def fused_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the objective, differentiable, and the tokens' sums `(4,)` of cross-entropy, KL, entropy and top-1."""
     if impl == "triton":
-        from .ce_kl_triton import ce_kl_tile_
+        from .ce_kl_triton import ce_kl_tile_, scaled
     else:
-        from .ce_kl_torch import ce_kl_tile_
+        from .ce_kl_torch import ce_kl_tile_, scaled
     inputs = (student.hidden_states, student.lm_head.weight, student.lm_head.bias)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     # The products run in autocast's dtype if it is enabled, or else in the wider of their factors'
@@ -55,9 +55,10 @@ def fused_losses(
     chunk_size = _chunk_size(labels, len(sides) * len(student.lm_head.weight) * dtype.itemsize, memory_budget_mib)
     # bf16 has the range of fp32, so that a single product need not be kept in fp32; fp16 has not
     weight_dtype = dtype if chunk_size == len(labels) and dtype != torch.float16 else sum_dtype
+    new = torch.empty_like if len(labels) else torch.zeros_like
     grads = [
-        torch.zeros_like(x, dtype=grad_dtype) if is_needed else None
-        for x, grad_dtype, is_needed in zip(inputs, (sum_dtype, weight_dtype, sum_dtype), needed, strict=True)
+        new(x, dtype=grad_dtype) if is_needed else None
+        for x, grad_dtype, is_needed in zip(inputs, (dtype, weight_dtype, sum_dtype), needed, strict=True)
     ]
     sums = torch.zeros(4, dtype=sum_dtype, device=labels.device)
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
@@ -72,37 +73,37 @@ def fused_losses(
             sums += ce_kl_tile_(*tiles, labels[chunk], tile_objective, with_grad=any(needed)).sum(0)
             grad_logits = tiles[0].products  # written over them
             if needed[0]:
-                grads[0][chunk] = grad_logits @ heads[0].weight
+                torch.mm(grad_logits, heads[0].weight, out=grads[0][chunk])
             if needed[1]:
-                _add_product_(grads[1], grad_logits.T, hidden_states[0])
+                _add_product_(grads[1], grad_logits.T, hidden_states[0], beta=0 if start == 0 else 1)
             if needed[2]:
-                grads[2] += grad_logits.sum(0, dtype=sum_dtype)
-    unscale = objective.grad_scale / tile_objective.grad_scale
-    return _KnownGradients.apply(objective.total(sums), grads, unscale, *inputs), sums
+                bias_grad = grad_logits.sum(0, dtype=sum_dtype)
+                grads[2] = bias_grad if start == 0 else grads[2] + bias_grad
+    scaled = functools.partial(scaled, scale=objective.grad_scale / tile_objective.grad_scale)
+    return _KnownGradients.apply(objective.total(sums), grads, scaled, *inputs), sums
 
 
 class _KnownGradients(torch.autograd.Function):
-    """Makes `loss` a function of `inputs` with the gradients `grads * unscale`, `None` for those not needed."""
+    """Makes `loss` a function of `inputs` with the gradients `grads`, scaled; `None` for those not needed."""
 
     @staticmethod
-    def forward(ctx, loss, grads, unscale, *inputs):
+    def forward(ctx, loss, grads, scaled, *inputs):
         ctx.save_for_backward(*grads)
-        ctx.unscale, ctx.dtypes = unscale, [x if x is None else x.dtype for x in inputs]
+        ctx.scaled, ctx.dtypes = scaled, [x if x is None else x.dtype for x in inputs]
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, None, None, *(_scaled(grad, upstream * ctx.unscale, dtype) for grad, dtype in grads)
-
-
-def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    if grad is None:
-        return None
-    if grad.device.type == "cpu" and factor == 1:  # elsewhere looking at it would wait for the device
-        return grad.to(dtype)
-    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+        # With `retain_graph=True` there may be another pass, which needs them as they are
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+        results = []
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if grad is not None:
+                out = grad if in_place and grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+                ctx.scaled(grad, upstream, out=out)
+            results.append(None if grad is None else out)
+        return None, None, None, *results
 
 
 def _chunk_size(labels: torch.Tensor, bytes_per_token: int, memory_budget_mib: float) -> int:
@@ -125,13 +126,15 @@ def _project(hidden_states: torch.Tensor, lm_head: LMHead, buffer: torch.Tensor)
     return Tile(products, lm_head.logit_scale, lm_head.logit_softcap)
 
 
-def _add_product_(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
-    """Adds `first @ second` to `total`, which may be of a wider dtype."""
+def _add_product_(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *, beta: int) -> None:
+    """Writes `beta * total + first @ second` to `total`, which may be of a wider dtype."""
     if total.dtype == first.dtype:
-        total.addmm_(first, second)
+        total.addmm_(first, second, beta=beta)
     elif first.is_cuda and _ADDS_TO_FP32:
-        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
+        torch.addmm(total, first, second, beta=beta, out_dtype=total.dtype, out=total)
     elif first.dtype == torch.float16:  # the sums of many tokens may pass its largest number
-        total.addmm_(first.float(), second.float())
-    else:
+        total.addmm_(first.float(), second.float(), beta=beta)
+    elif beta:
         total += first @ second
+    else:
+        total.copy_(first @ second)

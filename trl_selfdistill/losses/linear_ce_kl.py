@@ -38,6 +38,7 @@ class CEKLOutput(NamedTuple):
     num_tokens: torch.Tensor
 
 
+@torch.compiler.disable  # the number of chunks changes from batch to batch, and there is nothing to fuse
 def linear_ce_kl(
     student_hidden_states: torch.Tensor,
     student_lm_head: LMHead,
@@ -106,21 +107,27 @@ def linear_ce_kl(
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
     kept = shift_labels != IGNORE_INDEX
-    labels = shift_labels[kept].long()
-    outside = labels[(labels < 0) | (labels >= vocab_size)]
-    if len(outside):
-        raise ValueError(f"`shift_labels` must be {IGNORE_INDEX} or in [0, {vocab_size}), got {int(outside[0])}.")
-    if len(labels) < len(kept):
-        student = student._replace(hidden_states=student.hidden_states[kept])
-        teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[kept])
-    denominator = max(1.0, float(len(labels) if num_items_in_batch is None else num_items_in_batch))
+    outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
+    # Once: each look at a GPU's values waits for all that it has to do
+    num_labels, num_outside = torch.stack([kept.sum(), outside.sum()]).tolist()
+    if num_outside:
+        raise ValueError(
+            f"`shift_labels` must be {IGNORE_INDEX} or in [0, {vocab_size}), got {int(shift_labels[outside][0])}."
+        )
+    labels = shift_labels.long()
+    if num_labels < len(labels):
+        index = kept.nonzero().squeeze(1)
+        labels = labels[index]
+        student = student._replace(hidden_states=student.hidden_states[index])
+        teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[index])
+    denominator = max(1.0, float(num_labels if num_items_in_batch is None else num_items_in_batch))
     objective = TileObjective(ce_weight, kl_weight, temperature, grad_scale=1 / denominator)
     if impl == "reference":
         loss, sums = _reference_losses(student, teacher, labels, objective)
     else:
         loss, sums = fused_losses(student, teacher, labels, objective, impl, memory_budget_mib)
-    means = sums.detach() / max(1, len(labels))
-    return CEKLOutput(loss, *means.unbind(), torch.tensor(len(labels), device=labels.device))
+    means = sums.detach() / max(1, num_labels)
+    return CEKLOutput(loss, *means.unbind(), torch.tensor(num_labels, device=labels.device))
 
 
 def _reference_losses(student, teacher, labels, objective):
