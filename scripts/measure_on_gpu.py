@@ -63,7 +63,10 @@ def timings(folder: Path, small: bool) -> list[Part]:
     head = ["scripts/benchmark_linear_ce_kl.py", "--dtype", "float32" if small else "bfloat16"]
     step = ["scripts/benchmark_training_step.py"]
     tokens, shapes, repeats = (8192, 32768), SHAPES, "10"
-    models, workload = ("smollm2-135m", "llama-3.2-1b"), ["--workload", "long_documents", "--rounds", "2"]
+    models, workload = (
+        ("smollm2-135m", "llama-3.2-1b"),
+        ["--workload", "long_documents", "--rounds", "2", "--steps", "8"],
+    )
     if small:
         tokens, shapes, repeats = (32, 64), ("smollm2",), "1"
         models, workload = ("tiny",), ["--rounds", "2", "--steps", "2", "--no-bf16"]
@@ -74,7 +77,7 @@ def timings(folder: Path, small: bool) -> list[Part]:
         result.append(Part(f"head-{number}", 150, [head + options], head_findings))
     for model in models:
         options = ["--output", str(folder / f"step-{model}"), "--shape", model, *workload]
-        result.append(Part(f"step-{model}", 100, [step + options], step_findings))
+        result.append(Part(f"step-{model}", 120, [step + options], step_findings))
     return result
 
 
