@@ -21,12 +21,9 @@ test: $(VENV)/.installed-dev
 test-oldest test-newest: test-%: $(VENV)-%/.installed-dev
 	$(VENV)-$*/bin/python -m pytest --numprocesses 2 $(ARGS)
 
-# Builds, checks and times the kernels on a GPU, in the environment that is active (a CUDA build of torch, .[dev,benchmark])
+# Checks and times what only a GPU can show, in the environment that is active (a CUDA build of torch, .[dev,benchmark])
 gpu:
-	CUDA_VISIBLE_DEVICES=0 TRITON_INTERPRET=0 python -m pytest tests/gpu
-	mkdir -p outputs
-	for shape in smollm2 qwen2.5-1.5b llama-3.1-8b; do python scripts/benchmark_linear_ce_kl.py --shape $$shape \
-		--num_tokens 8192 --dtype bfloat16 --output outputs/linear_ce_kl_$$shape || exit 1; done
+	python scripts/measure_on_gpu.py $(ARGS)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
