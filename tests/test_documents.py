@@ -20,7 +20,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "AGENTS.md", *ROOT.glob("docs/*.md"), *R
 DOCUMENTS += [ROOT / "model_cards/README.md"]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 # Programs without TRL's parser: their help tells which flags they have
-OTHERS = ("public_facts", "benchmark", "check_", "compare_slick")
+OTHERS = ("public_facts", "benchmark", "check_", "compare_slick", "measure_on")
 
 
 def commands() -> list[str]:

@@ -181,3 +181,17 @@ def test_a_mistake_in_a_config_file_is_told_without_a_traceback(tmp_path, capsys
     with pytest.raises(SystemExit) as ended:
         run_script("build_training_mix.py", "--annotated", "a", "--config", tmp_path / "config.yaml")
     assert ended.value.code == 2 and error in capsys.readouterr().err
+
+
+def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_measurement(tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPTS / "measure_on_gpu.py"))
+    codes = {"wrong": "import sys; sys.exit('no')", "slow": "import time; time.sleep(60)", "right": "print('fine')"}
+    parts = [script["Part"](name, 4, [["-c", code]], script["last_line"]) for name, code in codes.items()]
+    monkeypatch.setitem(script["main"].__globals__, "checks", lambda folder: parts[:2])
+    monkeypatch.setitem(script["main"].__globals__, "timings", lambda folder, small: parts[2:])
+    monkeypatch.setattr("sys.argv", ["measure_on_gpu.py", "--small", "--output_dir", str(tmp_path)])
+    assert script["main"]() == 1
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[1][:2] == ["| wrong", "FAILED, exit status 1"] and rows[1][3:] == ["no", "NO |"]
+    assert rows[2] == ["| slow", "cut off", "4", "no output", "NO |"]
+    assert rows[3][:2] == ["| right", "ended"] and rows[3][3:] == ["fine", "yes |"]
