@@ -80,12 +80,6 @@ def test_the_rates_of_a_run_are_the_metrics(toy_study):
     assert metadata["hallucination_rate"] == round(scores["hallucination_rate"], 4) > 0
 
 
-def test_records_without_answers_are_refused(tmp_path):
-    (tmp_path / "accuracy.jsonl").write_text('{"step": 0, "epoch": 0.0, "correct": {"heldout": {"a": true}}}\n')
-    with pytest.raises(ValueError, match="accuracy.jsonl: an earlier version wrote it.*Move or delete"):
-        read_records(tmp_path / "accuracy.jsonl")
-
-
 @pytest.mark.parametrize(("config", "last"), [({}, 4), ({"max_steps": 3}, 3)])
 def test_without_eval_epochs_the_end_is_evaluated_wherever_it_is(toy_study, tmp_path, config, last):
     trainer = make_trainer(toy_study.model, tmp_path, tmp_path / "accuracy.jsonl", eval_epochs=0, **config)

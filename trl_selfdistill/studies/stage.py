@@ -118,10 +118,7 @@ def run_arguments(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _run_of(folder: Path) -> dict[str, Any]:
-    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    if run.get("versions", {}).get("trl-selfdistill") == "0.1.0":
-        raise ValueError(f"{folder} was written by trl-selfdistill 0.1.0 and is not read. Move or delete it.")
-    return run
+    return read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
 
 
 def _digest(content: bytes) -> str:

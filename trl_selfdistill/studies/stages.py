@@ -6,7 +6,6 @@ facts -> model -> annotated -> mix -> stage1 -> one folder for each run (see `ru
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,7 +52,6 @@ def prepare_study(
     small_llama: SmallLlamaSettings,
     stage1_args: Stage1Arguments,
     config: SelfDistillSFTConfig,
-    announce: Callable[[str, Path], None] | None = None,
 ) -> StudySetup:
     """
     The stages before the runs of a study, in folders below `config.output_dir`: what the model knows, what it is
@@ -62,8 +60,6 @@ def prepare_study(
     Args:
         model_args, facts_args, slick_args, mix_settings, small_llama, stage1_args, config:
             One of each of [`STUDY_ARGUMENTS`].
-        announce (`Callable[[str, Path], None]`, *optional*): Called with the model and the file of its facts, when
-            they are there and before anything takes long.
 
     Raises:
         ValueError: If the model is quantised and no adapter is trained, or the mix needs facts that SLiCK leaves out.
@@ -80,8 +76,6 @@ def prepare_study(
     output = Path(config.output_dir)
     facts = facts_stage(facts_args, output / "facts")
     model, label = model_stage(model_args.model_name_or_path, output / "model", facts, small_llama)
-    if announce is not None:
-        announce(model, facts)
     annotated = annotate_stage(model, model_args, facts, slick_args, output / "annotated", config)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
     setup = StudySetup(model, mix, config, model_args, annotated, label)
