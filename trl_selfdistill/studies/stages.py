@@ -18,6 +18,7 @@ from ..files import warn_without, write_json
 from ..hub.model_card import CARD_FILE, escape_markdown
 from ..slick.slick import annotate_facts
 from ..trainers import SelfDistillSFTConfig
+from ..trainers.frozen_groups_sft_config import copy_config
 from .arguments import FactsArguments, SlickArguments, Stage1Arguments
 from .card import write_model_card
 from .facts.geonames import geonames_facts, known_place_names
@@ -32,7 +33,7 @@ from .models import (
     save_embedded_model,
 )
 from .results import LEGEND, plot_curves, read_result, render_findings, render_table
-from .runs import RunFacts, StudySetup, Variant, copy_config, train_variant
+from .runs import RunFacts, StudySetup, Variant, train_variant
 from .small_llama import SmallLlamaSettings, pretrain_small_llama
 from .stage import run_stage
 from .training_mix import MixSettings, build_training_mix, load_mix
@@ -209,7 +210,7 @@ def facts_of_mix(mix: Path, splits: tuple[str, ...] = ("known", "new")) -> RunFa
 def _stage1_stage(arguments: Stage1Arguments, setup: StudySetup, folder: Path) -> Path:
     """Teaches the model the format on the Known facts of the mix: the start of every run, and the teacher."""
     changes = {"num_train_epochs": 1, "learning_rate": arguments.stage1_learning_rate}
-    config = copy_config(SFTConfig, setup.config, per_device_train_batch_size=8, **changes)
+    config = copy_config(setup.config, SFTConfig, per_device_train_batch_size=8, **changes)
     variant = Variant("stage1", "Stage 1")
     # The base is not asked: it has not learnt the format, and what it knows SLiCK has found out
     asked = {"before": False}

@@ -106,11 +106,15 @@ def config_from(
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{name.split('/')[-1]}-{suffix}")
-    values = args.to_dict()
-    # `to_dict` masks every name that ends in `_token`, be it `hub_token` or `eos_token`
-    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
-    names = {field.name for field in fields(config_class)}
-    config = config_class(**{name: value for name, value in values.items() if name in names})
-    for name in values.keys() - names:  # of a config class of the user's own
+    config = copy_config(args, config_class)
+    for name in vars(args).keys() - vars(config).keys():  # of a config class of the user's own
         setattr(config, name, getattr(args, name))
     return config
+
+
+def copy_config(args: TrainingArguments, config_class: type, **changes) -> TrainingArguments:
+    """A `config_class` with the values of `args`, as far as it has them, and `changes`."""
+    # Not those of `to_dict`, which masks every name that ends in `_token`, be it `hub_token` or `eos_token`
+    names = [field.name for field in fields(config_class) if field.init and hasattr(args, field.name)]
+    values = {name: getattr(args, name) for name in names}
+    return config_class(**values | changes)
