@@ -29,11 +29,21 @@ from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
 IDS = [TOKENIZER(row["prompt"] + row["completion"])["input_ids"] for row in FACTS]
 LABELLED = [{"input_ids": ids, "labels": [-100, *ids[1:-2], -100, ids[-1]]} for ids in IDS]
 TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
+CHATS = [
+    {
+        "messages": [
+            {"role": role, "content": row[column]}
+            for role, column in (("user", "prompt"), ("assistant", "completion"))
+        ]
+    }
+    for row in FACTS
+]
 VIRTUAL_TOKENS = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 # What each makes of the data is tested in test_data_paths.py; here, that the metrics are TRL's
 DATASETS = {
     "prompt-completion": (FACTS, {}),
     "pre-tokenised with labels": (LABELLED, dict(dataset_kwargs={"skip_prepare_dataset": True})),
+    "assistant's turns": (CHATS, dict(assistant_only_loss=True)),
     "packed": (FACTS, dict(packing=True, max_length=64)),
     "padding-free": (FACTS, dict(padding_free=True, max_length=None)),
     "bf16": (FACTS, dict(bf16=True)),
