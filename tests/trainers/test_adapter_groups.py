@@ -53,7 +53,7 @@ def test_a_peft_config_by_position_is_found(tmp_path):
         (LoraConfig(target_modules=r".*\.up_proj"), ["attention"], "4 tensors in frozen groups: .*up_proj"),
         (LoraConfig(modules_to_save=["lm_head"]), ["attention"], "tensors in frozen groups: .*lm_head"),
         (LoraConfig(), ["norm"], "no linear module"),
-        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ["attention"], "does not adapt modules"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ["attention"], "got PromptTuningConfig"),
     ],
 )
 def test_what_contradicts_the_groups_is_refused(tmp_path, config, groups, message):

@@ -84,9 +84,8 @@ class ExactResumeMixin:
         found = ExactResumeMixin.describe_run(self)["training_data"]
         if found is not None and found != expected:
             raise ValueError(
-                f"`train_dataset` is not the one that {checkpoint} was trained on: got {found} after tokenization, "
-                f"not {expected}. Resume with the same rows, tokenizer, chat template, `max_length`, packing and loss "
-                "mask, or set `ignore_data_skip=True` to use others."
+                f"`train_dataset` is not the one that {checkpoint} was trained on: got {found}, not {expected}. "
+                "Resume with the same rows, tokenized in the same way, or set `ignore_data_skip=True` to use others."
             )
 
     def on_save_checkpoint(self, folder: Path) -> None:
