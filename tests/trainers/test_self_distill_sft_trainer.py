@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SelfDistillSFTTrainer is SFTTrainer with CE + kl_weight * temperature**2 * KL(teacher || student) for a loss."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from sft_runs import (
 )
 from trl import SFTTrainer, TrlParser
 
-from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill import FrozenGroupsSFTConfig, SelfDistillSFTConfig, SelfDistillSFTTrainer
 
 
 IDS = [TOKENIZER(row["prompt"] + row["completion"])["input_ids"] for row in FACTS]
@@ -154,6 +155,8 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
         (args,) = parser.parse_args_and_config(["--config", str(file)])
         assert args.trainable_groups == args.group_selection.entries == expected and args.frozen_groups is None
     assert "group_selection" not in args.to_dict()
+    own = {*SelfDistillSFTConfig.__annotations__, *FrozenGroupsSFTConfig.__annotations__}
+    assert {option.name for option in fields(args) if "help" in option.metadata} >= own
 
 
 @pytest.mark.parametrize(

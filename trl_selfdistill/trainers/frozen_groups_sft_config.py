@@ -3,7 +3,8 @@
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import get_args
 
@@ -24,6 +25,16 @@ _KINDS = {
 }
 
 
+def help_from_docstring(config_class: type) -> type:
+    """A class decorator that makes the entries of a docstring the help of the options on the command line."""
+    entries = dict(re.findall(r"^ {8}(\w+) \(.*:\n((?: {12}.*\n)+)", config_class.__doc__ or "", re.MULTILINE))
+    for option in fields(config_class):
+        if option.name in entries:
+            option.metadata = {"help": " ".join(entries[option.name].split())}
+    return config_class
+
+
+@help_from_docstring
 @dataclass
 class FrozenGroupsSFTConfig(SFTConfig):
     r"""
@@ -38,7 +49,7 @@ class FrozenGroupsSFTConfig(SFTConfig):
             group in some layers, counted from 0, as `mlp:5` or `mlp:0-11` (both ends included); or a regular
             expression that is searched in the parameter names, as `re:q_proj`. Where the embeddings are tied,
             `embeddings` and `lm_head` are one tensor and go together. By default nothing is frozen, and the run is
-            [`~trl.SFTTrainer`]'s step for step.
+            `SFTTrainer`'s step for step.
         trainable_groups (`list[str]`, *optional*):
             What to train, in the same form; everything else is frozen. The paper's setting is `["attention"]`. Set
             this or `frozen_groups`, not both.
@@ -47,19 +58,9 @@ class FrozenGroupsSFTConfig(SFTConfig):
             compared at each save and at the end (about a second for 1 GB), and stored in `parameter_groups.json`.
     """
 
-    frozen_groups: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What not to train: `embeddings`, `attention`, `mlp`, `norm`, `lm_head`, a group in some layers "
-            "(`mlp:0-11`), or regular expressions over parameter names (`re:q_proj`)."
-        },
-    )
-    trainable_groups: list[str] | None = field(
-        default=None, metadata={"help": "What to train, in the form of `frozen_groups`. Set one of the two."}
-    )
-    verify_frozen: bool = field(
-        default=True, metadata={"help": "Whether to prove by SHA-256 that the frozen parameters did not move."}
-    )
+    frozen_groups: list[str] | None = None
+    trainable_groups: list[str] | None = None
+    verify_frozen: bool = True
 
     def __post_init__(self):
         if getattr(self, "warmup_ratio", None) == 0.0 and 0 < self.warmup_steps < 1:

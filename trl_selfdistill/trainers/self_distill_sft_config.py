@@ -4,10 +4,10 @@
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options
+from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help_from_docstring
 
 
 # Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults learn more and keep as much
@@ -17,6 +17,7 @@ CACHE_DTYPES = ("bfloat16", "float32")
 _TEACHERS = ("teacher_snapshot_steps", "teacher_snapshot_epochs", "teacher_model_name_or_path")
 
 
+@help_from_docstring
 @dataclass
 class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     # docstyle-ignore
@@ -33,7 +34,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         kl_weight (`float`, *optional*, defaults to `0.3`):
             Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the
             teacher knows and slow down learning what it does not know. At `0.0`, and without `anchors`, there is no
-            teacher, and the run is [`~trl.SFTTrainer`]'s step for step. The paper's is in `PAPER_SETTING`.
+            teacher, and the run is `SFTTrainer`'s step for step. The paper's is in `PAPER_SETTING`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
             protects the teacher's top answers rather than its tail.
@@ -53,7 +54,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             `output_dir/_teacher` for resuming) and continue with distillation. For models that are not sharded, full
             or with one adapter.
         teacher_snapshot_epochs (`float`, *optional*):
-            The same in epochs of the whole data. Stage 1 of the paper is an epoch of its Known facts only.
+            As `teacher_snapshot_steps`, in epochs of the whole data. Stage 1 of the paper is an epoch of its Known
+            facts only.
 
         > Parameters that control the anchors, prompts or texts without labels against forgetting
 
@@ -85,50 +87,20 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             `"bfloat16"` (2 bytes a number, rounded to 8 bits of precision) or `"float32"` (4 bytes, as computed).
     """
 
-    kl_weight: float = field(
-        default=0.3,
-        metadata={"help": "Weight of the KL to the teacher. At 0, without `anchors`, the run is SFTTrainer's."},
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature of both models' distributions in the KL term (the CE is at temperature 1)."},
-    )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Path or Hub id of the teacher. Defaults to a frozen copy of the model."}
-    )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Revision (branch, tag or commit) of the teacher on the Hub."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when the teacher is loaded by name."}
-    )
-    teacher_snapshot_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps of plain SFT after which a snapshot of the model becomes the teacher."},
-    )
-    teacher_snapshot_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."}
-    )
-    anchors: str | None = field(
-        default=None, metadata={"help": "Unlabelled texts against forgetting: `own_answers`, `kl` or `self`."}
-    )
-    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the anchors `kl` and `self`."})
-    anchor_dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or path of the anchors: a column `prompt`, `messages` or `text`."}
-    )
-    anchor_max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest own answer, or text of the anchors `self`, in tokens."}
-    )
-    precompute_teacher: bool = field(
-        default=False,
-        metadata={"help": "Whether to run the teacher once before training and keep its hidden states on disk."},
-    )
-    teacher_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the teacher's hidden states. Defaults to one in `HF_HOME`."}
-    )
-    teacher_cache_dtype: str = field(
-        default="bfloat16", metadata={"help": "What they are stored in: `bfloat16` or `float32`."}
-    )
+    kl_weight: float = 0.3
+    temperature: float = 1.0
+    teacher_model_name_or_path: str | None = None
+    teacher_model_revision: str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teacher_snapshot_steps: int | None = None
+    teacher_snapshot_epochs: float | None = None
+    anchors: str | None = None
+    anchor_weight: float = 1.0
+    anchor_dataset_name: str | None = None
+    anchor_max_new_tokens: int = 256
+    precompute_teacher: bool = False
+    teacher_cache_dir: str | None = None
+    teacher_cache_dtype: str = "bfloat16"
 
     def __post_init__(self):
         super().__post_init__()
