@@ -25,7 +25,6 @@ from .arguments import rows_per_step
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
-from .progress import show_progress
 from .results import RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
@@ -235,9 +234,7 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
     options |= variant.trainer_arguments
     if callable(options.get("peft_config")):
         options["peft_config"] = options["peft_config"](model, tokenizer, known)
-    trainer = variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
-    show_progress(trainer, variant.name)
-    return trainer
+    return variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
 
 
 def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts) -> dict:
