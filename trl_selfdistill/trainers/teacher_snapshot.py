@@ -36,16 +36,13 @@ class TeacherSnapshotCallback(TrainerCallback):
             )
         args, num_batches = trainer.args, None
         if has_length(trainer.train_dataset):
-            is_split = args.accelerator_config.split_batches
-            num_rows = args.train_batch_size * (1 if is_split else args.world_size)  # of a batch
-            round_ = math.floor if args.dataloader_drop_last else math.ceil
-            num_batches = round_(len(trainer.train_dataset) / num_rows)
+            # No more than these: the data loader tells when training starts
+            num_batches = math.ceil(len(trainer.train_dataset) / args.train_batch_size)
         elif args.teacher_snapshot_epochs is not None:
             raise ValueError(
                 f"`teacher_snapshot_epochs={args.teacher_snapshot_epochs}` needs a `train_dataset` of known length, "
                 "got a stream. Set `teacher_snapshot_steps`."
             )
-        # For now, as a subclass may have another data loader
         self._choose_step(num_batches, args.max_steps)
 
     def _choose_step(self, num_batches: int | None, max_steps: int) -> None:
