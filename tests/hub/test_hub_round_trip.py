@@ -11,7 +11,7 @@ from unittest.mock import create_autospec
 import evaluate
 import pytest
 import torch
-from conftest import build_model
+from conftest import add_code, build_model
 from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
@@ -21,7 +21,7 @@ from toy_study import run_script
 from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, Wav2Vec2FeatureExtractor
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
-from trl_selfdistill.files import read_json, write_json, write_jsonl
+from trl_selfdistill.files import read_json, write_jsonl
 from trl_selfdistill.hub.model_card import update_model_card
 from trl_selfdistill.studies.tables import load_table
 
@@ -75,7 +75,6 @@ def hub(monkeypatch, tmp_path):
     """A Hub that this process pushes to, by the signatures of the installed huggingface_hub."""
     hub = FolderHub(tmp_path / "hub")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     for name in ("create_repo", "create_commit", "upload_folder"):
         monkeypatch.setattr(HfApi, name, create_autospec(getattr(HfApi, name), side_effect=getattr(hub, name)))
         monkeypatch.setattr(f"transformers.trainer.{name}", getattr(HfApi(), name), raising=False)  # of version 4
@@ -88,19 +87,9 @@ def checkpoint(tmp_path, tokenizer) -> Path:
 
 
 def with_code(folder: Path, tokenizer) -> Path:
-    """The checkpoint with a class whose modules import each other, two templates and a feature extractor."""
-    (folder / "modeling_tiny.py").write_text(
-        "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import Config\n"
-        "class Tiny(LlamaForCausalLM):\n    config_class = Config\n"
-    )
-    (folder / "configuration_tiny.py").write_text(
-        "from transformers import LlamaConfig\nfrom .names import NAME\n"
-        "class Config(LlamaConfig):\n    model_type = NAME\n"
-    )
-    (folder / "names.py").write_text("NAME = 'tiny'\n")
+    """The checkpoint with code, two templates and a feature extractor."""
+    add_code(folder)
     (folder / "train.py").write_text("not of the model")
-    names = {"AutoConfig": "configuration_tiny.Config", "AutoModelForCausalLM": "modeling_tiny.Tiny"}
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"auto_map": names, "model_type": "tiny"})
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ documents }}"}
     tokenizer.save_pretrained(folder)
