@@ -14,7 +14,8 @@ from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help
 PAPER_SETTING = {"kl_weight": 1.0, "temperature": 0.5}
 ANCHOR_KINDS = ("own_answers", "kl", "self")
 CACHE_DTYPES = ("bfloat16", "float32")
-_TEACHERS = ("teacher_snapshot_steps", "teacher_snapshot_epochs", "teacher_model_name_or_path")
+_SNAPSHOTS = ("teacher_snapshot_steps", "teacher_snapshot_epochs")
+_TEACHERS = (*_SNAPSHOTS, "teacher_model_name_or_path")
 
 
 @help_from_docstring
@@ -112,23 +113,28 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             raise ValueError(f"`teacher_model_init_kwargs` must be a dict, got {self.teacher_model_init_kwargs!r}.")
         if self.kl_weight < 0:
             raise ValueError(f"`kl_weight` must be >= 0, got {self.kl_weight!r}.")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` must be > 0, got {self.temperature!r}.")
-        if self.teacher_cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"`teacher_cache_dtype` must be one of {', '.join(CACHE_DTYPES)}, got {self.teacher_cache_dtype!r}."
-            )
-        if self.takes_snapshot:
-            self._check_snapshot()
-        if self.anchors not in (None, *ANCHOR_KINDS):
-            raise ValueError(f"`anchors` must be one of {', '.join(ANCHOR_KINDS)}, or unset, got {self.anchors!r}.")
-        for name in ("anchor_weight", "anchor_max_new_tokens"):
-            if getattr(self, name) <= 0:
+        for name in ("temperature", "anchor_weight", "anchor_max_new_tokens", *_SNAPSHOTS):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}.")
-        if self.precompute_teacher and self.anchors == "self":
+        for name, choices in (("teacher_cache_dtype", CACHE_DTYPES), ("anchors", (*ANCHOR_KINDS, None))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}."
+                )
+        given = [name for name in _TEACHERS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` each choose the teacher. Set one of them.")
+        later = given if self.takes_snapshot else ["anchors"] if self.anchors == "self" else []
+        if self.precompute_teacher and later:
             raise ValueError(
-                "`precompute_teacher=True` runs the teacher before training, and with `anchors='self'` it writes "
-                "during training. Leave one of them unset, or take `anchors='kl'`."
+                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` needs it in training. "
+                "Leave one of them unset, or take `anchors='kl'`."
+            )
+        metric = self.metric_for_best_model or "loss"
+        if self.takes_snapshot and self.load_best_model_at_end and metric.endswith("loss"):
+            raise ValueError(
+                f"`load_best_model_at_end=True` compares checkpoints by {metric!r}, which is another loss after the "
+                f"snapshot of `{given[0]}`. Set `metric_for_best_model` to 'eval_mean_token_accuracy', for example."
             )
 
     def choose_teacher(self, teacher_model: Any) -> Any:
@@ -154,22 +160,3 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     def takes_snapshot(self) -> bool:
         """Whether the teacher is a snapshot that is taken during training."""
         return self.teacher_snapshot_steps is not None or self.teacher_snapshot_epochs is not None
-
-    def _check_snapshot(self) -> None:
-        given = [name for name in _TEACHERS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"`{given[0]}` and `{given[1]}` each choose the teacher. Set one of them.")
-        [name] = given
-        if not getattr(self, name) > 0:
-            raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}. Leave it unset to take the start.")
-        if self.precompute_teacher:
-            raise ValueError(
-                f"`precompute_teacher=True` runs the teacher before training, and `{name}` takes it during training. "
-                "Leave one of them unset, or train the format first and start this run from that model."
-            )
-        metric = self.metric_for_best_model or "loss"
-        if self.load_best_model_at_end and metric.endswith("loss"):
-            raise ValueError(
-                f"`load_best_model_at_end=True` compares checkpoints by {metric!r}, which is another loss after the "
-                f"snapshot of `{name}`. Set `metric_for_best_model` to 'eval_mean_token_accuracy', for example."
-            )
