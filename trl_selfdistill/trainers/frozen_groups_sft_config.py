@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, fields
+from inspect import getdoc
 from numbers import Integral, Real
 from typing import get_args
 
@@ -27,7 +28,7 @@ _KINDS = {
 
 def help_from_docstring(config_class: type) -> type:
     """A class decorator that makes the entries of a docstring the help of the options on the command line."""
-    entries = dict(re.findall(r"^ {8}(\w+) \(.*:\n((?: {12}.*\n)+)", config_class.__doc__ or "", re.MULTILINE))
+    entries = dict(re.findall(r"^ {4}(\w+) \(.*:\n((?: {8}.*\n?)+)", getdoc(config_class) or "", re.MULTILINE))
     for option in fields(config_class):
         if option.name in entries:
             option.metadata = {"help": " ".join(entries[option.name].split())}
