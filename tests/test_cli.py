@@ -4,7 +4,6 @@
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,14 +33,9 @@ def machine(monkeypatch, tmp_path):
         ("study --num_processes 3", 2, "ddp.yaml starts 3 processes.*finds 2 here. Set --num_processes 2"),
         ("mix --accelerate_config fsdp2 --num_processes 4 --num_machines 2", 1, "2 processes.* Set --num_processes 2"),
         ("mix --num_machines 0", 1, "--num_machines: must be a whole number from 1 on, got '0'"),
-        ("mix --config broken.yaml", 0, "--config: 'broken.yaml' is not YAML: .*expected ',' or ']'"),
-        ("mix --config_file list.yaml", 0, "'list.yaml' must hold `name: value` in each line"),
     ],
 )
-def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, line, num_gpus, message):
-    monkeypatch.chdir(tmp_path)
-    Path("broken.yaml").write_text("relations: [P17\nseed: 0\n")
-    Path("list.yaml").write_text("- relations\n")
+def test_wrong_input_is_one_sentence(monkeypatch, capsys, line, num_gpus, message):
     monkeypatch.setattr("sys.argv", ["trl-selfdistill", *line.split()])
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: num_gpus)
     with pytest.raises(SystemExit) as ended:
@@ -71,7 +65,8 @@ def test_a_missing_or_unsupported_requirement_is_named(monkeypatch, capsys):
 )
 def test_a_program_has_all_cores_and_its_exit_status_is_the_command_s(tmp_path, capfd, end, status):
     program = tmp_path / "program.py"
-    shown = "*sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['MALLOC_TRIM_THRESHOLD_']"
+    names = ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "TQDM_MININTERVAL")
+    shown = f"*sys.argv[1:], *map(os.environ.get, {names})"
     program.write_text(f"import os, signal, sys\nprint({shown}, flush=True)\n{end}\n")
     assert cli._launch([str(program), "--num_known", "3"], {}) == status
-    assert capfd.readouterr().out.split() == ["--num_known", "3", str(torch.get_num_threads()), "8589934592"]
+    assert capfd.readouterr().out.split() == ["--num_known", "3", str(torch.get_num_threads()), "8589934592", "30"]

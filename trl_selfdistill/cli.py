@@ -110,14 +110,6 @@ def _config_path(folder: str, value: str) -> str:
     configs = _configs(folder)
     if value not in configs and not Path(value).is_file():
         raise argparse.ArgumentTypeError(f"{value!r} is no file and none of {', '.join(configs)}")
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(configs.get(value, value)).read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{value!r} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{value!r} must hold `name: value` in each line, as a YAML mapping")
     return configs.get(value, value)
 
 
@@ -145,6 +137,8 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
     num_gpus = torch.accelerator.device_count()
     if num_gpus == 0:
         os.environ |= KEEP_FREED_MEMORY | os.environ
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds: a file holds every state of a bar
     if "config_file" not in options and Path(default_config_file).is_file():
         options["config_file"] = default_config_file
     if "config_file" not in options:
