@@ -36,7 +36,7 @@ def moved(model):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+            parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
@@ -60,21 +60,27 @@ def test_the_weights_of_a_model_in_several_files(models, tmp_path, alpha):
     assert f"The weights are {alpha} of those" in card.text and card.data.license == "mit"
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "alpha_pattern": {"v_proj": 5}}])
-def test_of_an_adapter_stays_a_share_of_what_it_adds(models, tmp_path, options):
-    def base():
-        return AutoModelForCausalLM.from_pretrained(models / "start")
-
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}}]
+)
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_adapters_are_interpolated_in_what_they_add(models, tmp_path, options, from_zero):
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "embed_tokens"], **options)
-    moved(get_peft_model(base(), config)).save_pretrained(tmp_path / "adapter")
-    interpolate(tmp_path / "adapter", 0.3, tmp_path / "out")
-    end, found = (
-        PeftModel.from_pretrained(base(), tmp_path / name).merge_and_unload().state_dict()
-        for name in ("adapter", "out")
-    )
-    for name, tensor in base().state_dict().items():
-        torch.testing.assert_close(found[name], torch.lerp(tensor, end[name], 0.3), rtol=1e-5, atol=1e-6)
-    assert not torch.equal(found["model.embed_tokens.weight"], end["model.embed_tokens.weight"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(models / "start"), config)
+    deltas = []
+    for name in ("first", "last"):
+        if name == "last" or not from_zero:
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+        merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "start"), tmp_path / name)
+        deltas.append(merged.merge_and_unload().state_dict())
+    interpolate(tmp_path / "last", 0.3, tmp_path / "out", None if from_zero else tmp_path / "first")
+    base = AutoModelForCausalLM.from_pretrained(models / "start")
+    found = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
+    assert any(not torch.equal(*tensors) for tensors in zip(*(d.values() for d in deltas), strict=True))
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, torch.lerp(deltas[0][name], deltas[1][name], 0.3), rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, tmp_path):
@@ -94,6 +100,7 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
     lora, dora = (
         adapter(f"lora{dora}", LoraConfig(target_modules=["q_proj"], use_dora=dora)) for dora in (False, True)
     )
+    other = adapter("other", LoraConfig(target_modules=["q_proj"], r=3))
     saved = adapter("saved", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ia3 = adapter("ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     pissa = adapter("pissa", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
@@ -103,7 +110,7 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
         (end, 1.1, start, r"`alpha` .* in \[0, 1\], got 1.1"),
         (end, float("nan"), start, "`alpha`"),
         (end, 0.5, None, "`start` must be a full model, as `end` is, got None"),
-        (lora, 0.5, start, "`start` must be unset for an adapter"),
+        (lora, 0.5, start, "`start` must be an adapter, or unset"),
         (end, 0.5, lora, "`start` must be a full model"),
         (end, 0.5, changed("fewer", lambda tensors: tensors.pop(first)), f"1 tensors are .* only, such as {first}"),
         (end, 0.5, changed("wide", lambda t: t.update({first: t[first].repeat(1, 2)})), f"{first} is of shape"),
@@ -111,8 +118,9 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
         (dora, 0.5, None, "type DoRA"),
         (ia3, 0.5, None, "type IA3"),
         (raw, 0.5, None, "or `target_parameters`"),
-        (pissa, 0.5, None, "LORA with another `init_lora_weights`"),
+        (pissa, 0.5, pissa, "LORA with another `init_lora_weights`"),
         (end, 0.5, changed("fp8", lambda t: t.update({first: t[first].to(torch.float8_e4m3fn)})), f"{first} is quan"),
+        (lora, 0.5, other, "adapters differ in `r`: 3 in `start`, 8."),
         (saved, 0.5, None, "modules_to_save"),
         (tmp_path / "empty", 0.5, start, "holds no weights"),
         ("no such folder", 0.5, start, "neither a folder nor the id"),
