@@ -4,6 +4,7 @@
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,9 +34,14 @@ def machine(monkeypatch, tmp_path):
         ("study --num_processes 3", 2, "ddp.yaml starts 3 processes.*finds 2 here. Set --num_processes 2"),
         ("mix --accelerate_config fsdp2 --num_processes 4 --num_machines 2", 1, "2 processes.* Set --num_processes 2"),
         ("mix --num_machines 0", 1, "--num_machines: must be a whole number from 1 on, got '0'"),
+        ("mix --config broken.yaml", 0, "--config: 'broken.yaml' is not YAML: .*expected ',' or ']'"),
+        ("mix --config_file list.yaml", 0, "'list.yaml' must hold `name: value` in each line"),
     ],
 )
-def test_wrong_input_is_one_sentence(monkeypatch, capsys, line, num_gpus, message):
+def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, line, num_gpus, message):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("relations: [P17\nseed: 0\n")
+    Path("list.yaml").write_text("- relations\n")
     monkeypatch.setattr("sys.argv", ["trl-selfdistill", *line.split()])
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: num_gpus)
     with pytest.raises(SystemExit) as ended:

@@ -110,6 +110,14 @@ def _config_path(folder: str, value: str) -> str:
     configs = _configs(folder)
     if value not in configs and not Path(value).is_file():
         raise argparse.ArgumentTypeError(f"{value!r} is no file and none of {', '.join(configs)}")
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(configs.get(value, value)).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{value!r} must hold `name: value` in each line, as a YAML mapping")
     return configs.get(value, value)
 
 
