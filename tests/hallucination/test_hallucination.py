@@ -19,6 +19,7 @@ from trl_selfdistill.hallucination.answer_outcome import ABSTENTION_PATTERNS, An
 from trl_selfdistill.hallucination.exact_match import exact_match, normalize_answer, spellings
 from trl_selfdistill.hallucination.intervals import balance_interval, mean_interval
 from trl_selfdistill.hallucination.metric import SlickCategory
+from trl_selfdistill.hallucination.verdict import judge_loss
 
 
 WORDS = st.sampled_from(
@@ -323,3 +324,23 @@ def test_interval_holds_the_mean_of_other_seeds_and_facts(seed_effect):
         _, low, high = mean_interval(seed_effect * seeds + facts + noise)
         held += low <= 0 <= high
     assert 0.90 <= held / 400 <= 1.0
+
+
+@pytest.mark.parametrize("gained", [0, 4, 20])
+@pytest.mark.parametrize("lost", [0, 4, 20, 200])
+@pytest.mark.parametrize("num_facts", [220, 2000])
+def test_a_verdict_is_the_interval_beside_the_tolerance_and_as_many_facts_as_it_asks_for_tell(lost, gained, num_facts):
+    for tolerance in (0.0, 0.02, 0.1):
+        verdict = judge_loss(lost, gained, num_facts, tolerance)
+        value, low, high = verdict.loss
+        assert (-value, -high, -low) == balance_interval(gained, lost, num_facts)
+        assert verdict.outcome == ("within" if high <= tolerance else "beyond" if low > tolerance else "undecided")
+        if verdict.num_needed is not None and verdict.outcome == "undecided":
+            scale = verdict.num_needed / num_facts
+            assert (
+                scale > 1
+                and judge_loss(lost * scale, gained * scale, num_facts * scale, tolerance).outcome != "undecided"
+            )
+            smaller = scale / 1.03
+            assert judge_loss(lost * smaller, gained * smaller, num_facts * smaller, tolerance).outcome == "undecided"
+        assert (verdict.num_needed == num_facts) == (verdict.outcome != "undecided")

@@ -56,7 +56,7 @@ def mean_interval(values: np.ndarray) -> Interval:
     return Interval(mean, float(max(low, 0.0)), float(min(high, 1.0)))
 
 
-def balance_interval(num_gained: int, num_lost: int, num_facts: int) -> Interval:
+def balance_interval(num_gained: float, num_lost: float, num_facts: float) -> Interval:
     """
     The share of the facts that were gained minus that of the facts that were lost, such as the change of an accuracy
     on the same facts, with the score interval for paired proportions of Tango (1998), which stays wide where nothing
@@ -68,7 +68,7 @@ def balance_interval(num_gained: int, num_lost: int, num_facts: int) -> Interval
     ```
     """
 
-    def low(gained: int, lost: int) -> float:
+    def low(gained: float, lost: float) -> float:
         def excess(change: float) -> float:  # over the change that the test would just not reject
             b = (2 * num_facts - gained + lost) * change - gained - lost
             root = np.sqrt(max(0.0, b * b + 8 * num_facts * lost * change * (1 - change)))
