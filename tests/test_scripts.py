@@ -35,7 +35,7 @@ def training_flags(**changes) -> list[str]:
 def parser_of(name: str, monkeypatch) -> command_line.ScriptParser:
     """A parser of what a script parses."""
     calls = []
-    monkeypatch.setattr(command_line, "run_script", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(command_line, "run_script", lambda *arguments, **options: calls.append(arguments))
     runpy.run_path(str(SCRIPTS / name), run_name="__main__")
     return command_line.ScriptParser(calls[0][1])
 

@@ -26,6 +26,7 @@ PROGRAMS = {
     "frozen-groups": "frozen_groups_sft.py",
     "evaluate": "evaluate_facts.py",
     "check": "check.py",
+    "export-lm-eval": "export_lm_eval.py",
     "interpolate": "interpolate.py",
     "report": "report.py",
     "publish": "publish_model.py",

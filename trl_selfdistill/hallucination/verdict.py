@@ -37,7 +37,7 @@ def judge_loss(num_lost: int, num_gained: int, num_facts: int, tolerance: float)
 
     ```python
     >>> judge_loss(0, 0, 100, 0.02).outcome, judge_loss(0, 0, 100, 0.02).num_needed
-    ('undecided', 189)
+    ('undecided', 190)
     >>> judge_loss(12, 2, 100, 0.02).outcome
     'beyond'
     ```
