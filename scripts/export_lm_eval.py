@@ -7,7 +7,7 @@ task (TASK.yaml), its questions and its exemplars (JSON lines). lm_eval needs no
 
     trl-selfdistill export-lm-eval --facts outputs/study/mix/heldout.jsonl --output_dir outputs/lm_eval
 
-    lm_eval run --model hf --model_args pretrained=my-model --include_path outputs/lm_eval --tasks facts gsm8k ifeval
+    lm_eval run --model hf --model_args pretrained=my-model --include_path outputs/lm_eval --tasks facts,gsm8k,ifeval
 
 Without exemplars, as models are asked that were trained on these prompts:
 

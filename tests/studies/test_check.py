@@ -112,36 +112,46 @@ AS_TEXT = (
 )
 
 
-def with_tokenizer(folder, models, name, **changes):
-    """A copy of a model in `folder`, whose tokenizer has `changes`."""
-    shutil.copytree(models / name, folder / name)
+THINKING = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
+
+
+def copy_with(folder, models, name, chat_template, more_tokens=()):
+    """A copy of a model in `folder`, with a chat template and more tokens."""
+    model = AutoModelForCausalLM.from_pretrained(models / name)
     tokenizer = AutoTokenizer.from_pretrained(models / name)
-    for key, value in changes.items():
-        setattr(tokenizer, key, value)
-    tokenizer.save_pretrained(folder / name)
+    tokenizer.chat_template = chat_template
+    if tokenizer.add_tokens([*more_tokens]):
+        model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / name)
 
 
-def test_instruct_models_are_asked_through_their_templates_by_themselves(models, tmp_path):
+def test_instruct_models_are_asked_through_their_templates_and_without_thinking(models, tmp_path):
     run_check(models, tmp_path / "text")
-    with_tokenizer(tmp_path, models, "base", chat_template="{# its own #}" + AS_TEXT)
-    with_tokenizer(tmp_path, models, "noisy", chat_template=AS_TEXT, bos_token="Baras")
+    copy_with(tmp_path, models, "base", AS_TEXT + THINKING)
+    copy_with(tmp_path, models, "noisy", AS_TEXT, ["one more"])
+    text = read_json(tmp_path / "text" / "out" / "check.json")
     for flags in ((), ("--chat", "false")):
         run_check(tmp_path, tmp_path, *flags, "--facts", models / "facts.jsonl")
-        text, chat = (read_json(folder / "out" / "check.json") for folder in (tmp_path / "text", tmp_path))
-        assert chat["prompts"] == ("text" if flags else "chat")
-        assert ["templates differ" in note for note in chat["notes"]] == ([] if flags else [True])
+        chat = read_json(tmp_path / "out" / "check.json")
+        assert chat["prompts"] == ("text" if flags else "chat") and len(chat["notes"]) == (1 if flags else 2)
+        assert (
+            "Their tokenizers differ, and each was asked with its own." in (tmp_path / "out" / "check.md").read_text()
+        )
         assert chat["scores"] == text["scores"] and chat["lost"] == text["lost"]
 
 
-def test_models_of_different_tokenizers(models, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    tokenizer.add_tokens(["one more"])
-    model = AutoModelForCausalLM.from_pretrained(models / "noisy")
-    model.resize_token_embeddings(len(tokenizer))
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "noisy")
-    assert run_check(models, tmp_path, after=tmp_path / "noisy") == 2
-    assert "Their tokenizers differ, and each was asked with its own." in (tmp_path / "out" / "check.md").read_text()
+def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    kinds, answer = [], check.answer_prompts
+
+    def look(model, *args, **kwargs):
+        kinds.append({type(module).__name__ for module in model.modules()})
+        return answer(model, *args, **kwargs)
+
+    monkeypatch.setattr(check, "answer_prompts", look)
+    assert run_check(models, tmp_path, "--load_in_4bit", "true", after="adapter") == 2
+    assert len(kinds) == 2 and all("Linear4bit" in kind for kind in kinds)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     for name in ("base", "noisy"):
         shutil.copytree(models / name, name)
     shutil.copytree("base", "copy")
-    with_tokenizer(tmp_path / "other", models, "base", chat_template=AS_TEXT)
+    copy_with(tmp_path / "other", models, "base", AS_TEXT)
     (tmp_path / "other" / "base").rename("instruct")
     countries = {"France": "la France", "Norway": "la Norvège", "Peru": "le Pérou", "Austria": "l'Autriche"}
     save_facts(toy_facts(50).map(lambda row: {"answer": countries.get(row["answer"], row["answer"])}), "french.jsonl")

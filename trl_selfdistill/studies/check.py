@@ -59,8 +59,8 @@ class HowAsked(NamedTuple):
     seed: int
     chat: bool
 
-    def asked(self, model: CheckedModel):
-        """The loaded model, as [`~trl_selfdistill.studies.models.model_to_ask`], which see."""
+    def loaded(self, model: CheckedModel):
+        """[`~trl_selfdistill.studies.models.model_to_ask`], of a model."""
         return model_to_ask(model.path, self.config, self.bf16, self.trust_remote_code)
 
     @property
@@ -106,9 +106,9 @@ def compare_tokenizers(base: CheckedModel, model: CheckedModel, chat: bool) -> l
 
 def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -> Path:
     """
-    Finds the facts that the base HighlyKnows and asks it one more prompt, whose answers they were not chosen by: who
-    is compared by the answers that chose the facts, has nothing but to lose. Writes `facts.jsonl`, with the column
-    `base_answer`, and `exemplars.json` to a folder below `root` that is kept for these facts, model and settings.
+    Finds the facts that the base HighlyKnows and asks it one more prompt. They are not chosen by its answers to that
+    one: where they are, the base is right on all, and any other model can only be worse. Writes `facts.jsonl`, with
+    the column `base_answer`, and `exemplars.json` to a folder below `root` of this model, its settings and the facts.
     """
     settings = replace(PRESETS["quick"], only_highly_known=True, seed=how.seed)
     exemplars, rows = reserve_exemplars(facts, 1, settings.num_shots, how.seed)
@@ -116,7 +116,7 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
 
     def work(folder: Path) -> None:
         asked, tokenizer = facts.select(rows), base.tokenizer
-        with how.asked(base) as (model, _):
+        with how.loaded(base) as (model, _):
             few = asked.select(range(0, len(asked), -(-len(asked) // 3)))
             answers = predict_answers(model, tokenizer, _prompts(few, exemplars, how))
             pairs = zip(few["question"], answers, strict=True)
@@ -128,8 +128,8 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
             if len(known) < LEAST_KNOWN:
                 raise ValueError(
                     f"{base.path} HighlyKnows {len(known)} of {len(asked)} facts, and a check needs {LEAST_KNOWN}. "
-                    "Pass more facts, in a language and about things that it knows, or ask it the other way with "
-                    f"`--chat {str(not how.chat).lower()}`. Its answers, for example: {examples}"
+                    "Pass more facts, in a language and about things that it knows"
+                    f"{', or `--chat false`' if how.chat else ''}. Its answers, for example: {examples}"
                 )
             answers = _ask(model, base, known, exemplars, how, folder)
         if PartialState().is_main_process:
@@ -145,7 +145,7 @@ def answers_stage(model: CheckedModel, known: Path, how: HowAsked) -> list[str]:
     """What the model answers to the facts of [`known_stage`], under the same prompt; kept beside them."""
 
     def work(folder: Path) -> None:
-        with how.asked(model) as (loaded, _):
+        with how.loaded(model) as (loaded, _):
             answers = _ask(
                 loaded, model, read_facts(known / "facts.jsonl"), read_json(known / "exemplars.json"), how, folder
             )

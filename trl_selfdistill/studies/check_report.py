@@ -86,7 +86,7 @@ def render_section(report: dict[str, Any]) -> str:
     before, after = report["base_scores"], report["scores"]
     rows = [[name.replace("_", " "), cell(before, name), cell(after, name)] for name in (*RATES, "omniscience_index")]
     rows += [[f"{name.replace('_', ' ')} ({what})", "-", cell(after, name)] for name, what in _PAIRED.items()]
-    table = markdown_table(["fraction of the known facts, 95 % interval", base, model], rows)
+    header = ["fraction of the known facts, 95 % interval", f"before ({base})", f"after ({model})"]
     how = [
         f"{base} HighlyKnows {report['num_known']:,} of {report['num_asked']:,} facts: right under each of four",
         f"few-shot prompts ({report['prompts']}). Both answered these under one more, greedily; exact match is right.",
@@ -94,7 +94,7 @@ def render_section(report: dict[str, Any]) -> str:
         f"McNemar's test that as many were lost as gained: p = {report['scores']['mcnemar_p_value']:.2g}.",
         f"`trl-selfdistill check`, {report['environment']['date'][:10]}.",
     ]
-    return f"## Facts that it forgot\n\n**{report['summary']}**\n\n{table}\n\n{' '.join(how)}"
+    return f"## Facts that it forgot\n\n**{report['summary']}**\n\n{markdown_table(header, rows)}\n\n{' '.join(how)}"
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
