@@ -73,7 +73,7 @@ def test_it_finds_what_was_lost_and_a_second_model_costs_one_pass(models, tmp_pa
     text = (tmp_path / "out" / "check.md").read_text()
     assert report["summary"] in text and report["summary"] in capsys.readouterr().out
     assert f"## Lost facts ({len(lost)})" in text and f"| {report['lost'][0]['question']} " in text
-    assert (tmp_path / "out" / "check.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "check.png").stat().st_size > 1000 and "](check.png)" in text
     with monkeypatch.context() as patch:
         patch.setattr(check, "annotate_facts", refuse)
         run_check(models, tmp_path, after="adapter")

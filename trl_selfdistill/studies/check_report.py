@@ -22,6 +22,7 @@ _VERDICTS = {
     "undecided": "Too few facts to tell whether the loss is within the tolerance of {:g}",
 }
 _MOST_SHOWN = 50  # of the lost facts, in the report; `check.json` has all
+_MOST_DRAWN = 40  # relations in the figure, those that lost most
 _PAIRED = {"forgetting_rate": "right before, not now", "induced_hallucination_rate": "right before, hallucinated now"}
 
 
@@ -89,7 +90,7 @@ def render_section(report: dict[str, Any]) -> str:
     header = ["fraction of the known facts, 95 % interval", f"before ({base})", f"after ({model})"]
     how = [
         f"{base} HighlyKnows {report['num_known']:,} of {report['num_asked']:,} facts: right under each of four",
-        f"few-shot prompts ({report['prompts']}). Both answered these under one more, greedily; exact match is right.",
+        f"few-shot prompts ({report['prompts']}). Both answered these under one more, judged by exact match.",
         *report["notes"],
         f"McNemar's test that as many were lost as gained: p = {report['scores']['mcnemar_p_value']:.2g}.",
         f"`trl-selfdistill check`, {report['environment']['date'][:10]}.",
@@ -110,23 +111,26 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     columns = ("question", "answer", "base_answer", "model_answer")
     lost = [[escape_markdown(row[column]) for column in columns] for row in report["lost"][:_MOST_SHOWN]]
     shown = f", the first {_MOST_SHOWN}" if len(report["lost"]) > _MOST_SHOWN else ""
+    figure = folder / "check.png"
+    figure.unlink(missing_ok=True)
+    with warn_without(figure):
+        _plot(report, figure)
     parts = [
         f"# {escape_markdown(report['model'])}: what it kept of what {escape_markdown(report['base'])} knows",
         render_section(report),
-        f"## By relation\n\n{markdown_table(header, rows)}\n\n![Accuracy before and after, by relation](check.png)",
+        f"## By relation\n\n{markdown_table(header, rows)}",
+        *(["![Accuracy before and after, by relation](check.png)"] if figure.is_file() else []),
         f"## Lost facts ({len(report['lost'])}{shown})",
         markdown_table(["question", "right answer", "before", "after"], lost) if lost else "None.",
     ]
     (folder / "check.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    with warn_without(folder / "check.png"):
-        _plot(report, folder / "check.png")
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
-    """A line for each relation from the accuracy before to that after, with its interval."""
+    """A line for each relation from the accuracy before to that after, with its interval; most was lost at the top."""
     from matplotlib.figure import Figure
 
-    relations = sorted(report["relations"].items(), key=lambda item: -item[1]["net_change"])
+    relations = sorted(report["relations"].items(), key=lambda item: -item[1]["net_change"])[-_MOST_DRAWN:]
     figure = Figure(figsize=(7, 1.4 + 0.35 * len(relations)), layout="constrained")
     axis = figure.subplots()
     for y, (_, scores) in enumerate(relations):
