@@ -7,7 +7,7 @@ task (TASK.yaml), its questions and its exemplars (JSON lines). lm_eval needs no
 
     trl-selfdistill export-lm-eval --facts outputs/study/mix/heldout.jsonl --output_dir outputs/lm_eval
 
-    lm_eval run --model hf --model_args pretrained=my-model --include_path outputs/lm_eval --tasks facts,gsm8k,ifeval
+    lm_eval --model hf --model_args pretrained=my-model --include_path outputs/lm_eval --tasks facts,gsm8k,ifeval
 
 Without exemplars, as models are asked that were trained on these prompts:
 
@@ -67,7 +67,7 @@ def main(args: ExportArguments, facts_args: FactsArguments) -> None:
     inputs = [facts_args.facts] if Path(facts_args.facts).exists() else []
     folder = run_stage(args.output_dir, asdict(args) | asdict(facts_args), inputs, export)
     if PartialState().is_main_process:
-        print(f"lm_eval run --model hf --model_args pretrained=MODEL --include_path {folder} --tasks {args.task}")
+        print(f"lm_eval --model hf --model_args pretrained=MODEL --include_path {folder} --tasks {args.task}")
 
 
 def with_accepted(fact: dict) -> dict:

@@ -48,7 +48,7 @@ def test_the_task_asks_as_this_package_does(toy_study, tmp_path, num_fewshot):
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: pip install lm_eval")
 def test_the_client_finds_the_accuracy_that_this_package_finds(toy_study, tmp_path):
     tasks = {name: export(toy_study, tmp_path, name, num_fewshot) for name, num_fewshot in (("zero", 0), ("three", 3))}
-    line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--include_path", tmp_path]
+    line = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--include_path", tmp_path]
     line += ["--model_args", f"pretrained={toy_study.model},dtype=float32", "--tasks", ",".join(tasks)]
     line += ["--output_path", tmp_path / "out.json"]
     subprocess.run([*map(str, line)], env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True)
