@@ -22,8 +22,6 @@ from trl import SFTTrainer
 
 from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from trl_selfdistill.studies.command_line import run_script
-from trl_selfdistill.studies.facts.table import read_facts
-from trl_selfdistill.studies.progress import announce_plan
 from trl_selfdistill.studies.publishing import publish_command
 from trl_selfdistill.studies.results import VARIANT_LABELS
 from trl_selfdistill.studies.runs import Variant, train_variant
@@ -59,13 +57,7 @@ class QuickstartArguments:
 def main(study: QuickstartArguments, *shared) -> None:
     """Runs the stages in their order and writes the report."""
     # 1. What does the model know? Known, new and held-out facts, and the format: the start of every variant
-    model_args, _, slick, mix, *_, config = shared
-
-    def announce(model: str, facts: Path) -> None:
-        settings = (model_args, slick.settings(config.seed), mix, config)
-        announce_plan(model, read_facts(facts), study.variants, study.eval_epochs, *settings)
-
-    setup = prepare_study(*shared, announce=announce)
+    setup = prepare_study(*shared)
     output = Path(setup.config.output_dir)
 
     # 2. The variants, on the same data with the same seed and steps. Only `frozen` freezes groups

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny offline models and a tiny tokenizer. Nothing here needs the Hub."""
 
+import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -68,6 +70,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config) -> 
         bos_token_id=None,
     )
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+
+
+def add_code(folder: Path) -> None:
+    """Makes a checkpoint of a Llama one of a class of its own, whose modules import each other."""
+    (folder / "modeling_tiny.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import Config\n"
+        "class Tiny(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    (folder / "configuration_tiny.py").write_text(
+        "from transformers import LlamaConfig\nfrom .names import NAME\n"
+        "class Config(LlamaConfig):\n    model_type = NAME\n"
+    )
+    (folder / "names.py").write_text("NAME = 'tiny'\n")
+    names = {"AutoConfig": "configuration_tiny.Config", "AutoModelForCausalLM": "modeling_tiny.Tiny"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "tiny", "architectures": ["Tiny"]}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
 
 
 @pytest.fixture(autouse=True)

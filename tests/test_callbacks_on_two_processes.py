@@ -2,7 +2,6 @@
 """The callbacks that ask a model measure on two processes (DDP, weights in FSDP2's shards) what they do on one."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from fact_rows import facts_from_rows
 from sft_runs import TOKENIZER, logs, trainer
 from torch.distributed.fsdp import fully_shard
 from trl import SFTTrainer
-from two_processes import FSDP2_ON_CPU, leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
+from two_processes import FSDP2_ON_CPU, needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill import HallucinationEvalCallback
 from trl_selfdistill.files import read_json, read_jsonl, write_json
@@ -81,7 +80,7 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run_in_two_processes(__file__, folder)
+    run_in_two_processes(run_on_two_processes, folder)
     return folder, [read_json(folder / f"{rank}.json") for rank in range(2)]
 
 
@@ -106,8 +105,3 @@ def test_sharded_weights_answer_and_are_measured_as_whole_ones(one, two):
         assert seen["answers"] == answers
         for part, other in zip(torch.load(two[0] / f"states{rank}.pt"), states, strict=True):
             torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    run_on_two_processes(Path(sys.argv[1]))
-    leave_processes()

@@ -71,7 +71,8 @@ def test_a_missing_or_unsupported_requirement_is_named(monkeypatch, capsys):
 )
 def test_a_program_has_all_cores_and_its_exit_status_is_the_command_s(tmp_path, capfd, end, status):
     program = tmp_path / "program.py"
-    shown = "*sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['MALLOC_TRIM_THRESHOLD_']"
+    names = ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "TQDM_MININTERVAL")
+    shown = f"*sys.argv[1:], *map(os.environ.get, {names})"
     program.write_text(f"import os, signal, sys\nprint({shown}, flush=True)\n{end}\n")
     assert cli._launch([str(program), "--num_known", "3"], {}) == status
-    assert capfd.readouterr().out.split() == ["--num_known", "3", str(torch.get_num_threads()), "8589934592"]
+    assert capfd.readouterr().out.split() == ["--num_known", "3", str(torch.get_num_threads()), "8589934592", "30"]

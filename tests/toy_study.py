@@ -13,9 +13,10 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from fact_rows import facts_from_rows
+from transformers import DataCollatorForSeq2Seq
 
-from trl_selfdistill.slick.prompts import answer_completion, question_prompt
 from trl_selfdistill.studies.facts.table import save_facts
+from trl_selfdistill.studies.small_llama import _tokenized
 
 
 VARIANTS = ("sft", "selfdistill", "frozen")
@@ -62,27 +63,16 @@ def save_toy_model(folder: Path) -> None:
 
 
 def _teach(model, tokenizer, facts: list[dict], num_steps: int) -> None:
-    generator = random.Random(0)
-    newline, end = tokenizer("\n")["input_ids"], [tokenizer.eos_token_id]
-    lines = {relation: [] for relation in TEMPLATES}
-    for fact in facts:
-        prompt = question_prompt(fact["question"])
-        texts = tokenizer([prompt, prompt + answer_completion(fact["answer"])])["input_ids"]
-        lines[fact["relation"]].append((texts[1], len(texts[0])))
+    generator, collate = random.Random(0), DataCollatorForSeq2Seq(tokenizer)
+    pairs = {
+        relation: [(fact["question"], fact["answer"]) for fact in facts if fact["relation"] == relation]
+        for relation in TEMPLATES
+    }
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, num_steps)
     for step in range(num_steps):
-        input_ids, labels = [], []
-        for i in range(8):
-            shown = generator.sample(lines[generator.choice([*TEMPLATES])], 1 + (i + step) % 3)
-            ids = [token for line, _ in shown for token in line + newline][:-1] + end
-            targets = [t for line, start in shown for t in [-100] * start + line[start:] + newline][:-1] + end
-            input_ids.append(ids)
-            labels.append(targets)
-        width = max(map(len, input_ids))
-        logits = model(input_ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in input_ids])).logits
-        targets = torch.tensor([ids + [-100] * (width - len(ids)) for ids in labels])
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).backward()
+        shown = [generator.sample(pairs[generator.choice([*TEMPLATES])], 1 + (i + step) % 3) for i in range(8)]
+        model(**collate([_tokenized(document, tokenizer) for document in shown])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a test module as a program in two processes that are connected by gloo, as `torchrun` would."""
+"""Calls a function of a test module in two processes that are connected by gloo, as `torchrun` would."""
 
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,10 @@ needs_fsdp2_on_cpu = pytest.mark.skipif(
 )
 
 
-def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 200, **environment: object) -> None:
-    """
-    Starts `program` with `arguments` twice, one thread each, and waits for both to succeed.
-
-    The program ends with `leave_processes`.
-    """
+def run_in_two_processes(work: Callable, folder: Path, timeout: float = 200, **environment: object) -> None:
+    """Calls `work(folder)` in two processes of one thread each, and waits for both to succeed."""
+    program = f"import pathlib, two_processes, {work.__module__} as module\n"
+    program += f"module.{work.__name__}(pathlib.Path({str(folder)!r}))\ntwo_processes.leave()"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,7 +32,7 @@ def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 
     environment |= dict(PYTHONPATH=os.pathsep.join(sys.path), ACCELERATE_USE_CPU="true")
     processes = [
         subprocess.Popen(
-            [sys.executable, program, *map(str, arguments)],
+            [sys.executable, "-c", program],
             env=os.environ | {key: str(value) for key, value in {**environment, "RANK": r, "LOCAL_RANK": r}.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -50,7 +49,7 @@ def run_in_two_processes(program: str, *arguments: str | Path, timeout: float = 
             process.kill()
 
 
-def leave_processes() -> None:
+def leave() -> None:
     """Ends the process once both are done, without Python's clean-up: gloo's threads now and then abort it."""
     PartialState().wait_for_everyone()
     sys.stdout.flush()

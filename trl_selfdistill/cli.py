@@ -145,6 +145,8 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
     num_gpus = torch.accelerator.device_count()
     if num_gpus == 0:
         os.environ |= KEEP_FREED_MEMORY | os.environ
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds: a file holds every state of a bar
     if "config_file" not in options and Path(default_config_file).is_file():
         options["config_file"] = default_config_file
     if "config_file" not in options:

@@ -1,43 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pushed over HTTP to hub_server.py, and loaded from there by the unmodified clients of Hugging Face."""
+"""What is pushed loads with the unmodified clients of Hugging Face, from a Hub that is a folder, and does the same."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
+import shutil
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
+import evaluate
 import pytest
 import torch
-from conftest import build_model
-from datasets import Dataset
-from hub_server import TOKEN, run_hub
-from huggingface_hub import ModelCard, constants, hf_api
-from peft import LoraConfig, get_peft_model
+from conftest import add_code, build_model
+from datasets import Dataset, load_dataset
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, PeftModel, get_peft_model
 from study_records import write_checkpoint
 from toy_study import run_script
-from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
-from transformers.utils import hub as hub_of_transformers
+from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, Wav2Vec2FeatureExtractor
 
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
-from trl_selfdistill.files import read_json, write_json, write_jsonl
+from trl_selfdistill.files import read_json, write_jsonl
 from trl_selfdistill.hub.model_card import update_model_card
+from trl_selfdistill.studies.tables import load_table
 
 
 PROMPT = "Q: Which country is Lyon located in?\nA:"
+TOKEN = "hf_" + "w" * 34
+
+
+class Refusal(Exception):
+    """What a client raises for a status. It shows the request, token and all."""
+
+    def __init__(self, status: int):
+        super().__init__(f"{status} for a request of Bearer {TOKEN}")
+        self.response = SimpleNamespace(status_code=status)
+
+
+class FolderHub:
+    """Takes what is pushed to a repository into `<root>/<type>/<repo_id>`; a pull request into `<type>.pr`."""
+
+    def __init__(self, root: Path):
+        self.root, self.private, self.commits, self.refusals = root, {}, [], []
+
+    def create_repo(self, api, repo_id, *, private=None, **options):
+        self.private.setdefault(repo_id, private)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, api, repo_id, operations, *, repo_type=None, create_pr=None, **options):
+        if self.refusals:
+            raise Refusal(self.refusals.pop())
+        self.commits.append(repo_id)
+        for operation in operations:
+            with operation.as_file() as file:
+                self._write(f"{repo_type}{'.pr' * create_pr}/{repo_id}/{operation.path_in_repo}", file.read())
+        return SimpleNamespace(commit_url=f"{repo_id}/commit/1", pr_url=f"{repo_id}/discussions/1" * create_pr)
+
+    def upload_folder(self, api, *, repo_id, folder_path, path_in_repo=None, ignore_patterns=None, **options):
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for name in filter_repo_objects(files, ignore_patterns=ignore_patterns):
+            self._write(f"model/{repo_id}/{path_in_repo or '.'}/{name}", Path(folder_path, name).read_bytes())
+        done = Future()
+        done.set_result(None)
+        return done
+
+    def _write(self, name: str, content: bytes) -> None:
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).write_bytes(content)
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A Hub that this process pushes to."""
-    with run_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        # The client of transformers; version 4 uses that of huggingface_hub
-        monkeypatch.setattr(getattr(hub_of_transformers, "hf_api", lambda: hf_api.api)(), "endpoint", hub.url)
-        yield hub
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process pushes to, by the signatures of the installed huggingface_hub."""
+    hub = FolderHub(tmp_path / "hub")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name in ("create_repo", "create_commit", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, create_autospec(getattr(HfApi, name), side_effect=getattr(hub, name)))
+        monkeypatch.setattr(f"transformers.trainer.{name}", getattr(HfApi(), name), raising=False)  # of version 4
+    return hub
 
 
 @pytest.fixture
@@ -46,19 +87,9 @@ def checkpoint(tmp_path, tokenizer) -> Path:
 
 
 def with_code(folder: Path, tokenizer) -> Path:
-    """The checkpoint with a class whose modules import each other, two templates and a feature extractor."""
-    (folder / "modeling_tiny.py").write_text(
-        "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import Config\n"
-        "class Tiny(LlamaForCausalLM):\n    config_class = Config\n"
-    )
-    (folder / "configuration_tiny.py").write_text(
-        "from transformers import LlamaConfig\nfrom .names import NAME\n"
-        "class Config(LlamaConfig):\n    model_type = NAME\n"
-    )
-    (folder / "names.py").write_text("NAME = 'tiny'\n")
+    """The checkpoint with code, two templates and a feature extractor."""
+    add_code(folder)
     (folder / "train.py").write_text("not of the model")
-    names = {"AutoConfig": "configuration_tiny.Config", "AutoModelForCausalLM": "modeling_tiny.Tiny"}
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"auto_map": names, "model_type": "tiny"})
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ documents }}"}
     tokenizer.save_pretrained(folder)
@@ -70,40 +101,8 @@ def publish(*flags) -> None:
     run_script("publish_model.py", "--license", "apache-2.0", *flags)
 
 
-def load_all(hub, home: Path) -> dict:
-    """The `result` of [`LOAD`] in a process with `hub` as its Hub and a cache of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    environment |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-    run = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.split("RESULT")[-1])
-
-
-LOAD = f"""
-import evaluate, json
-from datasets import load_dataset
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer
-from trl_selfdistill.studies.tables import load_table
-
-tokenizer = AutoTokenizer.from_pretrained("alice/code", trust_remote_code=True)
-ids = tokenizer({PROMPT!r}, return_tensors="pt")
-models = {{"m": AutoModelForCausalLM.from_pretrained("alice/m")}}
-models["adapter"] = AutoPeftModelForCausalLM.from_pretrained("alice/adapter")
-base = AutoModelForCausalLM.from_pretrained("alice/m")
-models["mine"] = PeftModel.from_pretrained(base, "alice/adapter", subfolder="mine")
-models["code"] = AutoModelForCausalLM.from_pretrained("alice/code", trust_remote_code=True)
-result = {{"templates": sorted(tokenizer.chat_template), "class": type(models["code"]).__name__}}
-result["sampling_rate"] = AutoFeatureExtractor.from_pretrained("alice/code").sampling_rate
-for name, model in models.items():
-    result[name] = model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist()
-result["facts"] = load_dataset("alice/facts", "mix", split="new")["question"][:]
-result["answers"] = load_table("alice/facts", "new", "mix")["answer"][:]
-metric = evaluate.load("alice/hallucination")
-result["metric"] = metric.compute(predictions=["Paris", "Bonn"], references=["Paris", "Berlin"])["hallucination_rate"]
-print("RESULT", json.dumps(result))
-"""
+def answer(model, tokenizer) -> list[int]:
+    return model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=12, do_sample=False)[0].tolist()
 
 
 def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, tokenizer):
@@ -125,24 +124,32 @@ def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, to
     publish(*flags, "--base_model", "alice/m")
     publish("--checkpoints", with_code(checkpoint, tokenizer), "--repo_id", "alice/code", "--public")
 
-    assert {key for key, repo in hub.repos.items() if repo.private} == {("model", "alice/adapter")}
-    assert all(repo.num_commits == 1 for repo in hub.repos.values())
-    published = [content for repo in hub.repos.values() for content in repo.files.values()]
-    assert not any(str(tmp_path).encode() in content for content in published)
-    assert "train.py" not in hub.repos["model", "alice/code"].files
-    card = ModelCard(hub.repos["model", "alice/m"].files["README.md"].decode())
+    assert [name for name, private in hub.private.items() if private] == ["alice/adapter"]
+    assert sorted(hub.commits) == [f"alice/{name}" for name in ("adapter", "code", "facts", "hallucination", "m")]
+    published = [path for path in hub.root.rglob("*") if path.is_file()]
+    assert not any(path.name == "train.py" or str(tmp_path).encode() in path.read_bytes() for path in published)
+    models, alice = hub.root / "model/alice", hub.root / "dataset/alice/facts"
+    card = ModelCard.load(models / "m/README.md")
     assert card.data.license == "apache-2.0" and card.data.datasets == ["alice/facts"]
+    assert read_json(models / "adapter/adapter_config.json")["base_model_name_or_path"] == "alice/m"
 
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    models = {"m": build_model(tokenizer).eval(), "adapter": adapter, "mine": adapter}
-    expected = {"facts": ["new"], "answers": ["1789-07-14"], "metric": 0.5, "templates": ["default", "rag"]}
-    expected |= {"class": "Tiny", "sampling_rate": 8000}
-    for name, model in models.items():
-        adapter.set_adapter("mine" if name == "mine" else "default")
-        expected[name] = model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist()
-    assert expected["m"] != expected["adapter"] != expected["mine"]
-    expected["code"] = expected["m"]
-    assert load_all(hub, tmp_path / "home") == expected
+    shutil.rmtree(checkpoint)
+    loaded = AutoTokenizer.from_pretrained(models / "code", trust_remote_code=True)
+    assert sorted(loaded.chat_template) == ["default", "rag"]
+    assert AutoFeatureExtractor.from_pretrained(models / "code").sampling_rate == 8000
+    code = AutoModelForCausalLM.from_pretrained(models / "code", trust_remote_code=True)
+    expected = answer(build_model(tokenizer).eval(), tokenizer)
+    assert type(code).__name__ == "Tiny" and answer(code, loaded) == expected
+    assert answer(AutoModelForCausalLM.from_pretrained(models / "m"), loaded) == expected
+    for name, subfolder in (("default", None), ("mine", "mine")):
+        adapter.set_adapter(name)
+        base = AutoModelForCausalLM.from_pretrained(models / "m")
+        found = PeftModel.from_pretrained(base, models / "adapter", subfolder=subfolder)
+        assert answer(found, loaded) == answer(adapter, tokenizer) != expected
+    assert load_dataset(str(alice), "mix", split="new")["question"][:] == ["new"]
+    assert load_table(alice, "new", "mix")["answer"][:] == ["1789-07-14"]
+    rates = evaluate.load(str(hub.root / "space/alice/hallucination"))
+    assert rates.compute(predictions=["Paris", "Bonn"], references=["Paris", "Berlin"])["hallucination_rate"] == 0.5
 
 
 def test_the_trainers_push_the_card_that_they_save(hub, tmp_path, model_dir):
@@ -152,11 +159,12 @@ def test_the_trainers_push_the_card_that_they_save(hub, tmp_path, model_dir):
     config = SelfDistillSFTConfig(str(tmp_path / "run"), **settings)
     trainer = SelfDistillSFTTrainer(str(model_dir), config, train_dataset=Dataset.from_dict(rows))
     trainer.train()
-    repo = hub.repos["model", "alice/trained"]
+    repo = hub.root / "model/alice/trained"
     for push in (trainer.save_model, lambda: trainer.push_to_hub(dataset_name="alice/data")):
         push()
-        assert repo.private and not any(name.startswith(("_teacher", "checkpoint-")) for name in repo.files)
-        card = repo.files["README.md"].decode()
+        assert hub.private["alice/trained"]
+        assert not any(path.name.startswith(("_teacher", "checkpoint-")) for path in repo.iterdir())
+        card = (repo / "README.md").read_text()
         assert card == (tmp_path / "run" / "README.md").read_text() and str(tmp_path) not in card
         assert "1 steps of plain SFT on all of the data (in the paper, on its Known facts only). SHA-256" in card
     assert ModelCard(card).data.datasets == ["alice/data"]
@@ -164,17 +172,16 @@ def test_the_trainers_push_the_card_that_they_save(hub, tmp_path, model_dir):
 
 @pytest.mark.parametrize("status, advice", [(401, "hf auth login"), (403, "--create_pr"), (500, "no file twice")])
 def test_a_refusal_is_explained_without_the_token_and_the_next_run_completes_it(hub, checkpoint, status, advice):
-    hub.failing_commits = [status]
+    hub.refusals = [status]
     flags = ("--checkpoints", checkpoint, "--repo_id", "alice/m")
     with pytest.raises(SystemExit, match=f"alice/m was not published.*{advice}") as refused:
         publish(*flags)
-    assert TOKEN not in str(refused.value) and hub.repos["model", "alice/m"].num_commits == 0
+    assert TOKEN not in str(refused.value) and not hub.commits
     publish(*flags)
-    assert hub.repos["model", "alice/m"].num_commits == 1
+    assert hub.commits == ["alice/m"]
 
 
 def test_a_pull_request_by_choice(hub, checkpoint, capsys):
     publish("--checkpoints", checkpoint, "--repo_id", "alice/m", "--create-pr")
-    assert f"Published: {hub.url}/alice/m/discussions/1" in capsys.readouterr().out
-    repo = hub.repos["model", "alice/m"]
-    assert repo.num_commits == 0 and "README.md" in repo.pull_requests[0]
+    assert "Published: alice/m/discussions/1" in capsys.readouterr().out
+    assert (hub.root / "model.pr/alice/m/README.md").is_file() and not (hub.root / "model").exists()

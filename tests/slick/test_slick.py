@@ -3,7 +3,6 @@
 
 import json
 import math
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import PartialState
 from answering_model import TOWNS, build_answering_model
 from conftest import build_tokenizer
 from datasets import Dataset
-from two_processes import leave_processes, run_in_two_processes
+from two_processes import run_in_two_processes
 
 from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.hallucination.exact_match import exact_match
@@ -186,7 +185,7 @@ def test_progress_file_cut_off_anywhere(tmp_path):
 
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(slick, "_CHUNK_SIZE", {"score": 28, "generate": 4})
-    run_in_two_processes(__file__, str(tmp_path))
+    run_in_two_processes(annotate_on_this_process, tmp_path)
     for name, settings in SHARED.items():
         expected = annotate(settings, tmp_path / "one.jsonl")
         results = [read_json(tmp_path / f"{name}-{rank}.json") for rank in range(2)]
@@ -205,7 +204,6 @@ def annotate_on_this_process(folder: Path) -> None:
     for name, settings in SHARED.items():
         result = annotate(settings, folder / f"{name}.jsonl")
         write_json(folder / f"{name}-{rank}.json", result)
-    leave_processes()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +220,3 @@ def test_wrong_arguments(change, message):
     for wrong in ({"num_prompts": 0}, {"method": "guess"}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
             SlickSettings(**wrong)
-
-
-if __name__ == "__main__":
-    annotate_on_this_process(Path(sys.argv[1]))

@@ -5,13 +5,11 @@ import numpy as np
 import pytest
 import sft_runs
 from datasets import Dataset
-from huggingface_hub import ModelCard
 from study_records import fading_outcomes, make_records
 from toy_study import toy_facts
 from trl import SFTTrainer
 
-from trl_selfdistill.hallucination import RATES, score_hallucinations
-from trl_selfdistill.hallucination.intervals import Interval
+from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies.fact_accuracy import (
     FactAccuracyCallback,
     ask_facts,
@@ -19,10 +17,7 @@ from trl_selfdistill.studies.fact_accuracy import (
     read_records,
     write_records,
 )
-from trl_selfdistill.studies.markdown import format_interval
 from trl_selfdistill.studies.models import load_model_and_tokenizer
-from trl_selfdistill.studies.results import read_result
-from trl_selfdistill.studies.training_mix import load_mix
 
 
 @pytest.fixture(scope="module")
@@ -65,25 +60,6 @@ def test_callback_records_every_epoch_and_logs_it(toy_study, tmp_path):
     # The training's own logs, of epochs, keep their metrics
     rows = [row for row in trainer.state.log_history if "mean_token_accuracy" in row]
     assert [{"loss", "eval_heldout_accuracy"} & row.keys() for row in rows] == [{"loss"}] * 2
-
-
-def test_the_rates_of_a_run_are_the_metrics(toy_study):
-    """Of the answers in its records, on the card and in its metadata, with their intervals."""
-    facts = load_mix(toy_study.output / "mix")["heldout"]
-    references = [[fact["answer"], *fact["aliases"]] for fact in facts]
-    answers = read_result(toy_study.output / "sft").records[-1].answers["heldout"]
-    scores = score_hallucinations([answers[fact_id].text for fact_id in facts["fact_id"]], references)
-    card = ModelCard.load(toy_study.output / "sft" / "README.md")
-    metadata = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    interval = Interval(*(scores[f"hallucination_rate{end}"] for end in ("", "_ci_low", "_ci_high")))
-    assert f"| Hallucination rate ↓              | {format_interval(interval)} |" in card.text
-    assert metadata["hallucination_rate"] == round(scores["hallucination_rate"], 4) > 0
-
-
-def test_records_without_answers_are_refused(tmp_path):
-    (tmp_path / "accuracy.jsonl").write_text('{"step": 0, "epoch": 0.0, "correct": {"heldout": {"a": true}}}\n')
-    with pytest.raises(ValueError, match="accuracy.jsonl: an earlier version wrote it.*Move or delete"):
-        read_records(tmp_path / "accuracy.jsonl")
 
 
 @pytest.mark.parametrize(("config", "last"), [({}, 4), ({"max_steps": 3}, 3)])

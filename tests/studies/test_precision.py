@@ -53,15 +53,6 @@ def test_older_torch_is_asked_for_the_instructions_too(cpu, monkeypatch, instruc
     assert precision.has_native_bf16("cpu") is instruction
 
 
-@pytest.mark.parametrize(("major", "native"), [(7, False), (8, True)])
-def test_cuda_has_bf16_from_compute_capability_8_on(monkeypatch, major, native):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"major": major}))
-    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # all of them emulate it
-    assert precision.has_native_bf16("cuda") is native
-
-
 @dataclass
 class Arguments:
     output_dir: str = "outputs"

@@ -9,19 +9,16 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from toy_study import VARIANTS, rerun
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
 
 from trl_selfdistill.files import read_json
-from trl_selfdistill.slick.slick import SlickSettings
-from trl_selfdistill.studies import progress
 from trl_selfdistill.studies.fact_accuracy import ask_facts, read_records
 from trl_selfdistill.studies.facts.table import read_facts
 from trl_selfdistill.studies.results import read_result, render_table
 from trl_selfdistill.studies.runs import StudySetup, Variant, train_variant
 from trl_selfdistill.studies.stages import facts_of_mix
-from trl_selfdistill.studies.training_mix import MixSettings, load_mix
+from trl_selfdistill.studies.training_mix import load_mix
 
 
 @pytest.mark.parametrize("name", ["stage1", *VARIANTS])
@@ -86,52 +83,15 @@ def test_the_study_ends_with_the_command_that_publishes(toy_study):
     assert f"trl-selfdistill publish --checkpoints {folders} --repo_id YOUR_NAME/" in toy_study.stdout
 
 
-def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_study, capsys, caplog):
+def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_study, caplog):
     report = (copied_study.output / "report.md").read_bytes()
     assert rerun(copied_study) == set()
     assert (copied_study.output / "report.md").read_bytes() == report
     flags = ("--kl_weight", "2", "--trainable_groups", "mlp", "--variants", "sft", "frozen")
     with caplog.at_level(logging.INFO):
-        assert rerun(copied_study, *flags, "--disable_tqdm", "false") == {"frozen"}
+        assert rerun(copied_study, *flags) == {"frozen"}
     assert read_json(copied_study.output / "results.json").keys() == {"sft", "frozen"}
-    # What a user sees in a file: no redrawn bars, and how long it took
-    shown = capsys.readouterr().err
-    assert (
-        re.search(r"\nfrozen: 8 of 8 steps, .* to go, .*loss=\d", shown) and "\r" not in shown.split("frozen: 0 of")[1]
-    )
     assert re.search(r"frozen: done in \d\d:\d\d", caplog.text) and "sft: nothing has changed, kept" in caplog.text
-
-
-def test_the_plan_tells_what_is_left_and_adds_up(toy_study, tmp_path, monkeypatch, caplog):
-    """With a clock that goes one second for each fact that is asked, and stands still otherwise."""
-    clock = [0.0]
-
-    def answer(model, tokenizer, prompts, accepted, greedy_only):
-        clock[0] += len(prompts)
-
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(progress, "score_answers", answer)
-    facts, mix = read_facts(toy_study.facts), MixSettings(num_known=10, num_new=20, num_heldout=30)
-    config = SFTConfig(tmp_path, bf16=False, use_cpu=True, num_train_epochs=4)
-
-    def plan() -> str:
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            arguments = (ModelConfig(), SlickSettings(num_prompts=3, only_highly_known=True), mix, config)
-            progress.announce_plan(str(toy_study.model), facts, ["sft", "selfdistill"], 2, *arguments)
-        return "".join(caplog.messages)
-
-    seconds = {"annotated": 1.5 * 80, "stage1": 5 * 10 + 1.4 * 60}
-    seconds |= {"sft": 5 * 120 + 2.8 * 60, "selfdistill": 6.3 * 120 + 2.8 * 60}
-    times = [tqdm.format_interval(time) for time in (*seconds.values(), sum(seconds.values()))]
-    stages = ", ".join(f"{name} {time}" for name, time in zip(seconds, times, strict=False))
-    assert plan() == f"Plan, with estimated times: {stages}; {times[-1]} in all."
-    for name in ("annotated", "stage1", "sft"):
-        (tmp_path / name).mkdir()
-    config.max_steps = 15  # of 8 rows, as in the 4 epochs
-    assert plan() == f"Plan, with estimated times: selfdistill {times[3]}; {times[3]} in all."
-    (tmp_path / "selfdistill").mkdir()
-    assert plan() == ""
 
 
 def test_every_stage_loads_the_model_with_the_arguments_asked_for(copied_study, monkeypatch):

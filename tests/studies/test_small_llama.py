@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small Llama learns its facts, alike for the same seed, or is refused."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -33,16 +32,6 @@ def test_the_saved_model_knows_its_facts_zero_shot_and_few_shot(facts, learnt):
     assert outcomes.count("correct") / len(outcomes) >= SETTINGS.target_accuracy
     annotated = annotate_facts(facts, *learnt)
     assert annotated["slick_category"][:].count("HighlyKnown") / len(annotated) >= 0.8
-
-
-def test_the_tokenizer_splits_names_and_round_trips(facts, learnt):
-    _, tokenizer = learnt
-    pieces = [tokenizer.tokenize(f" {name}") for name in facts["subject"]]
-    assert 1.5 < np.mean([len(piece) for piece in pieces]) < 5
-    assert all(piece[0].startswith("Ġ") for piece in pieces)
-    for text in ("Q: Which country is São Paulo located in?\nA: Brazil", "東京 🙂"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(facts, tmp_path):

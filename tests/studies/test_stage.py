@@ -9,7 +9,6 @@ from importlib.metadata import version
 import pytest
 from trl import ModelConfig
 
-from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.studies.models import model_identity
 from trl_selfdistill.studies.stage import fingerprint, run_arguments, run_stage
 
@@ -152,16 +151,6 @@ def test_a_folder_of_the_user_is_never_replaced(tmp_path, table, work):
     with pytest.raises(ValueError, match="documents, which no stage wrote"):
         run_stage(folder, {}, [table], work)
     assert (folder / "thesis.txt").read_text() == "ten years" and work.calls == 0
-
-
-def test_what_version_0_1_0_left_is_refused_by_name(tmp_path, table, work):
-    folder = run_stage(tmp_path / "out", {}, [table], work)
-    run = read_json(folder / "run.json")
-    write_json(folder / "run.json", run | {"versions": run["versions"] | {"trl-selfdistill": "0.1.0"}})
-    with pytest.raises(ValueError, match="out was written by trl-selfdistill 0.1.0"):
-        run_stage(folder, {}, [table], work)
-    with pytest.raises(ValueError, match="out was written by trl-selfdistill 0.1.0"):
-        run_stage(tmp_path / "next", {}, [folder], work)
 
 
 @pytest.mark.parametrize("as_folder", [True, False])

@@ -6,12 +6,11 @@ import shutil
 import pytest
 import torch
 from accelerate.utils import compare_versions
-from conftest import build_model
+from conftest import add_code, build_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sft_runs import TOKENIZER, train, trainer
 
 from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
-from trl_selfdistill.files import read_json, write_json
 
 
 PROJECTIONS = {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}
@@ -53,7 +52,7 @@ def test_a_peft_config_by_position_is_found(tmp_path):
         (LoraConfig(target_modules=r".*\.up_proj"), ["attention"], "4 tensors in frozen groups: .*up_proj"),
         (LoraConfig(modules_to_save=["lm_head"]), ["attention"], "tensors in frozen groups: .*lm_head"),
         (LoraConfig(), ["norm"], "no linear module"),
-        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ["attention"], "does not adapt modules"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ["attention"], "got PromptTuningConfig"),
     ],
 )
 def test_what_contradicts_the_groups_is_refused(tmp_path, config, groups, message):
@@ -77,28 +76,13 @@ def test_a_model_with_adapters_elsewhere_is_refused(tmp_path):
     assert adapted_modules(run.model) == {"q_proj"}
 
 
-REMOTE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-
-
 def test_a_model_by_name_is_loaded_as_sft_trainer_does(tmp_path, model_dir):
     """With code of its own and a dtype; adapters and groups change nothing in that."""
-    folder = tmp_path / "model"
-    shutil.copytree(model_dir, folder)
-    (folder / "modeling_own.py").write_text(REMOTE)
-    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    values = dict(model_type="own_llama", auto_map=names, architectures=["OwnForCausalLM"])
-    write_json(folder / "config.json", read_json(folder / "config.json") | values)
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    add_code(folder)
     options = dict(trust_remote_code=True, model_init_kwargs={"dtype": "bfloat16"}, trainable_groups=["attention"])
     adapter = dict(peft_config=LoraConfig(r=2))
     run = train(tmp_path, str(folder), adapter, FrozenGroupsSFTTrainer, **options)
     base = run.model.get_base_model()
-    assert type(base).__name__ == "OwnForCausalLM" and base.dtype == torch.bfloat16
+    assert type(base).__name__ == "Tiny" and base.dtype == torch.bfloat16
     assert adapted_modules(run.model) == PROJECTIONS["attention"]

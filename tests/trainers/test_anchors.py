@@ -207,7 +207,7 @@ SILENT.eos_token = SILENT.bos_token = None
 TOKENS = Dataset.from_list([{"input_ids": [5, 6, 7]}] * 2)
 REFUSED = [
     (dict(anchors="self"), dict(processing_class=SILENT, train_dataset=TOKENS), "'self'`: the tokenizer has no token"),
-    (dict(anchors="replay"), {}, "`anchors` must be one of own_answers, kl, self, or unset, got 'replay'"),
+    (dict(anchors="replay"), {}, "`anchors` must be one of own_answers, kl, self, None, got 'replay'"),
     (dict(anchors="self", anchor_weight=-1.0), {}, "`anchor_weight` must be > 0, got -1.0"),
     (dict(anchors="self", anchor_max_new_tokens=0), {}, "`anchor_max_new_tokens` must be > 0, got 0"),
     (dict(anchors="self", precompute_teacher=True), {}, "`precompute_teacher=True` .* take `anchors='kl'`"),

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import CITIES, build_model
+from conftest import build_model
 from datasets import Dataset
 from sft_runs import FACTS, ROUNDING, TOKENIZER, assert_same_weights, logs, train, trainer
 
@@ -24,42 +24,15 @@ def to_ids(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
 
 
-def labelled_fact(row, completion_only: bool) -> tuple[list[int], list[int]]:
+def labelled_fact(row) -> tuple[list[int], list[int]]:
     """Tokens and labels of a prompt-completion row, by the tokenizer alone."""
     prompt, whole = to_ids(row["prompt"]), to_ids(row["prompt"] + row["completion"] + TOKENIZER.eos_token)
     assert whole[: len(prompt)] == prompt
-    return whole, ([IGNORED] * len(prompt) + whole[len(prompt) :] if completion_only else whole)
-
-
-def labelled_chat(messages, mask: str) -> tuple[list[int], list[int]]:
-    """Tokens and labels of a conversation: `mask` is `"all"` or `"assistant"`."""
-    options = dict(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    encoded = TOKENIZER.apply_chat_template(messages, **options)
-    ids, mine = encoded["input_ids"], encoded["assistant_masks"]
-    return ids, [token if mask == "all" or on else IGNORED for token, on in zip(ids, mine, strict=True)]
+    return whole, [IGNORED] * len(prompt) + whole[len(prompt) :]
 
 
 TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
 LABELLED_TEXTS = [(ids, ids) for ids in (to_ids(row["text"] + TOKENIZER.eos_token) for row in TEXTS)]
-CHATS = [
-    [
-        {"role": "user", "content": city},
-        {"role": "assistant", "content": country},
-        {"role": "user", "content": "Sure?"},
-        {"role": "assistant", "content": "Yes." * (1 + len(city) % 3)},
-    ]
-    for city, country in CITIES.items()
-]
-MESSAGES = [{"messages": chat} for chat in CHATS]
-SPLIT_CHATS = [{"prompt": chat[:3], "completion": chat[3:]} for chat in CHATS]
-
-
-def last_turn_only(chat):
-    """The labels of a conversational prompt-completion row: what follows the generation prompt."""
-    whole = TOKENIZER.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-    prompt = TOKENIZER.apply_chat_template(chat[:3], tokenize=True, add_generation_prompt=True, return_dict=True)
-    length = len(prompt["input_ids"])
-    return whole, [IGNORED] * length + whole[length:]
 
 
 def wrapped(examples, length):
@@ -68,31 +41,11 @@ def wrapped(examples, length):
     return [(ids[i : i + length], labels[i : i + length]) for i in range(0, len(ids), length)]
 
 
-ONLY = [labelled_fact(row, True) for row in FACTS]
-ALL = [labelled_fact(row, False) for row in FACTS]
-LONGEST = max(len(ids) for ids, _ in ALL)
+ONLY = [labelled_fact(row) for row in FACTS]
 # How the data are given, the settings, and the sequences that the models should see
 PATHS = {
     "prompt-completion": (FACTS, {}, ONLY),
-    "completion_only_loss=False": (FACTS, dict(completion_only_loss=False), ALL),
     "text": (TEXTS, {}, LABELLED_TEXTS),
-    "truncated from the start": (
-        FACTS,
-        dict(max_length=LONGEST - 3, truncation_mode="keep_end"),
-        [tuple(x[-LONGEST + 3 :] for x in row) for row in ONLY],
-    ),
-    "assistant_only_loss": (
-        MESSAGES,
-        dict(assistant_only_loss=True),
-        [labelled_chat(chat, "assistant") for chat in CHATS],
-    ),
-    "conversational prompt-completion": (SPLIT_CHATS, {}, [last_turn_only(chat) for chat in CHATS]),
-    "pre-tokenised with labels": ([dict(input_ids=ids, labels=labels) for ids, labels in ONLY], {}, ONLY),
-    "tools, template options and other columns": (
-        [{**row, "tools": "[]", "chat_template_kwargs": {"extra": "x"}, "number": 3} for row in MESSAGES],
-        {},
-        [labelled_chat(chat, "all") for chat in CHATS],
-    ),
     "packing, bfd": (FACTS, dict(packing=True, max_length=64), ONLY),
     "packing, wrapped": (
         TEXTS,
@@ -117,9 +70,9 @@ def terms(examples, models) -> dict[str, torch.Tensor]:
     return {"log_probs": torch.cat(log_probs), "kl": torch.cat(kl)}
 
 
-def losses_of(run, examples_of=None) -> tuple[float, float, float]:
+def losses_of(run) -> tuple[float, float, float]:
     """Loss, CE and KL of the whole dataset as the trainer computes them, each a mean over the label tokens."""
-    batches = list(examples_of or run.get_train_dataloader())
+    batches = list(run.get_train_dataloader())
     counts = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
     loss = sum(float(run.compute_loss(run.model, dict(b), num_items_in_batch=sum(counts))) for b in batches)
     return loss, *(run._metrics["train"][name][-1] for name in ("ce_loss", "kl_loss"))

@@ -8,7 +8,6 @@ which `shard_on_the_cpu` answers otherwise; sharding, saving and loading are the
 
 import json
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from safetensors.torch import load_file
 from sft_runs import FACTS, ROUNDING, TOKENIZER, architecture, logs, other_teacher, train, trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from two_processes import leave_processes, needs_fsdp2_on_cpu, run_in_two_processes
+from two_processes import needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill.trainers.teachers import ModelTeacher
 
@@ -54,7 +53,7 @@ DDP = {
 }
 
 
-def run_ddp(folder: Path, batch_size: int) -> None:
+def run_ddp(folder: Path, batch_size: int = 1) -> None:
     """Each of the runs, its weights and its logs."""
     for name, options in DDP.items():
         arguments = {}
@@ -80,7 +79,7 @@ def run_ddp(folder: Path, batch_size: int) -> None:
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    run_in_two_processes(__file__, "ddp", together)
+    run_in_two_processes(run_ddp, together)
     run_ddp(alone, batch_size=2)
     return alone, together
 
@@ -141,7 +140,14 @@ def fsdp2_trainer(folder: Path, name: str, batch_size: int):
     return trainer(folder, student, arguments, **settings | options)
 
 
-def run_fsdp2(folder: Path, name: str) -> None:
+def run_fsdp2(folder: Path) -> None:
+    shard_on_the_cpu()
+    for name in FSDP2:
+        (folder / name).mkdir(exist_ok=True)
+        _run_fsdp2(folder / name, name)
+
+
+def _run_fsdp2(folder: Path, name: str) -> None:
     """Trains without a break, and again from the checkpoint in the middle of that; saves what is compared."""
     os.environ["FSDP_STATE_DICT_TYPE"] = FSDP2[name][2]
     for part in ("whole", "resumed"):
@@ -162,9 +168,7 @@ def run_fsdp2(folder: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    for name in FSDP2:
-        (folder / name).mkdir()
-    run_in_two_processes(__file__, "fsdp2", folder, **FSDP2_ENVIRONMENT)
+    run_in_two_processes(run_fsdp2, folder, **FSDP2_ENVIRONMENT)
     return folder
 
 
@@ -195,14 +199,3 @@ def test_a_teacher_that_other_processes_have_not_loaded_is_refused():
     )
     with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading: true` .* Set it to false"):
         ModelTeacher(build_model(TOKENIZER), accelerator)
-
-
-if __name__ == "__main__":
-    kind, output = sys.argv[1], Path(sys.argv[2])
-    if kind == "ddp":
-        run_ddp(output, batch_size=1)
-    else:
-        shard_on_the_cpu()
-        for run_name in FSDP2:
-            run_fsdp2(output / run_name, run_name)
-    leave_processes()

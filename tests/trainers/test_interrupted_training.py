@@ -161,14 +161,6 @@ def test_weights_that_are_not_one_to_one_in_the_file_resume(tmp_path, make, bf16
     assert_same_weights(runs[1].model, runs[0].model)
 
 
-@pytest.mark.parametrize("name", ["training_data.json", "teacher.json"])
-def test_a_checkpoint_of_an_older_version_is_refused(copy_of_stopped, name):
-    (copy_of_stopped / "run" / "checkpoint-2" / name).write_text("{}")
-    run = trainer(copy_of_stopped, student(), other_teacher(), **RUN)
-    with pytest.raises(ValueError, match=f"written by trl-selfdistill 0.1.0 .it holds {name}"):
-        run.train(resume_from_checkpoint=str(copy_of_stopped / "run" / "checkpoint-2"))
-
-
 def test_a_checkpoint_of_sft_trainer_resumes(tmp_path):
     sft = dict(callbacks=[StopAt(4)])
     train(tmp_path, student(), sft, SFTTrainer, **RUN)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SelfDistillSFTTrainer is SFTTrainer with CE + kl_weight * temperature**2 * KL(teacher || student) for a loss."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,27 @@ from sft_runs import (
 )
 from trl import SFTTrainer, TrlParser
 
-from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
+from trl_selfdistill import FrozenGroupsSFTConfig, SelfDistillSFTConfig, SelfDistillSFTTrainer
 
 
 IDS = [TOKENIZER(row["prompt"] + row["completion"])["input_ids"] for row in FACTS]
 LABELLED = [{"input_ids": ids, "labels": [-100, *ids[1:-2], -100, ids[-1]]} for ids in IDS]
 TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
+CHATS = [
+    {
+        "messages": [
+            {"role": role, "content": row[column]}
+            for role, column in (("user", "prompt"), ("assistant", "completion"))
+        ]
+    }
+    for row in FACTS
+]
 VIRTUAL_TOKENS = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 # What each makes of the data is tested in test_data_paths.py; here, that the metrics are TRL's
 DATASETS = {
     "prompt-completion": (FACTS, {}),
     "pre-tokenised with labels": (LABELLED, dict(dataset_kwargs={"skip_prepare_dataset": True})),
+    "assistant's turns": (CHATS, dict(assistant_only_loss=True)),
     "packed": (FACTS, dict(packing=True, max_length=64)),
     "padding-free": (FACTS, dict(padding_free=True, max_length=None)),
     "bf16": (FACTS, dict(bf16=True)),
@@ -144,6 +155,8 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
         (args,) = parser.parse_args_and_config(["--config", str(file)])
         assert args.trainable_groups == args.group_selection.entries == expected and args.frozen_groups is None
     assert "group_selection" not in args.to_dict()
+    own = {*SelfDistillSFTConfig.__annotations__, *FrozenGroupsSFTConfig.__annotations__}
+    assert {option.name for option in fields(args) if "help" in option.metadata} >= own
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, monkeypatch):
     """By changed properties, as none of it runs on a CPU."""
     run = trainer(tmp_path)
     run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="are not sharded .*Train stage 1 first"):
+    with pytest.raises(ValueError, match="are not sharded, .*Train stage 1 first"):
         TeacherSnapshotCallback(run)
     make = SFTTrainer.__init__
 

@@ -72,8 +72,7 @@ class GroupSelection:
                 raise ValueError(f"`{option}` must be a list of texts, got {entries!r}. {_SPEC_HELP}")
         if frozen_groups and trainable_groups is not None:
             raise ValueError(
-                f"`frozen_groups={frozen_groups!r}` and `trainable_groups={trainable_groups!r}` are both set. Each is "
-                "the complement of the other: set one of them."
+                f"`frozen_groups={frozen_groups!r}` and `trainable_groups={trainable_groups!r}` are both set. Set one."
             )
         if trainable_groups is None and not frozen_groups:
             return None
@@ -148,24 +147,21 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
             groups = sorted({name.group for name in all_names if name.group is not None}, key=GROUPS.index)
             raise ValueError(
                 f"`{selection.option}` contains {spec.text!r}, which matches no parameter of {type(model).__name__} "
-                f"or asks for layers that it does not have. The model has {', '.join(groups)} in {num_layers} layers, "
-                f"numbered from 0 (state-space and other mixers without attention are counted in 'mlp'); its "
-                f"parameters are named like {all_names[len(all_names) // 2].name!r}. {_SPEC_HELP}"
+                f"or not in all its layers. There are {', '.join(groups)} in {num_layers} layers, from 0 (mixers "
+                f"without attention are counted in 'mlp'), as in {all_names[len(all_names) // 2].name!r}. {_SPEC_HELP}"
             )
     for _, names in tensors:
         selected = [name.name for name in names if selection.selects(name)]
         if 0 < len(selected) < len(names):
             raise ValueError(
-                f"{selection} selects half of a tied tensor: in this model {[name.name for name in names]} are one "
-                f"tensor, and only {selected} is selected. Select all of them, or none; of tied embeddings, both "
-                "'embeddings' and 'lm_head', or none."
+                f"{selection} selects half of a tied tensor: {[name.name for name in names]} are one, and only "
+                f"{selected} is selected. Select all; of tied embeddings both 'embeddings' and 'lm_head', or none."
             )
     unassigned = [names[0].name for _, names in tensors if names[0].group is None and not selection.selects(names[0])]
     if unassigned and any(spec.group is not None for spec in selection.specs):
         raise ValueError(
             f"{len(unassigned)} parameters of {type(model).__name__} belong to none of {', '.join(GROUPS)}: "
-            f"{unassigned[:3]}. Select them too with a regular expression over their names, such as "
-            "'re:vision_tower', or use regular expressions only."
+            f"{unassigned[:3]}. Select them too, by a regular expression such as 're:vision_tower'."
         )
     if not any(tensor.requires_grad and selection.trains(names[0]) for tensor, names in tensors):
         raise ValueError(

@@ -40,8 +40,7 @@ def tokenize_prompts(
         start = next((i for i in starts if whole[i : i + len(text)] == text), None)
         if start is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} splits {prompt!r} otherwise where it adds special tokens; use one that "
-                "adds them before or after the text only"
+                f"{type(tokenizer).__name__} splits {prompt!r} otherwise where it adds special tokens; take another"
             )
         before = whole[:start]
         rows.append(text if text[:start] == before else before + text)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from accelerate import PartialState
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hallucination.exact_match import exact_match
@@ -21,7 +22,6 @@ from ..hallucination.metric import SlickCategory
 from .generation import predict_answers
 from .likelihood import score_answers
 from .process_sharding import ProgressFile, map_in_parallel
-from .progress import Progress
 from .prompts import answer_completion, few_shot_prompt
 
 
@@ -188,7 +188,7 @@ def annotate_facts(
         left = {name: rows for name, rows in units.items() if name not in work.results}
         todo = [(name, rows, exemplars[relations[rows[0]]][prompt]) for name, rows in left.items()]
         title, total = f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}", sum(map(len, left.values()))
-        with Progress(desc=title, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
+        with tqdm(desc=title, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
             for begin in range(0, len(todo), n):  # a unit for each process, then all are in the file
                 together = todo[begin : begin + n]
                 for (name, *_), results in zip(together, map_in_parallel(ask, together), strict=True):

@@ -10,7 +10,6 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from ..parameters.structure import keep_trainable
 from .arguments import TrainingDataArguments
 from .models import load_model_and_tokenizer, loading_options
-from .progress import show_progress
 from .runs import StudySetup, Variant, train_variant
 from .stages import facts_of_mix
 from .tables import load_table
@@ -59,7 +58,6 @@ def train_as_asked(
         **options,
     )
     keep_trainable(trainer.model)
-    show_progress(trainer, folder.name, prints_logs=True)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     if config.push_to_hub:

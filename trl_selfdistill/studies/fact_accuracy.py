@@ -164,11 +164,9 @@ def write_records(path: Path, records: list[AccuracyRecord]) -> None:
 
 
 def read_records(path: Path) -> list[AccuracyRecord]:
-    """Reads a file of records; a `ValueError` if an earlier version wrote it, which kept no answers."""
+    """Reads a file of records."""
     records = []
     for record in read_jsonl(path):
-        if "answers" not in record:
-            raise ValueError(f"{path}: an earlier version wrote it, without the answers. Move or delete its folder.")
         sets = record.pop("answers").items()
         answers = {name: {fact_id: FactAnswer(*answer) for fact_id, answer in rows.items()} for name, rows in sets}
         records.append(AccuracyRecord(**record, answers=answers))

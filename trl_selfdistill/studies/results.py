@@ -9,7 +9,6 @@ from ..hallucination.intervals import Interval, mean_interval
 from ..hub.model_card import escape_markdown
 from .fact_accuracy import AccuracyRecord, forgetting, read_records
 from .markdown import format_interval, markdown_table
-from .stage import run_arguments
 
 
 RECORDS_FILE = "accuracy.jsonl"
@@ -106,7 +105,6 @@ def read_result(folder: Path) -> VariantResult:
     for file in (RECORDS_FILE, TRAINING_FILE):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no finished run: {file} is missing. Train the variant first.")
-    run_arguments(folder)  # a folder of version 0.1.0 is refused
     drift = read_jsonl(folder / DRIFT_FILE) if (folder / DRIFT_FILE).is_file() else []
     return VariantResult(folder.name, read_records(folder / RECORDS_FILE), read_json(folder / TRAINING_FILE), drift)
 

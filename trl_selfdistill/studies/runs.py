@@ -7,7 +7,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 from ..files import read_json, warn_without, write_json
 from ..hub.model_card import CARD_FILE
 from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
+from ..trainers.frozen_groups_sft_config import copy_config
 from ..trainers.resume import last_complete_checkpoint
 from ..trainers.sft_internals import label_positions_only
 from ..trainers.trainer_card import count_categories, describe_training
@@ -25,7 +25,6 @@ from .arguments import rows_per_step
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
-from .progress import show_progress
 from .results import RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
@@ -235,9 +234,7 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
     options |= variant.trainer_arguments
     if callable(options.get("peft_config")):
         options["peft_config"] = options["peft_config"](model, tokenizer, known)
-    trainer = variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
-    show_progress(trainer, variant.name)
-    return trainer
+    return variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
 
 
 def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts) -> dict:
@@ -279,20 +276,7 @@ def training_config(variant: Variant, shared: TrainingArguments, num_steps: int 
     if num_steps is not None:
         changes["max_steps"] = max(1, round(num_steps * variant.steps))
     changes["learning_rate"] = changes.get("learning_rate", shared.learning_rate) * variant.rate
-    return copy_config(_CONFIGS.get(variant.trainer_class, SFTConfig), shared, **changes)
-
-
-def copy_config(config_class: type[TrainingArguments], config: TrainingArguments, **changes) -> TrainingArguments:
-    """
-    A configuration of another class.
-
-    Args:
-        config_class (`type[TrainingArguments]`): The class.
-        config (`TrainingArguments`): Its values are kept, as far as the class has them.
-        changes: Values to set instead.
-    """
-    values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.init and hasattr(config, f.name)}
-    return config_class(**{**values, **changes})
+    return copy_config(shared, _CONFIGS.get(variant.trainer_class, SFTConfig), **changes)
 
 
 def steps_of_epochs(num_rows: int, config: TrainingArguments) -> int:

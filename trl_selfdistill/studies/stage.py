@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from tqdm import tqdm
 
 from ..files import read_json, write_json
 from ..hub.environment import describe_environment
-from ..slick.progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,11 @@ def run_stage(
         logger.info(f"{folder.name}: nothing has changed, kept.")
         return folder
     run = {"key": key, "arguments": arguments, "inputs": inputs, **describe_environment()}
-    if state.is_main_process and unfinished.get("key") != key:
-        shutil.rmtree(partial, ignore_errors=True)
-        write_json(partial / RUN_FILE, run)
+    if state.is_main_process:
+        logger.info(f"{folder.name} ...")
+        if unfinished.get("key") != key:
+            shutil.rmtree(partial, ignore_errors=True)
+            write_json(partial / RUN_FILE, run)
     state.wait_for_everyone()
     started = time.monotonic()
     if not complete and (every_process or state.is_main_process):
@@ -81,7 +83,7 @@ def run_stage(
             write_json(partial / RUN_FILE, {**run, "seconds": round(time.monotonic() - started, 1)})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        logger.info(f"{folder.name}: done in {Progress.format_interval(time.monotonic() - started)}.")
+        logger.info(f"{folder.name}: done in {tqdm.format_interval(time.monotonic() - started)}.")
     state.wait_for_everyone()
     return folder
 
@@ -118,10 +120,7 @@ def run_arguments(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _run_of(folder: Path) -> dict[str, Any]:
-    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    if run.get("versions", {}).get("trl-selfdistill") == "0.1.0":
-        raise ValueError(f"{folder} was written by trl-selfdistill 0.1.0 and is not read. Move or delete it.")
-    return run
+    return read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
 
 
 def _digest(content: bytes) -> str:

@@ -6,7 +6,6 @@ facts -> model -> annotated -> mix -> stage1 -> one folder for each run (see `ru
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..files import warn_without, write_json
 from ..hub.model_card import CARD_FILE, escape_markdown
 from ..slick.slick import annotate_facts
 from ..trainers import SelfDistillSFTConfig
+from ..trainers.frozen_groups_sft_config import copy_config
 from .arguments import FactsArguments, SlickArguments, Stage1Arguments
 from .card import write_model_card
 from .facts.geonames import geonames_facts, known_place_names
@@ -33,7 +33,7 @@ from .models import (
     save_embedded_model,
 )
 from .results import LEGEND, plot_curves, read_result, render_findings, render_table
-from .runs import RunFacts, StudySetup, Variant, copy_config, train_variant
+from .runs import RunFacts, StudySetup, Variant, train_variant
 from .small_llama import SmallLlamaSettings, pretrain_small_llama
 from .stage import run_stage
 from .training_mix import MixSettings, build_training_mix, load_mix
@@ -53,7 +53,6 @@ def prepare_study(
     small_llama: SmallLlamaSettings,
     stage1_args: Stage1Arguments,
     config: SelfDistillSFTConfig,
-    announce: Callable[[str, Path], None] | None = None,
 ) -> StudySetup:
     """
     The stages before the runs of a study, in folders below `config.output_dir`: what the model knows, what it is
@@ -62,8 +61,6 @@ def prepare_study(
     Args:
         model_args, facts_args, slick_args, mix_settings, small_llama, stage1_args, config:
             One of each of [`STUDY_ARGUMENTS`].
-        announce (`Callable[[str, Path], None]`, *optional*): Called with the model and the file of its facts, when
-            they are there and before anything takes long.
 
     Raises:
         ValueError: If the model is quantised and no adapter is trained, or the mix needs facts that SLiCK leaves out.
@@ -80,8 +77,6 @@ def prepare_study(
     output = Path(config.output_dir)
     facts = facts_stage(facts_args, output / "facts")
     model, label = model_stage(model_args.model_name_or_path, output / "model", facts, small_llama)
-    if announce is not None:
-        announce(model, facts)
     annotated = annotate_stage(model, model_args, facts, slick_args, output / "annotated", config)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
     setup = StudySetup(model, mix, config, model_args, annotated, label)
@@ -215,7 +210,7 @@ def facts_of_mix(mix: Path, splits: tuple[str, ...] = ("known", "new")) -> RunFa
 def _stage1_stage(arguments: Stage1Arguments, setup: StudySetup, folder: Path) -> Path:
     """Teaches the model the format on the Known facts of the mix: the start of every run, and the teacher."""
     changes = {"num_train_epochs": 1, "learning_rate": arguments.stage1_learning_rate}
-    config = copy_config(SFTConfig, setup.config, per_device_train_batch_size=8, **changes)
+    config = copy_config(setup.config, SFTConfig, per_device_train_batch_size=8, **changes)
     variant = Variant("stage1", "Stage 1")
     # The base is not asked: it has not learnt the format, and what it knows SLiCK has found out
     asked = {"before": False}

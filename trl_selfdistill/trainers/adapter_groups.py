@@ -28,8 +28,7 @@ def restrict_peft_config(
         return config
     if not hasattr(config, "target_modules"):
         raise ValueError(
-            f"{selection} needs a PEFT method with `target_modules`, such as LoRA: {type(config).__name__} does not "
-            "adapt modules."
+            f"{selection} needs a PEFT method with `target_modules`, such as LoRA, got {type(config).__name__}."
         )
     if config.target_modules not in (None, "all-linear"):
         return config

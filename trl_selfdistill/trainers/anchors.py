@@ -202,9 +202,8 @@ def _add_own_answers(trainer, prompts: list) -> Dataset:
         is_partitioned = True  # all processes but one hold empty weights
     if not isinstance(trainer.train_dataset, Dataset) or "input_ids" not in features or is_partitioned:
         raise ValueError(
-            "`anchors='own_answers'` lets a whole model answer before training, and adds rows to a tokenized "
-            "`train_dataset`. With streams, DeepSpeed ZeRO-3 or FSDP's `cpu_ram_efficient_loading`, add what "
-            "`own_answers` returns to your data."
+            "`anchors='own_answers'` lets a whole model answer, and adds rows to a tokenized `train_dataset`. With "
+            "streams, ZeRO-3 or FSDP's `cpu_ram_efficient_loading`, add what `own_answers` returns to your data."
         )
     most = trainer.args.anchor_max_new_tokens
     with trainer.accelerator.autocast():

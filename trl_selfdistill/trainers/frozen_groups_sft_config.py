@@ -3,7 +3,9 @@
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, fields
+from inspect import getdoc
 from numbers import Integral, Real
 from typing import get_args
 
@@ -24,6 +26,16 @@ _KINDS = {
 }
 
 
+def help_from_docstring(config_class: type) -> type:
+    """A class decorator that makes the entries of a docstring the help of the options on the command line."""
+    entries = dict(re.findall(r"^ {4}(\w+) \(.*:\n((?: {8}.*\n?)+)", getdoc(config_class) or "", re.MULTILINE))
+    for option in fields(config_class):
+        if option.name in entries:
+            option.metadata = {"help": " ".join(entries[option.name].split())}
+    return config_class
+
+
+@help_from_docstring
 @dataclass
 class FrozenGroupsSFTConfig(SFTConfig):
     r"""
@@ -38,7 +50,7 @@ class FrozenGroupsSFTConfig(SFTConfig):
             group in some layers, counted from 0, as `mlp:5` or `mlp:0-11` (both ends included); or a regular
             expression that is searched in the parameter names, as `re:q_proj`. Where the embeddings are tied,
             `embeddings` and `lm_head` are one tensor and go together. By default nothing is frozen, and the run is
-            [`~trl.SFTTrainer`]'s step for step.
+            `SFTTrainer`'s step for step.
         trainable_groups (`list[str]`, *optional*):
             What to train, in the same form; everything else is frozen. The paper's setting is `["attention"]`. Set
             this or `frozen_groups`, not both.
@@ -47,19 +59,9 @@ class FrozenGroupsSFTConfig(SFTConfig):
             compared at each save and at the end (about a second for 1 GB), and stored in `parameter_groups.json`.
     """
 
-    frozen_groups: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What not to train: `embeddings`, `attention`, `mlp`, `norm`, `lm_head`, a group in some layers "
-            "(`mlp:0-11`), or regular expressions over parameter names (`re:q_proj`)."
-        },
-    )
-    trainable_groups: list[str] | None = field(
-        default=None, metadata={"help": "What to train, in the form of `frozen_groups`. Set one of the two."}
-    )
-    verify_frozen: bool = field(
-        default=True, metadata={"help": "Whether to prove by SHA-256 that the frozen parameters did not move."}
-    )
+    frozen_groups: list[str] | None = None
+    trainable_groups: list[str] | None = None
+    verify_frozen: bool = True
 
     def __post_init__(self):
         if getattr(self, "warmup_ratio", None) == 0.0 and 0 < self.warmup_steps < 1:
@@ -106,11 +108,15 @@ def config_from(
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{name.split('/')[-1]}-{suffix}")
-    values = args.to_dict()
-    # `to_dict` masks every name that ends in `_token`, be it `hub_token` or `eos_token`
-    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
-    names = {field.name for field in fields(config_class)}
-    config = config_class(**{name: value for name, value in values.items() if name in names})
-    for name in values.keys() - names:  # of a config class of the user's own
+    config = copy_config(args, config_class)
+    for name in vars(args).keys() - vars(config).keys():  # of a config class of the user's own
         setattr(config, name, getattr(args, name))
     return config
+
+
+def copy_config(args: TrainingArguments, config_class: type, **changes) -> TrainingArguments:
+    """A `config_class` with the values of `args`, as far as it has them, and `changes`."""
+    # Not those of `to_dict`, which masks every name that ends in `_token`, be it `hub_token` or `eos_token`
+    names = [field.name for field in fields(config_class) if field.init and hasattr(args, field.name)]
+    values = {name: getattr(args, name) for name in names}
+    return config_class(**values | changes)

@@ -99,8 +99,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             value = getattr(self.args, option) or None
             if saved.get(option, value) != value:
                 raise ValueError(
-                    f"{checkpoint} was trained with `{option}={saved[option]}`, and this run has `{option}={value}`. "
-                    "Resume with the same groups, or start a new run from the model in the checkpoint."
+                    f"{checkpoint} was trained with `{option}={saved[option]}`, got {value}. Resume with the same."
                 )
         if self._frozen_check is not None:
             rows = saved.get("groups", {})

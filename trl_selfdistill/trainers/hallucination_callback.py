@@ -142,8 +142,7 @@ class HallucinationEvalCallback(TrainerCallback):
         callbacks = self.trainer.callback_handler.callbacks
         if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks[: callbacks.index(self)]):
             raise ValueError(
-                "EarlyStoppingCallback was added before HallucinationEvalCallback, so that it would not see its "
-                "metrics. Add it after this one, with `trainer.add_callback`."
+                "EarlyStoppingCallback was added before HallucinationEvalCallback, whose logs it reads. Add it after."
             )
         accuracies = {f"eval_{name}_accuracy" for name in self.eval_sets}
         if not args.eval_on_start and not any(accuracies & log.keys() for log in state.log_history):

@@ -62,9 +62,8 @@ def _hidden_states(model: PreTrainedModel, states: LabelStates) -> torch.Tensor:
 def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide | None, **options):
     if teacher is not None and len(states.hidden_states) != len(teacher.hidden_states):
         raise ValueError(
-            f"The student has {len(states.hidden_states)} label positions and the teacher "
-            f"{len(teacher.hidden_states)} in the same batch. A prompt-learning adapter (virtual tokens) shifts the "
-            "positions: pass a `teacher_model` with the same adapter, or train another kind of adapter."
+            f"The student has {len(states.hidden_states)} label positions in a batch, the teacher "
+            f"{len(teacher.hidden_states)}. A prompt-learning adapter shifts them: pass a `teacher_model` with it too."
         )
     lm_head = lm_head_of(model)
     device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head

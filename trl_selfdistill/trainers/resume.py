@@ -17,7 +17,6 @@ from ..files import read_json, write_json
 logger = logging.get_logger(__name__)
 
 RESUME_FILE = "resume.json"  # in each checkpoint, with `describe_run` of the run that wrote it
-_FILES_OF_0_1_0 = ("training_data.json", "teacher.json")
 _COLUMNS = ("input_ids", "labels", "seq_lengths")  # of a tokenized dataset, those that reach the model
 
 
@@ -64,10 +63,6 @@ class ExactResumeMixin:
                     f"Can't find a valid checkpoint at {self.resumed_from}: it has no readable {TRAINER_STATE_NAME}. "
                     "Pass `resume_from_checkpoint=True` for the last complete one."
                 )
-            if old := [name for name in _FILES_OF_0_1_0 if (self.resumed_from / name).is_file()]:
-                raise ValueError(
-                    f"{self.resumed_from} was written by trl-selfdistill 0.1.0 (it holds {old[0]}). Start a new run."
-                )
             record = self.resumed_from / RESUME_FILE  # a plain `SFTTrainer` writes none
             self.check_run(read_json(record) if record.is_file() else {}, self.resumed_from)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -89,9 +84,8 @@ class ExactResumeMixin:
         found = ExactResumeMixin.describe_run(self)["training_data"]
         if found is not None and found != expected:
             raise ValueError(
-                f"`train_dataset` is not the one that {checkpoint} was trained on: got {found} after tokenization, "
-                f"not {expected}. Resume with the same rows, tokenizer, chat template, `max_length`, packing and loss "
-                "mask, or set `ignore_data_skip=True` to use others."
+                f"`train_dataset` is not the one that {checkpoint} was trained on: got {found}, not {expected}. "
+                "Resume with the same rows, tokenized in the same way, or set `ignore_data_skip=True` to use others."
             )
 
     def on_save_checkpoint(self, folder: Path) -> None:

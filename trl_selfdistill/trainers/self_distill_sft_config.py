@@ -4,19 +4,21 @@
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options
+from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help_from_docstring
 
 
 # Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults learn more and keep as much
 PAPER_SETTING = {"kl_weight": 1.0, "temperature": 0.5}
 ANCHOR_KINDS = ("own_answers", "kl", "self")
 CACHE_DTYPES = ("bfloat16", "float32")
-_TEACHERS = ("teacher_snapshot_steps", "teacher_snapshot_epochs", "teacher_model_name_or_path")
+_SNAPSHOTS = ("teacher_snapshot_steps", "teacher_snapshot_epochs")
+_TEACHERS = (*_SNAPSHOTS, "teacher_model_name_or_path")
 
 
+@help_from_docstring
 @dataclass
 class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     # docstyle-ignore
@@ -33,7 +35,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         kl_weight (`float`, *optional*, defaults to `0.3`):
             Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the
             teacher knows and slow down learning what it does not know. At `0.0`, and without `anchors`, there is no
-            teacher, and the run is [`~trl.SFTTrainer`]'s step for step. The paper's is in `PAPER_SETTING`.
+            teacher, and the run is `SFTTrainer`'s step for step. The paper's is in `PAPER_SETTING`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
             protects the teacher's top answers rather than its tail.
@@ -53,7 +55,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             `output_dir/_teacher` for resuming) and continue with distillation. For models that are not sharded, full
             or with one adapter.
         teacher_snapshot_epochs (`float`, *optional*):
-            The same in epochs of the whole data. Stage 1 of the paper is an epoch of its Known facts only.
+            As `teacher_snapshot_steps`, in epochs of the whole data. Stage 1 of the paper is an epoch of its Known
+            facts only.
 
         > Parameters that control the anchors, prompts or texts without labels against forgetting
 
@@ -85,50 +88,20 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             `"bfloat16"` (2 bytes a number, rounded to 8 bits of precision) or `"float32"` (4 bytes, as computed).
     """
 
-    kl_weight: float = field(
-        default=0.3,
-        metadata={"help": "Weight of the KL to the teacher. At 0, without `anchors`, the run is SFTTrainer's."},
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature of both models' distributions in the KL term (the CE is at temperature 1)."},
-    )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Path or Hub id of the teacher. Defaults to a frozen copy of the model."}
-    )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Revision (branch, tag or commit) of the teacher on the Hub."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when the teacher is loaded by name."}
-    )
-    teacher_snapshot_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps of plain SFT after which a snapshot of the model becomes the teacher."},
-    )
-    teacher_snapshot_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of plain SFT after which a snapshot of the model becomes the teacher."}
-    )
-    anchors: str | None = field(
-        default=None, metadata={"help": "Unlabelled texts against forgetting: `own_answers`, `kl` or `self`."}
-    )
-    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the anchors `kl` and `self`."})
-    anchor_dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or path of the anchors: a column `prompt`, `messages` or `text`."}
-    )
-    anchor_max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest own answer, or text of the anchors `self`, in tokens."}
-    )
-    precompute_teacher: bool = field(
-        default=False,
-        metadata={"help": "Whether to run the teacher once before training and keep its hidden states on disk."},
-    )
-    teacher_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the teacher's hidden states. Defaults to one in `HF_HOME`."}
-    )
-    teacher_cache_dtype: str = field(
-        default="bfloat16", metadata={"help": "What they are stored in: `bfloat16` or `float32`."}
-    )
+    kl_weight: float = 0.3
+    temperature: float = 1.0
+    teacher_model_name_or_path: str | None = None
+    teacher_model_revision: str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teacher_snapshot_steps: int | None = None
+    teacher_snapshot_epochs: float | None = None
+    anchors: str | None = None
+    anchor_weight: float = 1.0
+    anchor_dataset_name: str | None = None
+    anchor_max_new_tokens: int = 256
+    precompute_teacher: bool = False
+    teacher_cache_dir: str | None = None
+    teacher_cache_dtype: str = "bfloat16"
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,23 +113,28 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             raise ValueError(f"`teacher_model_init_kwargs` must be a dict, got {self.teacher_model_init_kwargs!r}.")
         if self.kl_weight < 0:
             raise ValueError(f"`kl_weight` must be >= 0, got {self.kl_weight!r}.")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` must be > 0, got {self.temperature!r}.")
-        if self.teacher_cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"`teacher_cache_dtype` must be one of {', '.join(CACHE_DTYPES)}, got {self.teacher_cache_dtype!r}."
-            )
-        if self.takes_snapshot:
-            self._check_snapshot()
-        if self.anchors not in (None, *ANCHOR_KINDS):
-            raise ValueError(f"`anchors` must be one of {', '.join(ANCHOR_KINDS)}, or unset, got {self.anchors!r}.")
-        for name in ("anchor_weight", "anchor_max_new_tokens"):
-            if getattr(self, name) <= 0:
+        for name in ("temperature", "anchor_weight", "anchor_max_new_tokens", *_SNAPSHOTS):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}.")
-        if self.precompute_teacher and self.anchors == "self":
+        for name, choices in (("teacher_cache_dtype", CACHE_DTYPES), ("anchors", (*ANCHOR_KINDS, None))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}."
+                )
+        given = [name for name in _TEACHERS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` each choose the teacher. Set one of them.")
+        later = given if self.takes_snapshot else ["anchors"] if self.anchors == "self" else []
+        if self.precompute_teacher and later:
             raise ValueError(
-                "`precompute_teacher=True` runs the teacher before training, and with `anchors='self'` it writes "
-                "during training. Leave one of them unset, or take `anchors='kl'`."
+                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` needs it in training. "
+                "Leave one of them unset, or take `anchors='kl'`."
+            )
+        metric = self.metric_for_best_model or "loss"
+        if self.takes_snapshot and self.load_best_model_at_end and metric.endswith("loss"):
+            raise ValueError(
+                f"`load_best_model_at_end=True` compares checkpoints by {metric!r}, which is another loss after the "
+                f"snapshot of `{given[0]}`. Set `metric_for_best_model` to 'eval_mean_token_accuracy', for example."
             )
 
     def choose_teacher(self, teacher_model: Any) -> Any:
@@ -182,22 +160,3 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     def takes_snapshot(self) -> bool:
         """Whether the teacher is a snapshot that is taken during training."""
         return self.teacher_snapshot_steps is not None or self.teacher_snapshot_epochs is not None
-
-    def _check_snapshot(self) -> None:
-        given = [name for name in _TEACHERS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"`{given[0]}` and `{given[1]}` each choose the teacher. Set one of them.")
-        [name] = given
-        if not getattr(self, name) > 0:
-            raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}. Leave it unset to take the start.")
-        if self.precompute_teacher:
-            raise ValueError(
-                f"`precompute_teacher=True` runs the teacher before training, and `{name}` takes it during training. "
-                "Leave one of them unset, or train the format first and start this run from that model."
-            )
-        metric = self.metric_for_best_model or "loss"
-        if self.load_best_model_at_end and metric.endswith("loss"):
-            raise ValueError(
-                f"`load_best_model_at_end=True` compares checkpoints by {metric!r}, which is another loss after the "
-                f"snapshot of `{name}`. Set `metric_for_best_model` to 'eval_mean_token_accuracy', for example."
-            )

@@ -96,8 +96,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
             raise ValueError(
-                "`kl_weight > 0` is not supported with sequence or context parallelism (`sp_size` or `cp_size` > 1). "
-                "Use FSDP or ZeRO-2 without it, or set `kl_weight=0`."
+                "`kl_weight > 0` is not supported with sequence or context parallelism. Unset it or set `kl_weight=0`."
             )
         refuse_adapter_on_head(self.model, "model")
         student = base_causal_lm(self.model)

@@ -55,9 +55,8 @@ class CachedTeacher(Teacher):
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         if _STATES not in inputs:
             raise ValueError(
-                "With `precompute_teacher=True` the teacher has seen the datasets that the trainer was made with, and "
-                "this batch is of another one. Pass it as `eval_dataset` when the trainer is made, or leave "
-                "`precompute_teacher` unset."
+                "With `precompute_teacher=True` the teacher has seen the trainer's own datasets, and this batch is of "
+                "another one. Pass it as `eval_dataset` when the trainer is made, or unset `precompute_teacher`."
             )
         weight = self._lm_head.weight
         cached, states = inputs.pop(_INPUTS), inputs.pop(_STATES)
@@ -97,8 +96,8 @@ def precompute_teacher(trainer) -> CachedTeacher:
     folder = Path(args.teacher_cache_dir or os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache"))
     if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
-            f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, which is pushed "
-            "to the Hub. Choose a folder outside of it."
+            f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, "
+            "which is pushed to the Hub. Choose a folder outside of it."
         )
     seen = trainer.train_dataset if args.kl_weight else trainer.anchors.dataset
     evaluated = trainer.eval_dataset if args.kl_weight else None
@@ -128,9 +127,8 @@ def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
     description = describe_dataset(dataset)
     if description is None or description["sha256"] is None or dataset.format["type"] == "custom":
         raise ValueError(
-            f"`precompute_teacher=True` runs the teacher over every row before training, and `{name}` is a stream, "
-            "becomes tokens only in a batch or has a transform. Pass a plain `datasets.Dataset` that the trainer "
-            "tokenizes, or unset it."
+            f"`precompute_teacher=True` runs the teacher before training, and `{name}` is a stream, becomes tokens "
+            "only in a batch or has a transform. Pass a plain `datasets.Dataset`, or unset it."
         )
     settings = {"columns": str(CACHE_COLUMNS), "dtype": trainer.args.teacher_cache_dtype}
     settings |= {"teacher": trainer.teacher.sha256, "data": description["sha256"]}
@@ -207,9 +205,8 @@ def _refuse_rows_that_meet(trainer, dataset: Dataset) -> None:
     own, beside = (part[len(part) - count :].float() for part in states)
     if not torch.allclose(own, beside, rtol=0, atol=1e-3 * own.abs().max().item() if count else 0.0):
         raise ValueError(
-            "`precompute_teacher=True` keeps what the teacher answers to each row, and packing or `padding_free=True` "
-            "joins rows in a batch: in this teacher a row sees the one before it, whatever the `position_ids` say. "
-            "Set `packing=False` and `padding_free=False`, or `precompute_teacher=False`."
+            "`precompute_teacher=True` keeps answers row by row, and in this teacher a row sees the one before it in "
+            "a batch, whatever the `position_ids`. Set `packing=False` and `padding_free=False`, or unset it."
         )
 
 

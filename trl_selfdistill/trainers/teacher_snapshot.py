@@ -31,22 +31,18 @@ class TeacherSnapshotCallback(TrainerCallback):
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if is_sharded or (is_peft_model(trainer.model) and not self._is_adapter):
             raise ValueError(
-                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take models that are not sharded (FSDP, "
-                "DeepSpeed), full or with one adapter that can be held twice. Train stage 1 first, then start a run "
-                "from its checkpoint: the teacher is then the model that is passed in."
+                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take models that are not sharded, full or "
+                "with one adapter that can be held twice. Train stage 1 first, and a second run from its checkpoint."
             )
         args, num_batches = trainer.args, None
         if has_length(trainer.train_dataset):
-            is_split = args.accelerator_config.split_batches
-            num_rows = args.train_batch_size * (1 if is_split else args.world_size)  # of a batch
-            round_ = math.floor if args.dataloader_drop_last else math.ceil
-            num_batches = round_(len(trainer.train_dataset) / num_rows)
+            # No more than these: the data loader tells when training starts
+            num_batches = math.ceil(len(trainer.train_dataset) / args.train_batch_size)
         elif args.teacher_snapshot_epochs is not None:
             raise ValueError(
                 f"`teacher_snapshot_epochs={args.teacher_snapshot_epochs}` needs a `train_dataset` of known length, "
                 "got a stream. Set `teacher_snapshot_steps`."
             )
-        # For now, as a subclass may have another data loader
         self._choose_step(num_batches, args.max_steps)
 
     def _choose_step(self, num_batches: int | None, max_steps: int) -> None:
@@ -60,9 +56,8 @@ class TeacherSnapshotCallback(TrainerCallback):
             self._step = max(1, math.ceil(args.teacher_snapshot_epochs * steps_per_epoch - 1e-6))
         if self._step >= max_steps:
             raise ValueError(
-                f"The teacher's snapshot would come after step {self._step} of {max_steps}, so that there would "
-                "be no distillation. Train longer or take it earlier (`teacher_snapshot_steps`, "
-                "`teacher_snapshot_epochs`), or set `kl_weight=0` for plain SFT."
+                f"The teacher's snapshot would come after step {self._step} of {max_steps}, so that there would be no "
+                "distillation. Lower `teacher_snapshot_steps` or `teacher_snapshot_epochs`, or set `kl_weight=0`."
             )
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):

@@ -75,9 +75,8 @@ class ModelTeacher(Teacher):
         is_fsdp = accelerator.distributed_type == DistributedType.FSDP
         if is_fsdp and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             raise ValueError(
-                "`fsdp_cpu_ram_efficient_loading: true` leaves the model empty on all processes but one until it is "
-                "sharded, and the teacher is copied before that. Set it to false, as the configuration `fsdp2` of "
-                "`trl-selfdistill` does, or set `kl_weight=0`."
+                "`fsdp_cpu_ram_efficient_loading: true` leaves the model, of which the teacher is a copy, empty on "
+                "all processes but one. Set it to false, as scripts/accelerate_configs/fsdp2.yaml, or `kl_weight=0`."
             )
         self._lm_head: LMHead | None = None
         if is_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -151,9 +150,8 @@ def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
     head = base_causal_lm(model).get_output_embeddings()
     if hasattr(head, "token_adapter") or hasattr(head, "base_layer"):
         raise ValueError(
-            f"In `{name}`, an adapter ({type(head).__name__}) adds to the LM head, or to the embeddings that it is "
-            "tied to, and the CE and KL are computed from its weights as they are stored. Merge it "
-            "(`merge_and_unload`), train the whole with `modules_to_save`, or set `kl_weight=0`."
+            f"In `{name}`, an adapter ({type(head).__name__}) adds to the LM head, or to embeddings that it is tied "
+            "to, which the loss does not see. `merge_and_unload` it, use `modules_to_save`, or set `kl_weight=0`."
         )
 
 
@@ -167,9 +165,8 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
     sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # under ZeRO-3 the tensor itself is empty
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. The KL "
-            "compares whole next-token distributions: take a teacher of the same vocabulary, or resize its "
-            "embeddings (`teacher_model.resize_token_embeddings`) where the difference is padding."
+            f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. Take a teacher "
+            "of the same vocabulary, or `resize_token_embeddings` of the teacher where the difference is padding."
         )
     name = get_config_model_id(teacher.config)
     if not name:
@@ -183,8 +180,7 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
         return
     if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"The tokenizer of the teacher {name!r} is not the student's: the same ids would mean other tokens. "
-            "Use a teacher that was trained with the student's tokenizer."
+            f"The tokenizer of the teacher {name!r} is not the student's. Use a teacher that was trained with that."
         )
 
 
@@ -196,13 +192,11 @@ def check_teacher(teacher: Teacher | None, saved: dict | None, checkpoint: Path)
     if (teacher is None) != (saved is None):
         raise ValueError(
             f"{checkpoint} was written with{'out' if saved is None else ''} a teacher, and this run would go on with"
-            f"{'out' if teacher is None else ''} one. Set `kl_weight`, `teacher_snapshot_steps` and "
-            "`teacher_snapshot_epochs` as they were, or start a new run from the model in the checkpoint."
+            f"{'out' if teacher is None else ''} one. Set `kl_weight` and the snapshot's step as they were."
         )
     if teacher is not None and teacher.sha256 != saved["sha256"]:
         raise ValueError(
-            f"The teacher is not the one that {checkpoint} was trained with: its SHA-256 is {teacher.sha256}, and the "
-            f"checkpoint has {saved['sha256']} (`teacher_model_name_or_path={saved['name_or_path']!r}`). Pass the "
-            "`teacher_model` or, without one, the model that the run was started with: `resume_from_checkpoint` loads "
-            "the student's weights itself."
+            f"The teacher is not the one that {checkpoint} was trained with: its SHA-256 is {teacher.sha256}, not "
+            f"{saved['sha256']} (`teacher_model_name_or_path={saved['name_or_path']!r}`). Pass that or, without one, "
+            "the model that the run was started with: `resume_from_checkpoint` loads the student's weights itself."
         )
