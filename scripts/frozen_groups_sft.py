@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-selfdistill[peft] @ git+https://github.com/your-name/trl-selfdistill"]
+# ///
 """
 Trains some groups of parameters and freezes the others (FrozenGroupsSFTTrainer).
 

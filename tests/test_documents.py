@@ -40,6 +40,7 @@ def commands() -> list[str]:
     return sorted({" ".join(command.split()) for command in found if not re.search(r"\.\.\.|\$", command)})
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # a setting that a dependency deprecates
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_taken(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -75,7 +76,7 @@ def test_links_files_and_modules_exist(document):
             assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
     folders = ("trl_selfdistill", "scripts", "tests", "evaluate_metrics")
     files = [path.as_posix() for part in folders for path in ROOT.glob(f"{part}/**/*.py")]
-    for name in re.findall(r"[\w/]+\.py\b", text):
+    for name in re.findall(r"[\w/]+\.py\b", OWN.sub("", text)):
         assert any(f"/{file}".endswith(f"/{name}") for file in files), name
     for name in re.findall(r"trl_selfdistill(?:\.\w+)+", text):
         module, _, attribute = name.rpartition(".")
@@ -94,3 +95,12 @@ def test_extras_that_are_named_exist_and_changelog_and_space_have_this_version()
     lines = (ROOT / "evaluate_metrics/hallucination/requirements.txt").read_text().splitlines()
     [ours] = [Requirement(line) for line in lines if line.startswith("trl-selfdistill")]
     assert ours.specifier.contains(trl_selfdistill.__version__, prereleases=True)
+
+
+@pytest.mark.parametrize("script", ["self_distill_sft.py", "frozen_groups_sft.py"])
+def test_a_script_tells_uv_what_it_needs(script):
+    [header] = re.findall("^# /// script\n(.*?)^# ///$", (SCRIPTS / script).read_text(), re.MULTILINE | re.DOTALL)
+    needs = tomllib.loads(re.sub("^# ", "", header, flags=re.MULTILINE))
+    [ours] = map(Requirement, needs["dependencies"])
+    assert needs["requires-python"] == PROJECT["requires-python"] and ours.url == f"git+{REPOSITORY}"
+    assert ours.name == PROJECT["name"] and ours.extras <= {*PROJECT["optional-dependencies"]}
