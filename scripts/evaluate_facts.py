@@ -16,7 +16,6 @@ and, for annotated facts, by SLiCK category).
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 
@@ -25,7 +24,7 @@ from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies.command_line import run_script
 from trl_selfdistill.studies.fact_accuracy import ask_facts
 from trl_selfdistill.studies.facts.table import load_facts
-from trl_selfdistill.studies.models import ModelArguments, load_model_and_tokenizer, model_identity
+from trl_selfdistill.studies.models import ModelArguments, model_identity, model_to_ask
 from trl_selfdistill.studies.stage import run_stage
 
 
@@ -56,11 +55,9 @@ def main(args: EvaluationArguments, model_args: ModelArguments) -> None:
 
     def evaluate(folder: Path) -> None:
         facts = load_facts(args.facts, args.facts_split)
-        model, tokenizer = load_model_and_tokenizer(model_args.model_name_or_path, model_args, args.trust_remote_code)
-        model.to(PartialState().device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            sizes = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-            answers = ask_facts(model, tokenizer, facts, **sizes)
+        how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        with model_to_ask(model_args.model_name_or_path, model_args, args.bf16, args.trust_remote_code) as asked:
+            answers = ask_facts(*asked, facts, progress_file=folder / "progress.jsonl", **how)
         predictions = [
             {"fact_id": fact_id, "prediction": answer.text, "outcome": answer.outcome}
             for fact_id, answer in answers.items()

@@ -34,6 +34,7 @@ def machine(monkeypatch, tmp_path):
         ("study --num_processes 3", 2, "ddp.yaml starts 3 processes.*finds 2 here. Set --num_processes 2"),
         ("mix --accelerate_config fsdp2 --num_processes 4 --num_machines 2", 1, "2 processes.* Set --num_processes 2"),
         ("mix --num_machines 0", 1, "--num_machines: must be a whole number from 1 on, got '0'"),
+        ("check --num_processes none", 1, "--num_processes: must be a whole number"),
         ("mix --config broken.yaml", 0, "--config: 'broken.yaml' is not YAML: .*expected ',' or ']'"),
         ("mix --config_file list.yaml", 0, "'list.yaml' must hold `name: value` in each line"),
     ],
@@ -46,7 +47,8 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, line, num_gp
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: num_gpus)
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
+    status = 1 if line.startswith("check ") else 2
+    assert ended.value.code == status and re.search(message, capsys.readouterr().err)
 
 
 def test_a_missing_or_unsupported_requirement_is_named(monkeypatch, capsys):

@@ -35,7 +35,7 @@ def training_flags(**changes) -> list[str]:
 def parser_of(name: str, monkeypatch) -> command_line.ScriptParser:
     """A parser of what a script parses."""
     calls = []
-    monkeypatch.setattr(command_line, "run_script", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(command_line, "run_script", lambda *arguments, **options: calls.append(arguments))
     runpy.run_path(str(SCRIPTS / name), run_name="__main__")
     return command_line.ScriptParser(calls[0][1])
 
@@ -101,6 +101,7 @@ def test_evaluate_facts(toy_study, tmp_path, capsys):
         assert group == shares | {"num_facts": len(outcomes)}
     shown = ", ".join(f"{rate.replace('_', ' ')} {accuracy['overall']['overall'][rate]:.3f}" for rate in RATES)
     assert f"\noverall: {shown} of 40 facts" in "\n" + capsys.readouterr().out
+    assert len(read_jsonl(tmp_path / "out" / "progress.jsonl")) == 2  # what it is of, and one piece
     before = (tmp_path / "out" / "run.json").read_bytes()
     run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags, "--bf16", "false")
     assert (tmp_path / "out" / "run.json").read_bytes() == before

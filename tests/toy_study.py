@@ -39,13 +39,13 @@ STUDY_FLAGS = """
 """.split()
 
 
-def toy_facts() -> Dataset:
-    """The facts of one relation after the other; every fifth of a relation has the same answer."""
+def toy_facts(num_facts: int = NUM_FACTS) -> Dataset:
+    """The facts of one relation after the other, 50 at most; every fifth of a relation has the same answer."""
     names = [head + tail for head in _HEADS for tail in _TAILS]
     random.Random(0).shuffle(names)
     rows = []
     for relation, template in TEMPLATES.items():
-        for i in range(NUM_FACTS):
+        for i in range(num_facts):
             answer = ANSWERS[relation][i % 5]
             rows.append({"relation": relation, "subject": names.pop(), "template": template, "answer": answer})
     return facts_from_rows(rows)
@@ -57,12 +57,13 @@ def save_toy_model(folder: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(facts["subject"][:])  # a name of one token is learnt in seconds
     model = build_model(tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.1)
-    _teach(model, tokenizer, [fact for i, fact in enumerate(facts) if i % NUM_FACTS < NUM_TAUGHT], num_steps=200)
+    teach_facts(model, tokenizer, [fact for i, fact in enumerate(facts) if i % NUM_FACTS < NUM_TAUGHT], num_steps=200)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _teach(model, tokenizer, facts: list[dict], num_steps: int) -> None:
+def teach_facts(model, tokenizer, facts: list[dict], num_steps: int, most_shown: int = 3) -> None:
+    """Trains the model on documents of one to `most_shown` facts of a relation."""
     generator, collate = random.Random(0), DataCollatorForSeq2Seq(tokenizer)
     pairs = {
         relation: [(fact["question"], fact["answer"]) for fact in facts if fact["relation"] == relation]
@@ -71,7 +72,8 @@ def _teach(model, tokenizer, facts: list[dict], num_steps: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, num_steps)
     for step in range(num_steps):
-        shown = [generator.sample(pairs[generator.choice([*TEMPLATES])], 1 + (i + step) % 3) for i in range(8)]
+        sizes = [1 + (i + step) % most_shown for i in range(8)]
+        shown = [generator.sample(pairs[generator.choice([*TEMPLATES])], size) for size in sizes]
         model(**collate([_tokenized(document, tokenizer) for document in shown])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

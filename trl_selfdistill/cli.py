@@ -25,6 +25,8 @@ PROGRAMS = {
     "self-distill": "self_distill_sft.py",
     "frozen-groups": "frozen_groups_sft.py",
     "evaluate": "evaluate_facts.py",
+    "check": "check.py",
+    "export-lm-eval": "export_lm_eval.py",
     "interpolate": "interpolate.py",
     "report": "report.py",
     "publish": "publish_model.py",
@@ -37,6 +39,13 @@ PROGRAMS = {
 NEED_STUDY = ("report", "study", "compare", "mechanism", "check-distributed")
 # glibc gives large freed tensors back to the kernel and gets them zeroed: kept, a step on the CPU is 1.7 times as fast
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with status 2 for wrong input, or with 1 where 2 is what `check` found out."""
+
+    def exit(self, status=0, message=None):
+        super().exit(1 if status == 2 and "check" in sys.argv else status, message)
 
 
 def main() -> int:
@@ -79,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         start.add_argument(f"--{name}", type=_positive_integer, metavar="N")
     for name in ("machine_rank", "main_process_ip", "main_process_port", "gpu_ids"):
         start.add_argument(f"--{name}", metavar="X")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "trl-selfdistill",
         usage="%(prog)s COMMAND [flags]\n       %(prog)s COMMAND --help",
         description="Fine-tunes a language model on new facts without making it hallucinate the old ones.",

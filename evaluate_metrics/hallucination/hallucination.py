@@ -33,7 +33,8 @@ Args:
 Returns:
     A flat dict of fractions in [0, 1], each with the ends of its 95 % interval, `<name>_ci_low` and `<name>_ci_high`;
     `None` for a share of nothing.
-    `hallucination_rate`, `accuracy`, `abstention_rate`, `f1`, `num_predictions`; with a baseline `baseline_accuracy`,
+    `hallucination_rate`, `accuracy`, `abstention_rate`, `f1`, `num_predictions`, `omniscience_index` (in [-1, 1]),
+    `correct_given_attempted`, `f_score` (without an interval); with a baseline `baseline_accuracy`,
     `forgetting_rate`, `induced_hallucination_rate`, `acquisition_rate`, `net_change` (in [-1, 1]), `mcnemar_p_value`;
     with categories `factual_stability`, `factual_plasticity`; with groups `category/<name>/<rate>` and
     `relation/<name>/<rate>`.

@@ -8,6 +8,8 @@ import unicodedata
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.hallucination.answer_outcome import ABSTENTION_PATTERNS, AnswerJudge
 from trl_selfdistill.hallucination.exact_match import exact_match, normalize_answer, spellings
-from trl_selfdistill.hallucination.intervals import mean_interval
+from trl_selfdistill.hallucination.intervals import balance_interval, mean_interval
 from trl_selfdistill.hallucination.metric import SlickCategory
+from trl_selfdistill.hallucination.verdict import judge_loss
 
 
 WORDS = st.sampled_from(
@@ -175,16 +178,22 @@ def test_rates_are_counts(rows):
     unknown = [row for row in examples if row["baseline_outcome"] != "correct"]
     lost = sum(row["outcome"] != "correct" for row in known)
     gained = sum(row["outcome"] == "correct" for row in unknown)
+    right, wrong = (sum(row["outcome"] == outcome for row in examples) for outcome in ("correct", "hallucinated"))
     for name, count, total in (
-        ("accuracy", sum(row["outcome"] == "correct" for row in examples), len(rows)),
+        ("accuracy", right, len(rows)),
         ("abstention_rate", sum(row["outcome"] == "abstained" for row in examples), len(rows)),
         ("forgetting_rate", lost, len(known)),
         ("induced_hallucination_rate", sum(row["outcome"] == "hallucinated" for row in known), len(known)),
         ("acquisition_rate", gained, len(unknown)),
+        ("correct_given_attempted", right, right + wrong),
     ):
         expected = mean_interval(np.arange(total) < count) if total else (None,) * 3
         assert (scores[name], scores[f"{name}_ci_low"], scores[f"{name}_ci_high"]) == pytest.approx(expected)
-    assert scores["net_change"] == pytest.approx((gained - lost) / len(rows))
+    for name, counts in (("net_change", (gained, lost)), ("omniscience_index", (right, wrong))):
+        expected = balance_interval(*counts, len(rows))
+        assert (scores[name], scores[f"{name}_ci_low"], scores[f"{name}_ci_high"]) == expected
+    given = right / (right + wrong) if right else 0  # SimpleQA's F
+    assert scores["f_score"] == pytest.approx(2 * given * scores["accuracy"] / (given + scores["accuracy"] or 1))
     coin = scipy.stats.binom(lost + gained, 0.5)
     assert scores["mcnemar_p_value"] == pytest.approx(min(1, 2 * coin.cdf(min(lost, gained))))
     json.dumps(scores, allow_nan=False)
@@ -242,7 +251,32 @@ def test_what_no_fact_or_one_fact_cannot_tell_is_none():
 def test_intervals_stay_in_the_range_of_their_number():
     scores = score_hallucinations(["a", "b"], ["a", "c"], baseline_predictions=["x", "c"])
     assert (scores["f1_ci_low"], scores["f1"], scores["f1_ci_high"]) == (0, 0.5, 1)
-    assert (scores["net_change_ci_low"], scores["net_change"], scores["net_change_ci_high"]) == (-1, 0, 1)
+    assert -1 < scores["net_change_ci_low"] < scores["net_change"] == 0 < scores["net_change_ci_high"] < 1
+
+
+@pytest.mark.parametrize(("gained", "lost", "total"), [(12, 2, 50), (0, 3, 40), (5, 0, 9), (1, 1, 2)])
+def test_the_ends_of_a_balance_are_the_changes_that_a_score_test_just_rejects(gained, lost, total):
+    """The likelihood of the counts, given the change, is maximised by a search here and by a formula there."""
+    value, *ends = balance_interval(gained, lost, total)
+    counts = [gained, lost, total - gained - lost]
+    assert value == (gained - lost) / total
+    for end in ends:
+        fit = scipy.optimize.minimize_scalar(
+            lambda p, end=end: -scipy.special.xlogy(counts, [p, p - end, 1 + end - 2 * p]).sum(),
+            bounds=(max(0.0, end), (1 + end) / 2),
+            method="bounded",
+            options={"xatol": 1e-12},
+        )
+        variance = (2 * fit.x - end - end**2) / total
+        assert abs(value - end) / variance**0.5 == pytest.approx(scipy.stats.norm.ppf(0.975), rel=1e-4)
+
+
+@pytest.mark.parametrize(("gained", "lost", "total"), [(0, 0, 1), (0, 0, 50), (50, 0, 50), (0, 1, 100_000)])
+def test_a_balance_without_changes_is_uncertain_and_turns_with_its_sides(gained, lost, total):
+    value, low, high = balance_interval(gained, lost, total)
+    assert -1 <= low < high <= 1 and balance_interval(lost, gained, total) == (-value, -high, -low)
+    unchanged = scipy.stats.norm.ppf(0.975) ** 2  # as Wilson's, of none
+    assert (gained, lost) != (0, 0) or high == pytest.approx(unchanged / (total + unchanged))
 
 
 @pytest.mark.parametrize(
@@ -290,3 +324,23 @@ def test_interval_holds_the_mean_of_other_seeds_and_facts(seed_effect):
         _, low, high = mean_interval(seed_effect * seeds + facts + noise)
         held += low <= 0 <= high
     assert 0.90 <= held / 400 <= 1.0
+
+
+@pytest.mark.parametrize("gained", [0, 4, 20])
+@pytest.mark.parametrize("lost", [0, 4, 20, 200])
+@pytest.mark.parametrize("num_facts", [220, 2000])
+def test_a_verdict_is_the_interval_beside_the_tolerance_and_as_many_facts_as_it_asks_for_tell(lost, gained, num_facts):
+    for tolerance in (0.0, 0.02, 0.1):
+        verdict = judge_loss(lost, gained, num_facts, tolerance)
+        value, low, high = verdict.loss
+        assert (-value, -high, -low) == balance_interval(gained, lost, num_facts)
+        assert verdict.outcome == ("within" if high <= tolerance else "beyond" if low > tolerance else "undecided")
+        if verdict.num_needed is not None and verdict.outcome == "undecided":
+            scale = verdict.num_needed / num_facts
+            assert (
+                scale > 1
+                and judge_loss(lost * scale, gained * scale, num_facts * scale, tolerance).outcome != "undecided"
+            )
+            smaller = scale / 1.03
+            assert judge_loss(lost * smaller, gained * smaller, num_facts * smaller, tolerance).outcome == "undecided"
+        assert (verdict.num_needed == num_facts) == (verdict.outcome != "undecided")

@@ -11,6 +11,7 @@ from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDi
 from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.hub.environment import portable_command
 from trl_selfdistill.hub.model_card import (
+    add_check,
     base_model_of,
     read_record,
     render_model_card,
@@ -76,13 +77,19 @@ def test_results_stay_while_the_weights_do(tmp_path, model_dir):
     trainer.save_model()
     results = {"variant": "v", "metrics": [], "metrics_table": "", "table": "| measured |", "num_facts": {}}
     update_model_card(folder, results={**results, "weights_sha256": weights_sha256(folder)})
+    add_check(folder, "## Facts that it forgot")
     trainer.create_model_card(dataset_name="org/facts", tags="extra")  # as `push_to_hub` calls it
     trainer.save_model()
     card = ModelCard.load(folder / "README.md")
-    assert "| measured |" in card.text and card.data.datasets == ["org/facts"] and "extra" in card.data.tags
+    assert "| measured |" in card.text and "\n\n## Facts that it forgot\n\n## Method" in card.text
+    assert card.data.datasets == ["org/facts"] and "extra" in card.data.tags
     next(trainer.model.parameters()).data.add_(1.0)
     trainer.save_model()
-    assert "| measured |" not in (folder / "README.md").read_text() and "results" not in read_record(folder)
+    text = (folder / "README.md").read_text()
+    assert "| measured |" not in text and "## Facts that" not in text and {*read_record(folder)} == {"training"}
+    assert "Not measured for this checkpoint" in text
+    add_check(folder, "## Facts that it forgot")  # of the weights as they are now, without a study
+    assert "Not measured for this checkpoint" not in (folder / "README.md").read_text()
 
 
 def test_a_chain_of_local_stages_keeps_the_hub_id_and_the_license(tmp_path, tokenizer, model):

@@ -13,8 +13,8 @@ from trl import SFTConfig, SFTTrainer
 from trl_selfdistill.hallucination.exact_match import exact_match
 from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
-from trl_selfdistill.slick.prompt_tokens import tokenize_prompts
-from trl_selfdistill.slick.prompts import answer_completion, question_prompt
+from trl_selfdistill.slick.prompt_tokens import tokenize_answers, tokenize_prompts
+from trl_selfdistill.slick.prompts import answer_completion, few_shot_messages, question_prompt
 
 
 # What a tokenizer adds to a text; the chat template writes it as well, or not
@@ -84,6 +84,28 @@ def test_a_text_that_holds_the_special_tokens_gets_them_once(added):
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert tokenize_prompts(tokenizer, [text]) == tokenize_prompts(tokenizer, [chat])
     assert tokenize_prompts(tokenizer, []) == []
+
+
+# Llama 2 writes a blank before an answer, in which its tokens differ from those of the prompt alone
+WITH_A_BLANK = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITH_A_BLANK], ids=["ChatML", "blank"])
+@pytest.mark.parametrize("name", ["$A", "{bos} $A {eos}, template", "metaspace"])
+def test_an_answer_in_a_conversation_is_tokenized_as_the_template_writes_it(name, template):
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.chat_template = tokenizer.chat_template.replace(CHAT_TEMPLATE, template)
+    [(question, answer), *exemplars] = QUESTIONS.items()
+    prompt = few_shot_messages(question, exemplars)
+    [[asked, *answered]] = tokenize_answers(tokenizer, [prompt], [[answer, "Peru"]])
+    assert [[*asked]] == tokenize_prompts(tokenizer, [prompt])
+    for ids, text in zip(answered, (answer, "Peru"), strict=True):
+        whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], return_dict=True)
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert [*ids, end] == whole["input_ids"][: len(ids) + 1]
 
 
 @pytest.mark.parametrize("added", ADDED)

@@ -16,7 +16,8 @@ from two_processes import run_in_two_processes
 
 from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.hallucination.exact_match import exact_match
-from trl_selfdistill.slick import slick
+from trl_selfdistill.slick import answering, slick
+from trl_selfdistill.slick.answering import answer_prompts
 from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.process_sharding import ProgressFile
@@ -183,9 +184,25 @@ def test_progress_file_cut_off_anywhere(tmp_path):
     assert path.read_text() == "something else"
 
 
+def answer(progress_file: Path) -> list[str]:
+    tokenizer = build_tokenizer()
+    prompts = [few_shot_prompt(question, []) for question in build_facts()["question"]]
+    return answer_prompts(
+        build_answering_model(tokenizer), tokenizer, prompts, batch_size=5, progress_file=progress_file
+    )
+
+
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(slick, "_CHUNK_SIZE", {"score": 28, "generate": 4})
     run_in_two_processes(annotate_on_this_process, tmp_path)
+    expected = answer(tmp_path / "alone.jsonl")
+    assert [read_json(tmp_path / f"answers-{rank}.json") for rank in range(2)] == [expected] * 2
+    whole, cut = (tmp_path / "alone.jsonl").read_bytes(), tmp_path / "answers.jsonl"
+    assert cut.read_bytes() == whole
+    with monkeypatch.context() as patch:  # what is in the file is not asked again
+        patch.setattr(answering, "predict_answers", lambda model, tokenizer, prompts, **_: [["?"] for _ in prompts])
+        cut.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+        assert answer(cut) == [*expected[:10], *["?"] * (len(expected) - 10)]
     for name, settings in SHARED.items():
         expected = annotate(settings, tmp_path / "one.jsonl")
         results = [read_json(tmp_path / f"{name}-{rank}.json") for rank in range(2)]
@@ -204,6 +221,7 @@ def annotate_on_this_process(folder: Path) -> None:
     for name, settings in SHARED.items():
         result = annotate(settings, folder / f"{name}.jsonl")
         write_json(folder / f"{name}-{rank}.json", result)
+    write_json(folder / f"answers-{rank}.json", answer(folder / "answers.jsonl"))
 
 
 @pytest.mark.parametrize(

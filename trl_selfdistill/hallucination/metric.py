@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from .answer_outcome import AnswerJudge
-from .intervals import mean_interval
+from .intervals import balance_interval, mean_interval
 
 
 class SlickCategory(StrEnum):
@@ -55,10 +55,14 @@ def score_hallucinations(
 
     Returns:
         `dict`: Fractions in [0, 1], each with the ends of its 95 % interval over facts under `<name>_ci_low` and
-        `<name>_ci_high` ([`~trl_selfdistill.hallucination.intervals.mean_interval`]); `None` for no facts, and for an
-        interval of one.
+        `<name>_ci_high` ([`~trl_selfdistill.hallucination.intervals.mean_interval`], for a number in [-1, 1]
+        [`~trl_selfdistill.hallucination.intervals.balance_interval`]); `None` for no facts and
+        for an interval of one.
 
         - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `f1`, `num_predictions`.
+        - `omniscience_index`, correct minus hallucinated, in [-1, 1] (AA-Omniscience, arXiv 2511.13029);
+          `correct_given_attempted`, of the answers that are no abstentions the share that is correct, and `f_score`,
+          the harmonic mean of it and the accuracy, without an interval (SimpleQA, arXiv 2411.04368).
         - With a baseline: `baseline_accuracy`; of the facts that were right before, `forgetting_rate`, the share that
           is not right now, and `induced_hallucination_rate`, the share that is hallucinated now; of the others,
           `acquisition_rate`, the share that is right now; `net_change` of the accuracy, in [-1, 1]; and
@@ -153,27 +157,32 @@ def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray
 
 
 def _rates(answers: dict[str, np.ndarray]) -> dict:
-    right = answers["outcome"] == "correct"
+    right, wrong = answers["outcome"] == "correct", answers["outcome"] == "hallucinated"
     means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()} | {"f1": answers["f1"]}
+    means["correct_given_attempted"] = right[right | wrong]
+    balances = {"omniscience_index": (right, wrong)}
     result: dict[str, float | None] = {"num_predictions": len(right)}
+    result["f_score"] = 2 * float(right.sum()) / float(len(right) + right.sum() + wrong.sum())
     if "baseline_outcome" in answers:
         before = answers["baseline_outcome"] == "correct"
         means["baseline_accuracy"] = before
         means["forgetting_rate"] = ~right[before]
-        means["induced_hallucination_rate"] = (answers["outcome"] == "hallucinated")[before]
+        means["induced_hallucination_rate"] = wrong[before]
         means["acquisition_rate"] = right[~before]
-        means["net_change"] = right.astype(int) - before
+        balances["net_change"] = right & ~before, before & ~right
         # McNemar's exact test (1947): the facts that changed sides against a fair coin
         changed = right[before != right]
         result["mcnemar_p_value"] = float(binomtest(int(changed.sum()), len(changed)).pvalue) if len(changed) else 1.0
     for name, values in means.items():
         result |= _with_interval(name, values)
+    for name, (gained, lost) in balances.items():
+        interval = balance_interval(int(gained.sum()), int(lost.sum()), len(right))
+        result |= {name: interval.value, f"{name}_ci_low": interval.low, f"{name}_ci_high": interval.high}
     return result
 
 
 def _with_interval(name: str, values: np.ndarray) -> dict[str, float | None]:
     """The mean of `values` under `name`, and the ends of its interval; `None` where there is no such number."""
-    lowest = -1.0 if name == "net_change" else 0.0
-    numbers = np.clip(mean_interval(values), lowest, 1.0).tolist() if len(values) else [np.nan] * 3
+    numbers = np.clip(mean_interval(values), 0.0, 1.0).tolist() if len(values) else [np.nan] * 3
     names = (name, f"{name}_ci_low", f"{name}_ci_high")
     return {key: None if np.isnan(number) else number for key, number in zip(names, numbers, strict=True)}

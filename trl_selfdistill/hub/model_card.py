@@ -2,7 +2,7 @@
 """The model card of a checkpoint, rendered from a record beside it.
 
 All that a card says is in `model_card.json`: `training`, which the trainers write whenever they save, and `results`,
-which a study adds, of the weights that they were measured on.
+which a study adds, and `check`, of the weights that they were measured on.
 """
 
 import hashlib
@@ -21,19 +21,37 @@ from ..hallucination.metric import SlickCategory
 
 CARD_FILE = "README.md"
 RECORD_FILE = "model_card.json"
+_CHECK_MARKS = ("<!-- trl-selfdistill check -->", "<!-- end of the check -->")
 TAGS = ["trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574", "arxiv:2405.05904"]
 
 
 def update_model_card(folder: Path, **parts: dict[str, Any]) -> Path:
-    """Replaces `training` or `results` (JSON values) in the record in `folder`, and renders the card anew."""
+    """Replaces `training`, `results` or `check` (JSON values) in the record in `folder`, and renders the card anew."""
     record = {**read_record(folder), **parts}
-    if "results" in record and record["results"].get("weights_sha256") != weights_sha256(folder):
-        del record["results"]  # measured on other weights
+    for name in {"results", "check"} & {*record}:
+        if record[name].get("weights_sha256") != weights_sha256(folder):
+            del record[name]  # measured on other weights
     with warn_without(folder / RECORD_FILE):
         write_json(folder / RECORD_FILE, record)
     with written_whole(folder / CARD_FILE) as partial:
         render_model_card(record).save(partial)
     return folder / CARD_FILE
+
+
+def add_check(folder: Path, section: str) -> Path:
+    """
+    Puts the Markdown of a check into the card of the model in `folder`, in place of an earlier one, and returns its
+    path. Any other card than the one that belongs to a record keeps its text, and the section stands at its end.
+    """
+    if (folder / RECORD_FILE).is_file():
+        return update_model_card(folder, check={"weights_sha256": weights_sha256(folder), "section": section})
+    card, (begin, end) = folder / CARD_FILE, _CHECK_MARKS
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, _, rest = text.partition(begin)
+    parts = [before.rstrip(), f"{begin}\n{section.strip()}\n{end}", rest.partition(end)[2].strip()]
+    with written_whole(card) as partial:
+        partial.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8", newline="\n")
+    return card
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -87,6 +105,7 @@ def render_model_card(record: dict[str, Any]) -> ModelCard:
         training=_escaped(training),
         environment=training.get("environment"),
         results=results,
+        check=record.get("check"),
         categories=[*SlickCategory],
     )
 

@@ -5,7 +5,6 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -16,8 +15,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from ..hallucination.exact_match import spellings
 from .generation import answer_ends, evaluation_mode
-from .prompt_tokens import text_tokenizer, tokenize_prompts
-from .prompts import answer_completion
+from .prompt_tokens import text_tokenizer, tokenize_answers
 
 
 _MIN_SHARED_PREFIX = 16  # tokens, below which sharing them saves less than handling the cache costs
@@ -64,7 +62,8 @@ def score_answers(
     Args:
         model ([`~transformers.PreTrainedModel`]): Causal language model. Its training mode is restored.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
-        prompts (`Sequence[str]`): The prompts, without their answers.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+            The prompts, texts or conversations, without their answers.
         accepted_answers (`Sequence[Sequence[str]]`): For each prompt the forms of the answer that count as right.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature of `p_sampled`.
         top_k (`int`, *optional*): Number of most likely tokens to sample from; `None` for all.
@@ -104,15 +103,11 @@ def score_answers(
 
 def _tokenize(tokenizer, prompts: Sequence[str], accepted_answers: Sequence[Sequence[str]]) -> list[list[_Row]]:
     """For each prompt its rows, one for each spelling of the accepted answers."""
-    texts, ends = [], [0]
-    for i, (prompt, forms) in enumerate(zip(prompts, accepted_answers, strict=True)):
+    for i, forms in enumerate(accepted_answers):
         if not forms or isinstance(forms, str) or not all(form.strip() for form in forms):
             raise ValueError(f"`accepted_answers[{i}]` is {forms!r}; it must be a list of non-empty answers")
-        texts += [prompt, *(prompt + answer_completion(spelling) for form in forms for spelling in spellings(form))]
-        ends.append(len(texts))
-    token_ids, rows = [tuple(ids) for ids in tokenize_prompts(tokenizer, texts)], []
-    for begin, end in pairwise(ends):
-        prompt_ids, *full = token_ids[begin:end]
+    answers, rows = [[spelling for form in forms for spelling in spellings(form)] for forms in accepted_answers], []
+    for prompt_ids, *full in tokenize_answers(tokenizer, prompts, answers):
         # Where a token crosses the border between prompt and answer, the row's own tokens from there on count
         rows.append([_Row(ids, max(1, len(commonprefix([prompt_ids, ids])))) for ids in dict.fromkeys(full)])
     return rows

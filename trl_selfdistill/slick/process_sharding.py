@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work that the processes of a distributed launch share, and a file from which a stopped run continues it."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
 
 from ..files import written_whole
 
@@ -30,6 +33,16 @@ def on_main_process(function: Callable[[], Any]) -> Any:
     return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
 
 
+def checksum(value: Any) -> str:
+    """SHA-256 of the `repr` of a value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def weights_checksum(model: torch.nn.Module) -> str:
+    """Of a few numbers of each parameter: it tells checkpoints of one architecture apart, and costs nothing."""
+    return checksum([(name, p.detach().flatten()[:8].float().tolist()) for name, p in model.named_parameters()])
+
+
 class ProgressFile:
     """
     The `results` of the finished units of some work, by name, kept in a JSON-lines file (or with `path=None` in memory
@@ -48,6 +61,21 @@ class ProgressFile:
         if self._path is not None and PartialState().is_main_process:
             with self._path.open("ab") as file:
                 file.write(json.dumps({"unit": unit, "result": result}).encode() + b"\n")
+
+    def do(self, function: Callable[[str, Sequence], Any], units: dict[str, Sequence], title: str) -> None:
+        """
+        Adds `function(name, items)` of each unit that has no result yet, with a bar of the items. A collective: the
+        processes do a unit each, then all are in the file.
+        """
+        left, n = [unit for unit in units.items() if unit[0] not in self.results], PartialState().num_processes
+        shown = {"desc": title, "unit": "question", "disable": not PartialState().is_main_process}
+        with tqdm(total=sum(len(items) for _, items in left), **shown) as bar:
+            for begin in range(0, len(left), n):
+                together = left[begin : begin + n]
+                results = map_in_parallel(lambda unit: function(*unit), together)
+                for (name, items), result in zip(together, results, strict=True):
+                    self.append(name, result)
+                    bar.update(len(items))
 
     def _read(self, header: bytes) -> dict[str, Any]:
         content = self._path.read_bytes() if self._path.exists() else b""

@@ -2,8 +2,11 @@
 """The only place where a prompt becomes tokens, for generation, likelihood, drift and a model's own answers alike."""
 
 from collections.abc import Sequence
+from itertools import chain, islice
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from .prompts import answer_completion
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -27,11 +30,8 @@ def tokenize_prompts(
     if not prompts:
         return []
     if not isinstance(prompts[0], str):
-        chats = list(prompts)
-        if isinstance(processing_class, ProcessorMixin):  # its templates read lists of parts
-            chats = [[{**message, "content": _parts(message["content"])} for message in chat] for chat in chats]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        return processing_class.apply_chat_template(chats, **options)["input_ids"]
+        return processing_class.apply_chat_template(_chats(processing_class, prompts), **options)["input_ids"]
     tokenizer = text_tokenizer(processing_class)
     wholes, texts = (tokenizer(list(prompts), add_special_tokens=add)["input_ids"] for add in (True, False))
     rows = []
@@ -45,6 +45,47 @@ def tokenize_prompts(
         before = whole[:start]
         rows.append(text if text[:start] == before else before + text)
     return rows
+
+
+def tokenize_answers(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    prompts: Sequence[str] | Sequence[list[dict]],
+    answers: Sequence[Sequence[str]],
+) -> list[list[tuple[int, ...]]]:
+    """
+    For each prompt its token ids, as those of [`tokenize_prompts`], and those of it followed by each of its `answers`:
+    after a text as [`~trl_selfdistill.slick.prompts.answer_completion`], in a conversation as its template writes one.
+    """
+    completions = [[answer_completion(answer) for answer in own] for own in answers]
+    is_chat = bool(prompts) and not isinstance(prompts[0], str)
+    if is_chat:
+        prompts, blank = _rendered(processing_class, prompts)
+        completions = [[blank + completion.lstrip() for completion in own] for own in completions]
+    rows = [[prompt, *(prompt + text for text in own)] for prompt, own in zip(prompts, completions, strict=True)]
+    texts = [*chain(*rows)]
+    if is_chat:
+        token_ids = text_tokenizer(processing_class)(texts, add_special_tokens=False)["input_ids"]
+    else:
+        token_ids = tokenize_prompts(processing_class, texts)
+    left = map(tuple, token_ids)
+    return [[*islice(left, len(row))] for row in rows]
+
+
+def _rendered(processing_class, chats: Sequence[list[dict]]) -> tuple[list[str], str]:
+    """Conversations as texts, and the blanks that their template writes before an answer, as after "[/INST]"."""
+    solved = _chats(processing_class, [[*chats[0], {"role": "assistant", "content": "?"}]])
+    [whole] = processing_class.apply_chat_template(solved, tokenize=False)
+    chats = _chats(processing_class, chats)
+    texts = processing_class.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    before = whole.removeprefix(texts[0]).partition("?")[0]
+    return texts, before if before.isspace() else ""
+
+
+def _chats(processing_class, chats: Sequence[list[dict]]) -> list[list[dict]]:
+    if not isinstance(processing_class, ProcessorMixin):
+        return list(chats)
+    # Templates of processors read lists of parts
+    return [[{**message, "content": _parts(message["content"])} for message in chat] for chat in chats]
 
 
 def _parts(content: str | list[dict]) -> list[dict]:

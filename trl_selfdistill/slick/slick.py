@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """SLiCK: how well a model knows each fact (Gekhman et al. 2024, arXiv 2405.05904, section 3)."""
 
-import hashlib
 import logging
 import math
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Literal
 
-from accelerate import PartialState
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hallucination.exact_match import exact_match
 from ..hallucination.metric import SlickCategory
 from .generation import predict_answers
 from .likelihood import score_answers
-from .process_sharding import ProgressFile, map_in_parallel
+from .process_sharding import ProgressFile, checksum, weights_checksum
 from .prompts import answer_completion, few_shot_prompt
 
 
@@ -136,6 +134,7 @@ def annotate_facts(
     tokenizer: PreTrainedTokenizerBase,
     settings: SlickSettings = PRESETS["quick"],
     *,
+    prompt_function: Callable[[str, list[tuple[str, str]]], str | list[dict]] = few_shot_prompt,
     batch_size: int = 64,
     progress_file: str | os.PathLike | None = None,
 ) -> Dataset:
@@ -157,6 +156,9 @@ def annotate_facts(
         model ([`~transformers.PreTrainedModel`]): The model to ask, in its dtype.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SlickSettings`], *optional*, defaults to `PRESETS["quick"]`): How to ask.
+        prompt_function (`Callable`, *optional*, defaults to [`~trl_selfdistill.slick.prompts.few_shot_prompt`]):
+            Makes the prompt of a question and its exemplars, pairs of question and answer: a text or, as
+            [`~trl_selfdistill.slick.prompts.few_shot_messages`], a conversation for the chat template.
         batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
         progress_file (`str` or `os.PathLike`, *optional*): JSON lines of the results, to continue a stopped run.
 
@@ -174,26 +176,20 @@ def annotate_facts(
     asked = facts.select(kept)
     relations, questions = asked["relation"][:], asked["question"][:]
     accepted = [[answer, *aliases] for answer, aliases in zip(asked["answer"], asked["aliases"], strict=True)]
-    work = ProgressFile(progress_file, _identity(facts, model, settings, batch_size))
+    identity = _identity(facts, model, settings, batch_size)
+    if prompt_function is not few_shot_prompt:
+        identity["prompt"] = prompt_function("question", [("question", "answer")])
+    work = ProgressFile(progress_file, identity)
 
-    def ask(unit: tuple[str, list[int], list[tuple[str, str]]]) -> list:
-        name, rows, shots = unit
-        prompts = [few_shot_prompt(questions[row], shots) for row in rows]
+    def ask(prompt: int, name: str, rows: list[int]) -> list:
+        shots = exemplars[relations[rows[0]]][prompt]
+        prompts = [prompt_function(questions[row], shots) for row in rows]
         return _ask(model, tokenizer, prompts, [accepted[row] for row in rows], settings, batch_size, name)
 
-    n = PartialState().num_processes
     outcomes: dict[int, list] = {row: [] for row in range(len(asked))}  # of each fact, one for each prompt
     for prompt in range(settings.num_prompts):
         units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
-        left = {name: rows for name, rows in units.items() if name not in work.results}
-        todo = [(name, rows, exemplars[relations[rows[0]]][prompt]) for name, rows in left.items()]
-        title, total = f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}", sum(map(len, left.values()))
-        with tqdm(desc=title, unit="question", total=total, disable=not PartialState().is_main_process) as bar:
-            for begin in range(0, len(todo), n):  # a unit for each process, then all are in the file
-                together = todo[begin : begin + n]
-                for (name, *_), results in zip(together, map_in_parallel(ask, together), strict=True):
-                    work.append(name, results)
-                    bar.update(len(results))
+        work.do(partial(ask, prompt), units, f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}")
         for name, rows in units.items():
             for row, result in zip(rows, work.results[name], strict=True):
                 outcomes[row].append(result)
@@ -207,11 +203,8 @@ def annotate_facts(
 
 
 def _identity(facts: Dataset, model: PreTrainedModel, settings: SlickSettings, batch_size: int) -> dict:
-    table = facts.select_columns(_REQUIRED_COLUMNS).to_list()
-    # A few numbers of each parameter tell checkpoints of one architecture apart, and cost nothing
-    weights = [(name, p.detach().flatten()[:8].float().tolist()) for name, p in model.named_parameters()]
-    table_hash, weights_hash = (hashlib.sha256(repr(values).encode()).hexdigest() for values in (table, weights))
-    return {"settings": asdict(settings), "facts": table_hash, "model": weights_hash, "batch_size": batch_size}
+    of_facts, of_model = checksum(facts.select_columns(_REQUIRED_COLUMNS).to_list()), weights_checksum(model)
+    return {"settings": asdict(settings), "facts": of_facts, "model": of_model, "batch_size": batch_size}
 
 
 def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> dict[str, list[int]]:

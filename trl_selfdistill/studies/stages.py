@@ -9,7 +9,6 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, get_quantization_config
@@ -28,8 +27,8 @@ from .models import (
     EMBEDDED_MODEL_ID,
     SMALL_LLAMA,
     ModelArguments,
-    load_model_and_tokenizer,
     model_identity,
+    model_to_ask,
     save_embedded_model,
 )
 from .results import LEGEND, plot_curves, read_result, render_findings, render_table
@@ -120,18 +119,18 @@ def facts_stage(arguments: FactsArguments, folder: Path) -> Path:
     """Writes the facts to ask about to `folder/facts.jsonl`, and returns that file."""
 
     def work(partial: Path) -> None:
-        if arguments.facts == "geonames":
-            facts = geonames_facts(arguments.fact_relations)
-        else:
-            facts = load_facts(arguments.facts, arguments.facts_split)
-        save_facts(_limited(facts, arguments), partial / FACTS_FILE)
+        save_facts(wanted_facts(arguments), partial / FACTS_FILE)
 
     inputs = [arguments.facts] if Path(arguments.facts).exists() else []
     return run_stage(folder, asdict(arguments), inputs, work) / FACTS_FILE
 
 
-def _limited(facts: Dataset, arguments: FactsArguments) -> Dataset:
+def wanted_facts(arguments: FactsArguments) -> Dataset:
     """The facts of the wanted relations, in their order, up to the limits of each relation and answer."""
+    if arguments.facts == "geonames":
+        facts = geonames_facts(arguments.fact_relations)
+    else:
+        facts = load_facts(arguments.facts, arguments.facts_split)
     table = facts.select_columns(["relation", "answer"]).to_pandas()
     relations = arguments.fact_relations or table["relation"]
     if missing := set(relations) - set(table["relation"]):
@@ -165,11 +164,9 @@ def annotate_stage(
     settings, init_kwargs = slick.settings(run.seed), getattr(run, "model_init_kwargs", None)
 
     def work(partial: Path) -> None:
-        loaded, tokenizer = load_model_and_tokenizer(model, model_args, run.trust_remote_code, init_kwargs)
-        loaded.to(PartialState().device)
         how = {"batch_size": slick.slick_batch_size, "progress_file": partial / "progress.jsonl"}
-        with torch.autocast(loaded.device.type, torch.bfloat16, enabled=bool(run.bf16)):
-            annotated = annotate_facts(read_facts(facts), loaded, tokenizer, settings, **how)
+        with model_to_ask(model, model_args, run.bf16, run.trust_remote_code, init_kwargs) as asked:
+            annotated = annotate_facts(read_facts(facts), *asked, settings, **how)
         if PartialState().is_main_process:
             save_facts(annotated, partial / FACTS_FILE)
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Writes facts as a task for lm-evaluation-harness, so that they stand beside the skills that it measures.
+
+Input: facts, such as `heldout.jsonl` of a mix or the `facts.jsonl` that `check` keeps. Output, in --output_dir: the
+task (TASK.yaml), its questions and its exemplars (JSON lines). lm_eval needs nothing of this package to run it:
+
+    trl-selfdistill export-lm-eval --facts outputs/study/mix/heldout.jsonl --output_dir outputs/lm_eval
+
+    lm_eval --model hf --model_args pretrained=my-model --include_path outputs/lm_eval --tasks facts,gsm8k,ifeval
+
+Without exemplars, as models are asked that were trained on these prompts:
+
+    trl-selfdistill export-lm-eval --facts my_facts.csv --task my_facts --num_fewshot 0
+"""
+
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+
+from trl_selfdistill.files import write_jsonl
+from trl_selfdistill.slick.prompts import question_prompt
+from trl_selfdistill.slick.slick import reserve_exemplars
+from trl_selfdistill.studies.arguments import FactsArguments
+from trl_selfdistill.studies.command_line import run_script
+from trl_selfdistill.studies.stage import run_stage
+from trl_selfdistill.studies.stages import wanted_facts
+
+
+@dataclass
+class ExportArguments:
+    """The task that is written."""
+
+    _argument_group_name = "task"
+
+    task: str = field(default="facts", metadata={"help": "Name of the task."})
+    num_fewshot: int = field(default=4, metadata={"help": "Solved exemplars before each question, of all relations."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of exemplars."})
+    output_dir: str = field(default="outputs/lm_eval", metadata={"help": "Folder of the task."})
+
+    def __post_init__(self):
+        if not self.task.isidentifier() or self.num_fewshot < 0:
+            raise ValueError(
+                f"`task` must be a word and `num_fewshot` at least 0, got {self.task!r} and {self.num_fewshot}."
+            )
+
+
+def main(args: ExportArguments, facts_args: FactsArguments) -> None:
+    """Writes the task and prints how to run it."""
+
+    def export(folder: Path) -> None:
+        facts, exemplars, rows = wanted_facts(facts_args), {}, None
+        if args.num_fewshot:
+            per_relation = -(-args.num_fewshot // len({*facts["relation"]}))
+            exemplars, rows = reserve_exemplars(facts, 1, per_relation, args.seed)
+        # In turns of one of each relation
+        shots = [*chain(*zip(*(shots for [shots] in exemplars.values()), strict=True))][: args.num_fewshot]
+        asked = facts if rows is None else facts.select(rows)
+        write_jsonl(folder / "questions.jsonl", (with_accepted(fact) for fact in asked))
+        write_jsonl(folder / "exemplars.jsonl", ({"question": q, "accepted": [answer]} for q, answer in shots))
+        text = yaml.safe_dump(task_of(args, len(shots)), sort_keys=False, allow_unicode=True)
+        (folder / f"{args.task}.yaml").write_text(text, encoding="utf-8")
+
+    inputs = [facts_args.facts] if Path(facts_args.facts).exists() else []
+    folder = run_stage(args.output_dir, asdict(args) | asdict(facts_args), inputs, export)
+    if PartialState().is_main_process:
+        print(f"lm_eval --model hf --model_args pretrained=MODEL --include_path {folder} --tasks {args.task}")
+
+
+def with_accepted(fact: dict) -> dict:
+    """The columns of a fact that a task needs."""
+    accepted = [fact["answer"], *fact["aliases"]]
+    return {"fact_id": fact["fact_id"], "question": fact["question"], "accepted": accepted}
+
+
+def task_of(args: ExportArguments, num_fewshot: int) -> dict:
+    """The configuration of the task: the prompts of this package, and an exact match without case and articles."""
+    folder = Path(args.output_dir).resolve()  # lm_eval reads relative paths from where it is started
+    files = {"test": str(folder / "questions.jsonl")}
+    if num_fewshot:
+        files["fewshot"] = str(folder / "exemplars.jsonl")
+    matching = {"ignore_case": True, "ignore_punctuation": True, "regexes_to_ignore": [r"(?i)\b(?:a|an|the)\b ?"]}
+    return {
+        "task": args.task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+        **({"fewshot_split": "fewshot", "fewshot_config": {"sampler": "first_n"}} if num_fewshot else {}),
+        "num_fewshot": num_fewshot,
+        "output_type": "generate_until",
+        "doc_to_text": question_prompt("{{question}}"),
+        "doc_to_target": "accepted",
+        "target_delimiter": " ",
+        "fewshot_delimiter": "\n",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 32},
+        "filter_list": [{"name": "answer", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, **matching}],
+        "metadata": {"version": 1.0},
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, (ExportArguments, FactsArguments), __doc__)

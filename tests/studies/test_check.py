@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`check`: a tiny model that knows its facts, and others that were made from it and have lost some."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer, made_once
+from peft import LoraConfig, get_peft_model
+from toy_study import run_script, teach_facts, toy_facts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_selfdistill.files import read_json, read_jsonl
+from trl_selfdistill.hallucination import score_hallucinations
+from trl_selfdistill.slick import slick
+from trl_selfdistill.studies import check
+from trl_selfdistill.studies.facts.table import save_facts
+
+
+def make_models(folder):
+    """In `base` a model that was taught 100 facts, in `noisy` and `adapter` what noise has made of it."""
+    facts, tokenizer = toy_facts(50), build_tokenizer()
+    tokenizer.add_tokens(facts["subject"][:])
+    tokenizer.chat_template = None
+    model = build_model(tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.1)
+    teach_facts(model, tokenizer, [*facts], num_steps=300, most_shown=5)
+    save_facts(facts, folder / "facts.jsonl")
+    for name in ("base", "noisy"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapter.save_pretrained(folder / "adapter")  # without a tokenizer
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, worker_id):
+    return made_once(tmp_path_factory, worker_id, "check-models", make_models)
+
+
+def run_check(models, folder, *flags, before="base", after="noisy") -> int:
+    """Runs the check in this process and returns its exit status."""
+    paths = ["--before", models / before, "--after", models / after, "--known_dir", folder / "known"]
+    paths += ["--facts", models / "facts.jsonl", "--output_dir", folder / "out", "--bf16", "false"]
+    try:
+        run_script("check.py", *paths, *flags)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("asked once more")
+
+
+def test_it_finds_what_was_lost_and_a_second_model_costs_one_pass(models, tmp_path, monkeypatch, capsys):
+    assert run_check(models, tmp_path) == 2
+    report = read_json(tmp_path / "out" / "check.json")
+    [known] = [read_jsonl(path) for path in tmp_path.glob("known/base-*/known/facts.jsonl")]
+    [answers] = [read_jsonl(path) for path in tmp_path.glob("known/base-*/noisy-*/model_answers.jsonl")]
+    right, before = ([row[name] for row in known] for name in ("answer", "base_answer"))
+    scores = score_hallucinations(answers, right, baseline_predictions=before)
+    assert scores == report["scores"] and report["loss"]["value"] == -scores["net_change"]
+    assert report["loss"]["low"] > 0.02 and report["num_known"] == len(known) >= check.LEAST_KNOWN
+    rows = zip(known, answers, right, before, strict=True)
+    lost = {row["fact_id"]: (old, new) for row, new, answer, old in rows if old == answer != new}
+    assert {row["fact_id"]: (row["base_answer"], row["model_answer"]) for row in report["lost"]} == lost
+    text = (tmp_path / "out" / "check.md").read_text()
+    assert report["summary"] in text and report["summary"] in capsys.readouterr().out
+    assert f"## Lost facts ({len(lost)})" in text and f"| {report['lost'][0]['question']} " in text
+    assert (tmp_path / "out" / "check.png").stat().st_size > 1000 and "](check.png)" in text
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "annotate_facts", refuse)
+        run_check(models, tmp_path, after="adapter")
+        assert read_json(tmp_path / "out" / "check.json")["model"] == "adapter"
+    monkeypatch.setattr(check, "model_to_ask", refuse)  # another tolerance costs none
+    assert run_check(models, tmp_path, "--tolerance", report["loss"]["high"]) == 0
+    assert run_check(models, tmp_path, "--tolerance", report["loss"]["value"]) == 3
+    assert read_json(tmp_path / "out" / "check.json")["num_needed"] is None
+
+
+@pytest.mark.parametrize("num_asked", [0, 1], ids=["base", "model"])
+def test_a_stopped_check_goes_on_and_other_settings_take_nothing_from_it(models, tmp_path, monkeypatch, num_asked):
+    run_check(models, tmp_path / "whole")
+    called, answer = [], check.answer_prompts
+
+    def stop(*args, **kwargs):
+        called.append(kwargs["title"])
+        if len(called) > num_asked:
+            raise KeyboardInterrupt
+        return answer(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "answer_prompts", stop)
+        assert run_check(models, tmp_path) == 130 and len(called) == num_asked + 1
+        assert run_check(models, tmp_path, "--seed", 1) == 130
+    monkeypatch.setattr(slick, "_ask", refuse)  # SLiCK's results are there
+    assert run_check(models, tmp_path) == 2
+    ours, whole = (read_json(folder / "out" / "check.json") for folder in (tmp_path, tmp_path / "whole"))
+    assert ours["scores"] == whole["scores"] and ours["lost"] == whole["lost"]
+
+
+# A conversation in the form of the text prompts, with a blank before an answer, as Llama 2's
+AS_TEXT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\nA:' }}"
+    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+)
+
+
+THINKING = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
+
+
+def copy_with(folder, models, name, chat_template, more_tokens=()):
+    """A copy of a model in `folder`, with a chat template and more tokens."""
+    model = AutoModelForCausalLM.from_pretrained(models / name)
+    tokenizer = AutoTokenizer.from_pretrained(models / name)
+    tokenizer.chat_template = chat_template
+    if tokenizer.add_tokens([*more_tokens]):
+        model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / name)
+
+
+def test_instruct_models_are_asked_through_their_templates_and_without_thinking(models, tmp_path):
+    run_check(models, tmp_path / "text")
+    copy_with(tmp_path, models, "base", AS_TEXT + THINKING)
+    copy_with(tmp_path, models, "noisy", AS_TEXT, ["one more"])
+    text = read_json(tmp_path / "text" / "out" / "check.json")
+    for flags in ((), ("--chat", "false")):
+        run_check(tmp_path, tmp_path, *flags, "--facts", models / "facts.jsonl")
+        chat = read_json(tmp_path / "out" / "check.json")
+        assert chat["prompts"] == ("text" if flags else "chat") and len(chat["notes"]) == (1 if flags else 2)
+        assert (
+            "Their tokenizers differ, and each was asked with its own." in (tmp_path / "out" / "check.md").read_text()
+        )
+        assert chat["scores"] == text["scores"] and chat["lost"] == text["lost"]
+
+
+def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    kinds, answer = [], check.answer_prompts
+
+    def look(model, *args, **kwargs):
+        kinds.append({type(module).__name__ for module in model.modules()})
+        return answer(model, *args, **kwargs)
+
+    monkeypatch.setattr(check, "answer_prompts", look)
+    assert run_check(models, tmp_path, "--load_in_4bit", "true", after="adapter") == 2
+    assert len(kinds) == 2 and all("Linear4bit" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--after base", "`after` base has the weights of `before` base: pass the trained model"),
+        ("--after copy", "`after` copy has the weights of `before` base"),
+        ("--after nothing", "'nothing' is neither a folder with a model nor one on the Hub"),
+        ("--after out/../none", "'out/../none' is neither a folder with a model nor one on the Hub"),
+        ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
+        ("--before instruct", "noisy has no chat template, and both models are asked alike"),
+        (
+            "--facts french.jsonl",
+            r"base HighlyKnows \d+ of 92 facts, and a check needs 50.* for example: 'Which country",
+        ),
+        ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
+        ("--after a/b --update_card", "`update_card` needs a folder as `after`, got 'a/b'"),
+        ("--tolerence 0.1", "tolerence"),
+    ],
+)
+def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "noisy"):
+        shutil.copytree(models / name, name)
+    shutil.copytree("base", "copy")
+    copy_with(tmp_path / "other", models, "base", AS_TEXT)
+    (tmp_path / "other" / "base").rename("instruct")
+    countries = {"France": "la France", "Norway": "la Norvège", "Peru": "le Pérou", "Austria": "l'Autriche"}
+    save_facts(toy_facts(50).map(lambda row: {"answer": countries.get(row["answer"], row["answer"])}), "french.jsonl")
+    line = ["--before", "base", "--after", "noisy", "--facts", models / "facts.jsonl", "--bf16", "false"]
+    with pytest.raises((SystemExit, ValueError)) as ended:
+        run_script("check.py", *line, *flags.split())
+    assert re.search(message, f"{capsys.readouterr().err}{ended.value}")
+    assert ended.type is ValueError or ended.value.code == 1
+    assert not list(tmp_path.glob("outputs/check"))
+
+
+def test_the_section_of_a_foreign_card_replaces_itself(models, tmp_path):
+    shutil.copytree(models / "noisy", tmp_path / "noisy")
+    card = tmp_path / "noisy" / "README.md"
+    card.write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    for tolerance in (0.02, 0.9):
+        run_check(models, tmp_path, "--update_card", "true", "--tolerance", tolerance, after=tmp_path / "noisy")
+    text, report = card.read_text(), read_json(tmp_path / "out" / "check.json")
+    assert text.startswith(
+        "---\nlicense: mit\n---\n\n# Mine\n\n<!-- trl-selfdistill check -->\n## Facts that it forgot"
+    )
+    assert text.count("## Facts that it forgot") == 1 and report["summary"] in text
+    assert len([*tmp_path.glob("known/base-*/noisy-*")]) == 1  # the card is no part of the model

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The task for lm-evaluation-harness asks what this package asks, and the real client finds the same accuracy."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from toy_study import run_script
+
+from trl_selfdistill.files import read_json, read_jsonl
+from trl_selfdistill.hallucination import score_hallucinations
+from trl_selfdistill.slick.generation import predict_answers
+from trl_selfdistill.slick.prompts import few_shot_prompt
+from trl_selfdistill.studies.models import load_model_and_tokenizer
+
+
+def export(toy_study, folder, task, num_fewshot) -> tuple[list[str], list[list[str]]]:
+    """Writes the task, and returns the prompts that this package makes of it, and what is accepted."""
+    flags = ["--facts", toy_study.facts, "--task", task, "--num_fewshot", num_fewshot, "--output_dir", folder / task]
+    run_script("export_lm_eval.py", *flags)
+    questions, shots = (read_jsonl(folder / task / name) for name in ("questions.jsonl", "exemplars.jsonl"))
+    exemplars = [(shot["question"], shot["accepted"][0]) for shot in shots]
+    return [few_shot_prompt(row["question"], exemplars) for row in questions], [row["accepted"] for row in questions]
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 3])
+def test_the_task_asks_as_this_package_does(toy_study, tmp_path, num_fewshot):
+    prompts, accepted = export(toy_study, tmp_path, "towns", num_fewshot)
+    task = yaml.safe_load((tmp_path / "towns" / "towns.yaml").read_text())
+    assert task["num_fewshot"] == num_fewshot and task["doc_to_target"] == "accepted"
+    files = task["dataset_kwargs"]["data_files"]
+    shots = read_jsonl(files["fewshot"]) if num_fewshot else []
+    assert [shot["question"].split()[1] for shot in shots] == ["country", "river", "country"][:num_fewshot]
+    rows = read_jsonl(files["test"])
+    texts = [task["doc_to_text"].replace("{{question}}", row["question"]) for row in (*shots, rows[0])]
+    answered = [
+        text + task["target_delimiter"] + shot["accepted"][0] for text, shot in zip(texts, shots, strict=False)
+    ]
+    assert task["fewshot_delimiter"].join([*answered, texts[-1]]) == prompts[0]
+    assert not {row["question"] for row in rows} & {shot["question"] for shot in shots}
+    facts = {fact["fact_id"]: [fact["answer"], *fact["aliases"]] for fact in read_jsonl(toy_study.facts)}
+    assert [facts[row["fact_id"]] for row in rows] == accepted and len(rows) == len(facts) - (4 if shots else 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: pip install lm_eval")
+def test_the_client_finds_the_accuracy_that_this_package_finds(toy_study, tmp_path):
+    tasks = {name: export(toy_study, tmp_path, name, num_fewshot) for name, num_fewshot in (("zero", 0), ("three", 3))}
+    line = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--include_path", tmp_path]
+    line += ["--model_args", f"pretrained={toy_study.model},dtype=float32", "--tasks", ",".join(tasks)]
+    line += ["--output_path", tmp_path / "out.json"]
+    subprocess.run([*map(str, line)], env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True)
+    [results] = [read_json(path)["results"] for path in tmp_path.glob("out*.json")]
+    model, tokenizer = load_model_and_tokenizer(toy_study.model)
+    for name, (prompts, accepted) in tasks.items():
+        answers = [answer for [answer] in predict_answers(model, tokenizer, prompts)]
+        expected = score_hallucinations(answers, accepted)["accuracy"]
+        assert 0 < expected < 1 and results[name]["exact_match,answer"] == pytest.approx(expected)
+
+
+def test_a_task_that_cannot_be_is_refused(toy_study, tmp_path, capsys):
+    for flags in (["--task", "a b"], ["--num_fewshot", "-1"]):
+        with pytest.raises(SystemExit):
+            run_script("export_lm_eval.py", "--output_dir", tmp_path, *flags)
+        assert "`task` must be a word and `num_fewshot` at least 0" in capsys.readouterr().err
