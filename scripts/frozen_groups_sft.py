@@ -33,10 +33,11 @@ from trl_selfdistill.studies.models import ModelArguments
 
 
 def main(data: TrainingDataArguments, model_args: ModelArguments, config: FrozenGroupsSFTConfig) -> None:
-    """Trains the model and prints where it is."""
+    """Trains the model, and prints where it is and how to find out what it lost."""
     folder = train_as_asked(FrozenGroupsSFTTrainer, config, data, model_args)
     if PartialState().is_main_process:
-        print(f"Model: {folder}")
+        print(f"Model: {folder}   card: {folder / 'README.md'}\nWhat did it forget? That tells")
+        print(f"\n    trl-selfdistill check --before {model_args.model_name_or_path} --after {folder}\n")
 
 
 if __name__ == "__main__":
