@@ -36,8 +36,8 @@ def main(data: TrainingDataArguments, model_args: ModelArguments, config: Frozen
     """Trains the model, and prints where it is and how to find out what it lost."""
     folder = train_as_asked(FrozenGroupsSFTTrainer, config, data, model_args)
     if PartialState().is_main_process:
-        print(f"Model: {folder}   card: {folder / 'README.md'}\nWhat did it forget? That tells")
-        print(f"\n    trl-selfdistill check --before {model_args.model_name_or_path} --after {folder}\n")
+        models = f"--before {model_args.model_name_or_path} --after {folder}"
+        print(f"Model: {folder}   card: {folder / 'README.md'}\nWhat it forgot: trl-selfdistill check {models}")
 
 
 if __name__ == "__main__":
