@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python blocks of README and of the site run one after the other, with a tiny model in place of the Hub's."""
+"""The Python blocks of README and of the site run one after the other, with a tiny model in place of the Hub's; and
+the example on TRL alone."""
 
 import json
 import re
+import runpy
+import sys
 
 import pytest
+import torch
 from answering_model import QUESTIONS, build_answering_model
 from datasets import Dataset
-from test_documents import TEXTS
+from safetensors.torch import load_file
+from test_documents import SCRIPTS, TEXTS
 
+from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
 from trl_selfdistill.files import write_jsonl
 
 
@@ -42,3 +48,25 @@ def test_the_blocks_of_a_page_run(page, tokenizer, model_dir, tmp_path, monkeypa
 
 def test_pages_have_blocks():
     assert {"docs/index.md", "docs/trainers.md", "docs/adapters.md", "docs/slick.md"} <= {*PAGES}
+
+
+def test_the_example_trains_as_the_library_does(model_dir, tmp_path, monkeypatch):
+    """Its few lines on TRL alone say what the loss is: the weights after three steps are the same."""
+    rows = [{"prompt": f"Q: {i}\nA:", "completion": " Norway" * (1 + i % 3)} for i in range(6)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    settings = dict(
+        learning_rate=1e-2, kl_weight=2.0, temperature=0.5, gradient_accumulation_steps=2, num_train_epochs=3
+    )
+    settings |= dict(per_device_train_batch_size=3, use_cpu=True, bf16=False, report_to="none")
+    arguments = settings | {"model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl"}
+    flags = [f"--{name}={value}" for name, value in (arguments | {"output_dir": tmp_path / "example"}).items()]
+    monkeypatch.setattr(sys, "argv", ["example", *flags])
+    runpy.run_path(str(SCRIPTS.parent / "examples/sft_self_distill.py"), run_name="__main__")
+    config = SelfDistillSFTConfig(output_dir=str(tmp_path / "library"), **settings)
+    trainer = SelfDistillSFTTrainer(str(model_dir), config, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    saved = load_file(tmp_path / "example/model.safetensors")
+    start = load_file(model_dir / "model.safetensors")
+    for name, weight in trainer.model.state_dict().items():
+        assert not torch.equal(weight, start[name])
+        torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=1e-4)
