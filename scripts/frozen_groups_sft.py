@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-selfdistill[peft] @ git+https://github.com/your-name/trl-selfdistill"]
+# ///
 """
 Trains some groups of parameters and freezes the others (FrozenGroupsSFTTrainer).
 
@@ -29,10 +33,11 @@ from trl_selfdistill.studies.models import ModelArguments
 
 
 def main(data: TrainingDataArguments, model_args: ModelArguments, config: FrozenGroupsSFTConfig) -> None:
-    """Trains the model and prints where it is."""
+    """Trains the model, and prints where it is and how to find out what it lost."""
     folder = train_as_asked(FrozenGroupsSFTTrainer, config, data, model_args)
     if PartialState().is_main_process:
-        print(f"Model: {folder}")
+        models = f"--before {model_args.model_name_or_path} --after {folder}"
+        print(f"Model: {folder}   card: {folder / 'README.md'}\nWhat it forgot: trl-selfdistill check {models}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 class ScriptParser(TrlParser):
-    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would."""
+    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would; and takes old names."""
 
     precision: tuple[int, str] | None = None  # level and message, for the log
     usage_status = 2  # the exit status for wrong input
@@ -39,6 +39,9 @@ class ScriptParser(TrlParser):
         namespace, others = super().parse_known_args(args, namespace)
         if hasattr(namespace, "bf16"):
             self.precision = choose_precision(namespace)
+        # Its name from transformers 5.23 on. TRL's default and our files set the old one, of which transformers warns
+        if getattr(namespace, "activation_checkpointing", True) is None:
+            namespace.activation_checkpointing = namespace.gradient_checkpointing
         return namespace, others
 
 
