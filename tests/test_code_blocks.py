@@ -61,7 +61,7 @@ def test_the_example_trains_as_the_library_does(model_dir, tmp_path, monkeypatch
     arguments = settings | {"model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl"}
     flags = [f"--{name}={value}" for name, value in (arguments | {"output_dir": tmp_path / "example"}).items()]
     monkeypatch.setattr(sys, "argv", ["example", *flags])
-    runpy.run_path(str(SCRIPTS.parent / "examples/sft_self_distill.py"), run_name="__main__")
+    runpy.run_path(str(SCRIPTS.parent / "docs/examples/sft_self_distill.py"), run_name="__main__")
     config = SelfDistillSFTConfig(output_dir=str(tmp_path / "library"), **settings)
     trainer = SelfDistillSFTTrainer(str(model_dir), config, train_dataset=Dataset.from_list(rows))
     trainer.train()

@@ -81,7 +81,7 @@ def test_links_files_and_modules_exist(document):
             assert linked.is_file(), target
             headings = re.findall("^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
             assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
-    folders = ("trl_selfdistill", "scripts", "tests", "evaluate_metrics", "examples")
+    folders = ("trl_selfdistill", "scripts", "tests", "evaluate_metrics", "docs")
     files = [path.as_posix() for part in folders for path in ROOT.glob(f"{part}/**/*.py")]
     for name in re.findall(r"[\w/]+\.py\b", OWN.sub("", text)):
         assert any(f"/{file}".endswith(f"/{name}") for file in files), name
