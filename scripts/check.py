@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trl import ModelConfig
 
+from trl_selfdistill.files import read_json, warn_without
 from trl_selfdistill.hub.model_card import add_check
 from trl_selfdistill.slick.process_sharding import on_main_process
 from trl_selfdistill.studies.arguments import FactsArguments
@@ -27,6 +28,7 @@ from trl_selfdistill.studies.check import (
     compare_tokenizers,
     known_stage,
     open_model,
+    without_small_relations,
 )
 from trl_selfdistill.studies.check_report import compare_answers, render_section, write_report
 from trl_selfdistill.studies.command_line import run_script
@@ -66,6 +68,14 @@ class CheckArguments:
     def __post_init__(self):
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"`tolerance` is {self.tolerance}; it must be a fraction in [0, 1), such as 0.02.")
+        if self.batch_size < 1 or self.dtype not in (dtypes := ("auto", "float32", "bfloat16", "float16")):
+            raise ValueError(
+                f"`batch_size` must be 1 or more and `dtype` one of {', '.join(dtypes)}, got {self.batch_size} and "
+                f"{self.dtype!r}."
+            )
+        for name in ("known_dir", "output_dir"):
+            if Path(getattr(self, name)).exists() and not Path(getattr(self, name)).is_dir():
+                raise ValueError(f"`{name}` must be a folder, got the file {getattr(self, name)}.")
         if self.update_card and not Path(self.after).is_dir():
             raise ValueError(f"`update_card` needs a folder as `after`, got {self.after!r}. Paste check.md instead.")
 
@@ -87,18 +97,21 @@ def main(args: CheckArguments, facts_args: CheckedFacts) -> int:
     chat = choose_chat(base, model, args.chat)
     config = ModelConfig(dtype=args.dtype, load_in_4bit=args.load_in_4bit)
     how = HowAsked(config, args.bf16, args.trust_remote_code, args.batch_size, args.seed, chat)
-    facts = wanted_facts(facts_args)
+    facts = without_small_relations(wanted_facts(facts_args))
     known = known_stage(base, facts, how, Path(args.known_dir))
     answers = answers_stage(model, known, how)
 
     def report() -> str:
-        about = {"base": base.name, "model": model.name, "num_asked": len(facts)}
+        num_asked = read_json(known / "exemplars.json")["num_asked"]
+        about = {"base": base.name, "model": model.name, "num_asked": num_asked}
         about |= {"prompts": "chat" if chat else "text", "notes": compare_tokenizers(base, model, chat)}
         content = compare_answers(read_facts(known / "facts.jsonl"), answers, args.tolerance, **about)
+        print(content["summary"])
         write_report(content, Path(args.output_dir))
         if args.update_card:
-            add_check(Path(args.after), render_section(content))
-        print(f"{content['summary']}\nReport: {Path(args.output_dir) / 'check.md'}")
+            with warn_without(Path(args.after) / "README.md"):
+                add_check(Path(args.after), render_section(content))
+        print(f"Report: {Path(args.output_dir) / 'check.md'}")
         return content["verdict"]
 
     return EXIT_STATUS[on_main_process(report)]

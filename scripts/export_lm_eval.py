@@ -14,12 +14,14 @@ Without exemplars, as models are asked that were trained on these prompts:
     trl-selfdistill export-lm-eval --facts my_facts.csv --task my_facts --num_fewshot 0
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
 import yaml
 from accelerate import PartialState
+from datasets import Dataset
 
 from trl_selfdistill.files import write_jsonl
 from trl_selfdistill.slick.prompts import question_prompt
@@ -54,8 +56,7 @@ def main(args: ExportArguments, facts_args: FactsArguments) -> None:
     def export(folder: Path) -> None:
         facts, exemplars, rows = wanted_facts(facts_args), {}, None
         if args.num_fewshot:
-            per_relation = -(-args.num_fewshot // len({*facts["relation"]}))
-            exemplars, rows = reserve_exemplars(facts, 1, per_relation, args.seed)
+            exemplars, rows = exemplars_and_rest(facts, args)
         # In turns of one of each relation
         shots = [*chain(*zip(*(shots for [shots] in exemplars.values()), strict=True))][: args.num_fewshot]
         asked = facts if rows is None else facts.select(rows)
@@ -68,6 +69,17 @@ def main(args: ExportArguments, facts_args: FactsArguments) -> None:
     folder = run_stage(args.output_dir, asdict(args) | asdict(facts_args), inputs, export)
     if PartialState().is_main_process:
         print(f"lm_eval --model hf --model_args pretrained=MODEL --include_path {folder} --tasks {args.task}")
+
+
+def exemplars_and_rest(facts: Dataset, args: ExportArguments) -> tuple[dict, list[int]]:
+    """Exemplars of as many relations as are needed, of those that can spare them, and the rows of all other facts."""
+    sizes = Counter(facts["relation"])
+    per_relation = -(-args.num_fewshot // len(sizes))
+    giving = [relation for relation, size in sizes.items() if size > per_relation][: args.num_fewshot]
+    own = [row for row, relation in enumerate(facts["relation"]) if relation in giving]
+    exemplars, left = reserve_exemplars(facts.select(own), 1, per_relation, args.seed)
+    reserved = {*own} - {own[row] for row in left}
+    return exemplars, [row for row in range(len(facts)) if row not in reserved]
 
 
 def with_accepted(fact: dict) -> dict:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from toy_study import run_script
 
-from trl_selfdistill.files import read_json, read_jsonl
+from trl_selfdistill.files import read_json, read_jsonl, write_jsonl
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.prompts import few_shot_prompt
@@ -43,6 +43,15 @@ def test_the_task_asks_as_this_package_does(toy_study, tmp_path, num_fewshot):
     assert not {row["question"] for row in rows} & {shot["question"] for shot in shots}
     facts = {fact["fact_id"]: [fact["answer"], *fact["aliases"]] for fact in read_jsonl(toy_study.facts)}
     assert [facts[row["fact_id"]] for row in rows] == accepted and len(rows) == len(facts) - (4 if shots else 0)
+
+
+def test_only_the_exemplars_that_are_used_are_left_out(tmp_path):
+    fact = {"subject": "x", "answer": "y"}
+    rows = [fact | {"relation": f"r{i % 30}", "subject": f"s{i}", "question": f"{i}?"} for i in range(61)]
+    write_jsonl(tmp_path / "facts.jsonl", [*rows, fact | {"relation": "alone", "question": "?"}])
+    run_script("export_lm_eval.py", "--facts", tmp_path / "facts.jsonl", "--output_dir", tmp_path / "task")
+    questions, exemplars = (read_jsonl(tmp_path / f"task/{name}.jsonl") for name in ("questions", "exemplars"))
+    assert len(exemplars) == 4 and len(questions) == 62 - 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: pip install lm_eval")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`check`: a tiny model that knows its facts, and others that were made from it and have lost some."""
 
+import json
 import re
 import shutil
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from toy_study import run_script, teach_facts, toy_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_selfdistill.files import read_json, read_jsonl
+from trl_selfdistill.files import read_json, read_jsonl, write_json, write_jsonl
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.slick import slick
 from trl_selfdistill.studies import check
@@ -201,3 +202,34 @@ def test_the_section_of_a_foreign_card_replaces_itself(models, tmp_path):
     )
     assert text.count("## Facts that it forgot") == 1 and report["summary"] in text
     assert len([*tmp_path.glob("known/base-*/noisy-*")]) == 1  # the card is no part of the model
+
+
+def test_facts_as_users_have_them(models, tmp_path, monkeypatch):
+    """A column of our own, a relation without exemplars to spare, and a form of an answer longer than the others."""
+    facts = read_jsonl(models / "facts.jsonl")
+    rows = [{**fact, "base_answer": "?", "aliases": ["long " * 40]} for fact in facts]
+    rows += [{**fact, "relation": "tiny", "question": f"{i}?", "fact_id": f"t{i}"} for i, fact in enumerate(facts[:8])]
+    write_jsonl(tmp_path / "facts.jsonl", rows)
+    lengths, answer = [], check.answer_prompts
+
+    def spy(*args, max_new_tokens, **kwargs):
+        lengths.append(max_new_tokens)
+        return answer(*args, max_new_tokens=max_new_tokens, **kwargs)
+
+    monkeypatch.setattr(check, "answer_prompts", spy)
+    assert run_check(models, tmp_path, "--facts", tmp_path / "facts.jsonl") == 2
+    report = read_json(tmp_path / "out" / "check.json")
+    assert "tiny" not in report["relations"] and min(lengths) > 40
+    [slick_file] = tmp_path.glob("known/base-*/known/slick.jsonl")
+    units = [row for row in map(json.loads, slick_file.read_text().splitlines()[1:]) if "/0/" in row["unit"]]
+    assert report["num_asked"] == sum(len(row["result"]) for row in units) < len(facts)
+
+
+def test_a_model_that_is_changed_in_place_is_asked_again(models, tmp_path):
+    shutil.copytree(models / "noisy", tmp_path / "noisy")
+    run_check(models, tmp_path, after=tmp_path / "noisy")
+    before = read_json(tmp_path / "out" / "check.json")["loss"]["value"]
+    config = tmp_path / "noisy" / "config.json"
+    write_json(config, read_json(config) | {"rms_norm_eps": 5.0})
+    run_check(models, tmp_path, after=tmp_path / "noisy")
+    assert read_json(tmp_path / "out" / "check.json")["loss"]["value"] > before

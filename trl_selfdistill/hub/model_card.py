@@ -48,7 +48,11 @@ def add_check(folder: Path, section: str) -> Path:
     card, (begin, end) = folder / CARD_FILE, _CHECK_MARKS
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     before, _, rest = text.partition(begin)
-    parts = [before.rstrip(), f"{begin}\n{section.strip()}\n{end}", rest.partition(end)[2].strip()]
+    parts = [
+        before.rstrip(),
+        f"{begin}\n{section.strip()}\n{end}",
+        (rest.partition(end)[2] if end in rest else rest).strip(),
+    ]
     with written_whole(card) as partial:
         partial.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8", newline="\n")
     return card

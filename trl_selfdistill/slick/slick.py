@@ -222,9 +222,7 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
     if settings.method == "score":
         sampling["greedy_only"] = settings.only_highly_known
         return score_answers(model, tokenizer, prompts, accepted, **sampling)
-    # An answer that is longer than every right one is wrong however it ends; the rest is for articles and full stops
-    completions = [answer_completion(form) for forms in accepted for form in forms]
-    longest = 8 + max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
+    longest = longest_answer(tokenizer, accepted)
     # A seed for each unit: its samples do not depend on which units an earlier run has done
     seed = random.Random(f"{settings.seed}/{unit}").getrandbits(32)
     sampling |= {"num_samples": settings.num_samples, "max_new_tokens": longest, "seed": seed}
@@ -236,6 +234,12 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
         [exact_match(answer, forms), fmean(exact_match(sample, forms) for sample in samples)]
         for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True)
     ]
+
+
+def longest_answer(tokenizer: PreTrainedTokenizerBase, accepted: Sequence[Sequence[str]]) -> int:
+    """Tokens in which each accepted form fits: a longer answer is wrong however it ends. 8 are for full stops."""
+    completions = [answer_completion(form) for forms in accepted for form in forms]
+    return 8 + max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
 
 
 def _add_columns(asked: Dataset, outcomes_of_facts: list[list], settings: SlickSettings) -> Dataset:

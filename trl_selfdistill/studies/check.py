@@ -2,6 +2,7 @@
 """A check: which facts a base model HighlyKnows, what it answers to them, and what a model made from it answers."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from ..slick.answering import answer_prompts
 from ..slick.generation import predict_answers
 from ..slick.process_sharding import checksum
 from ..slick.prompts import few_shot_messages, few_shot_prompt
-from ..slick.slick import PRESETS, annotate_facts, reserve_exemplars
-from .facts.table import read_facts, save_facts
+from ..slick.slick import PRESETS, annotate_facts, longest_answer, reserve_exemplars
+from .facts.table import FACT_COLUMNS, read_facts, save_facts
 from .models import load_tokenizer, model_to_ask, model_version
 from .stage import run_stage
 
@@ -45,8 +46,9 @@ class CheckedModel(NamedTuple):
     @property
     def identity(self) -> dict[str, str]:
         """What its answers depend on."""
-        vocabulary, template = checksum(sorted(self.tokenizer.get_vocab().items())), self.tokenizer.chat_template
-        return {"model": self.version, "vocabulary": vocabulary, "chat_template": checksum(template)}
+        template, backend = self.tokenizer.chat_template, getattr(self.tokenizer, "backend_tokenizer", None)
+        whole = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        return {"model": self.version, "tokenizer": checksum(whole), "chat_template": checksum(template)}
 
 
 class HowAsked(NamedTuple):
@@ -97,11 +99,22 @@ def choose_chat(base: CheckedModel, model: CheckedModel, chat: bool | None) -> b
 def compare_tokenizers(base: CheckedModel, model: CheckedModel, chat: bool) -> list[str]:
     """What a reader must know about how the two were asked."""
     notes, (ours, theirs) = [], (side.identity for side in (base, model))
-    if ours["vocabulary"] != theirs["vocabulary"]:
+    if ours["tokenizer"] != theirs["tokenizer"]:
         notes.append("Their tokenizers differ, and each was asked with its own.")
     if chat and ours["chat_template"] != theirs["chat_template"]:
         notes.append("Their chat templates differ, and each was asked through its own.")
     return notes
+
+
+def without_small_relations(facts: Dataset) -> Dataset:
+    """The facts of relations that have exemplars to spare: for the prompts that choose facts, and for the last one."""
+    sizes, needed = Counter(facts["relation"]), 2 * PRESETS["quick"].num_shots + 1
+    small = sorted(relation for relation, size in sizes.items() if size < needed)
+    if small:
+        logger.warning(f"Left out, as they have fewer than {needed} facts: {', '.join(small)}.")
+    if len(small) == len(sizes):
+        raise ValueError(f"`facts`: no relation has {needed} facts or more. Add facts.")
+    return facts.filter(lambda relation: relation not in small, input_columns="relation") if small else facts
 
 
 def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -> Path:
@@ -113,6 +126,7 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
     settings = replace(PRESETS["quick"], only_highly_known=True, seed=how.seed)
     exemplars, rows = reserve_exemplars(facts, 1, settings.num_shots, how.seed)
     exemplars = {relation: shots for relation, [shots] in exemplars.items()}
+    facts = facts.select_columns(FACT_COLUMNS)
 
     def work(folder: Path) -> None:
         asked, tokenizer = facts.select(rows), base.tokenizer
@@ -134,7 +148,8 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
             answers = _ask(model, base, known, exemplars, how, folder)
         if PartialState().is_main_process:
             save_facts(known.add_column("base_answer", answers), folder / "facts.jsonl")
-            write_json(folder / "exemplars.json", exemplars)
+            _, tried = reserve_exemplars(asked, settings.num_prompts, settings.num_shots, settings.seed)
+            write_json(folder / "exemplars.json", {"exemplars": exemplars, "num_asked": len(tried)})
 
     arguments = how.identity | base.identity | {"facts": checksum(facts.to_list()), "slick": asdict(settings)}
     folder = root / f"{Path(base.name).name}-{checksum(arguments)[:8]}" / "known"
@@ -146,9 +161,8 @@ def answers_stage(model: CheckedModel, known: Path, how: HowAsked) -> list[str]:
 
     def work(folder: Path) -> None:
         with how.loaded(model) as (loaded, _):
-            answers = _ask(
-                loaded, model, read_facts(known / "facts.jsonl"), read_json(known / "exemplars.json"), how, folder
-            )
+            exemplars = read_json(known / "exemplars.json")["exemplars"]
+            answers = _ask(loaded, model, read_facts(known / "facts.jsonl"), exemplars, how, folder)
         if PartialState().is_main_process:
             write_jsonl(folder / "model_answers.jsonl", answers)
 
@@ -163,5 +177,7 @@ def _prompts(facts: Dataset, exemplars: dict, how: HowAsked) -> list:
 
 
 def _ask(loaded, model: CheckedModel, facts: Dataset, exemplars: dict, how: HowAsked, folder: Path) -> list[str]:
+    accepted = [[answer, *aliases] for answer, aliases in zip(facts["answer"], facts["aliases"], strict=True)]
     options = {"batch_size": how.batch_size, "progress_file": folder / "answers.jsonl", "title": model.name}
+    options["max_new_tokens"] = longest_answer(model.tokenizer, accepted)
     return answer_prompts(loaded, model.tokenizer, _prompts(facts, exemplars, how), **options)

@@ -14,11 +14,13 @@ from accelerate import PartialState
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
 
 from ..files import read_json
 from ..hub.model_card import hub_id, weights_sha256
 from ..parameters.structure import keep_trainable
+from ..slick.process_sharding import checksum
 from .stage import fingerprint
 
 
@@ -81,10 +83,16 @@ def load_tokenizer(
     name_or_path: str | os.PathLike, revision: str = "main", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token; of an adapter that was saved without one, its base model's."""
-    adapter = Path(name_or_path) / "adapter_config.json"
-    if adapter.is_file() and not (adapter.parent / "tokenizer_config.json").is_file():
-        name_or_path, revision = read_json(adapter)["base_model_name_or_path"], "main"
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        adapter = find_adapter_config_file(os.fspath(name_or_path), revision=revision)
+        if adapter is None:
+            raise ValueError(
+                f"{name_or_path} has no tokenizer that can be loaded. Save it beside the model."
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(read_json(adapter)["base_model_name_or_path"], **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -102,10 +110,11 @@ def model_to_ask(
 
 
 def model_version(name_or_path: str) -> str:
-    """What tells two versions of a model apart: SHA-256 of the weights in a folder, or the commit on the Hub."""
+    """What tells two versions of a model apart: SHA-256 of weights and configurations, or the commit on the Hub."""
     folder, configs = Path(name_or_path), ("config.json", "adapter_config.json")
     if any((folder / name).is_file() for name in configs):
-        return weights_sha256(folder) if any(folder.glob("*.safetensors")) else fingerprint(folder)
+        found = [(folder / name).read_text(encoding="utf-8") for name in configs if (folder / name).is_file()]
+        return checksum([weights_sha256(folder), *found]) if any(folder.glob("*.safetensors")) else fingerprint(folder)
     for name in configs if hub_id(name_or_path) else ():
         with suppress(EntryNotFoundError):
             return Path(hf_hub_download(name_or_path, name)).parent.name
