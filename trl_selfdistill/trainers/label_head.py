@@ -58,7 +58,7 @@ def _hidden_states(model: PreTrainedModel, states: LabelStates) -> torch.Tensor:
     return states.hidden_states
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # torch 2.11 loses fields of the named tuples made in compiled code
 def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide | None, **options):
     if teacher is not None and len(states.hidden_states) != len(teacher.hidden_states):
         raise ValueError(
