@@ -68,7 +68,8 @@ class CheckArguments:
     def __post_init__(self):
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"`tolerance` is {self.tolerance}; it must be a fraction in [0, 1), such as 0.02.")
-        if self.batch_size < 1 or self.dtype not in (dtypes := ("auto", "float32", "bfloat16", "float16")):
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        if self.batch_size < 1 or self.dtype not in dtypes:
             raise ValueError(
                 f"`batch_size` must be 1 or more and `dtype` one of {', '.join(dtypes)}, got {self.batch_size} and "
                 f"{self.dtype!r}."

@@ -169,6 +169,8 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
             r"base HighlyKnows \d+ of 92 facts, and a check needs 50.* for example: 'Which country",
         ),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
+        ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
+        ("--dtype foo", "`dtype` one of auto, .*foo"),
         ("--after a/b --update_card", "`update_card` needs a folder as `after`, got 'a/b'"),
         ("--tolerence 0.1", "tolerence"),
     ],
