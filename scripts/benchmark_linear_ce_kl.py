@@ -38,9 +38,9 @@ SHAPES = {
 KL_WEIGHT, TEMPERATURE = 1.0, 0.5
 
 
-def ours(hidden, weight, teacher_hidden, teacher_weight, labels, impl="auto"):
+def ours(hidden, weight, teacher_hidden, teacher_weight, labels, **options):
     inputs = (hidden, LMHead(weight), teacher_hidden, LMHead(teacher_weight), labels)
-    return linear_ce_kl(*inputs, kl_weight=KL_WEIGHT, temperature=TEMPERATURE, impl=impl).loss
+    return linear_ce_kl(*inputs, kl_weight=KL_WEIGHT, temperature=TEMPERATURE, **options).loss
 
 
 def trl_pair(hidden, weight, teacher_hidden, teacher_weight, labels):
@@ -82,6 +82,8 @@ def torchtune_formula(hidden, weight, teacher_hidden, teacher_weight, labels):
 
 IMPLEMENTATIONS = {
     "linear_ce_kl": ours,
+    "linear_ce_kl, 192 MiB": partial(ours, memory_budget_mib=192),
+    "linear_ce_kl, fp32 logits": partial(ours, logits_dtype=torch.float32),
     "reference (eager)": partial(ours, impl="reference"),
     "TRL's pair": trl_pair,
     "Liger": liger,
@@ -237,7 +239,7 @@ def plot(results: list[dict], args) -> None:
     import matplotlib.pyplot as plt
 
     names = args.implementations[::-1]
-    colors = ["tab:blue" if name == "linear_ce_kl" else "tab:gray" for name in names]
+    colors = ["tab:blue" if name.startswith("linear_ce_kl") else "tab:gray" for name in names]
     size = (10, (0.35 * len(names) + 1.2) * len(results))
     figure, axes = plt.subplots(len(results), 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for (left, right), result in zip(axes, results, strict=True):

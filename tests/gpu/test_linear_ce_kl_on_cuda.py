@@ -55,6 +55,21 @@ def test_as_exact_as_the_reference(dtype, temperature, head):
         assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + TOLERANCES[dtype] * largest
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_in_fp32_leave_less_than_half_of_the_error(dtype, head):
+    """That of the hidden states' gradient: those of the head are sums that are rounded in any case."""
+    exact = loss_and_gradients(301, torch.float64, HEADS[head], impl="reference")
+    options = dict(impl="triton", memory_budget_mib=20)
+    half, single = (
+        loss_and_gradients(301, dtype, HEADS[head], logits_dtype=x, **options) for x in (None, torch.float32)
+    )
+    errors = [[(x - truth).norm() for x, truth in zip(found, exact, strict=True)] for found in (half, single)]
+    assert all(x.dtype == dtype for x in single[1:])
+    assert errors[1][1] < errors[0][1] / 2 and errors[1][0] <= errors[0][0]
+    assert all(ours <= 1.1 * theirs for theirs, ours in zip(*errors, strict=True))
+
+
 @pytest.mark.parametrize("sizes", [{"vocab": 3}, {"vocab": 129}, {"vocab": 50304}, {"strided": True}], ids=str)
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_odd_shapes_and_strides(sizes, kl_weight):

@@ -23,12 +23,12 @@ from triton.compiler import ASTSource
 from trl_selfdistill.losses import ce_kl_triton
 
 kernel = ce_kl_triton.ce_kl_rows
-cases = [(80, "fp32", 30.0, 2.0), (90, "bf16", None, 1.0), (90, "bf16", 30.0, 0.7)]
+cases = [(80, "fp32", 30.0, 2.0), (90, "bf16", None, 1.0), (90, "bf16", 30.0, 0.7), (90, "fp32", None, 2.0)]
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):  # older ones have no assembler for it
     cases.append((100, "bf16", None, 2.0))
 for capability, dtype, softcap, inverse in cases:
-    types = dict(student_products=f"*{dtype}", teacher_products=f"*{dtype}", labels="*i64", losses="*fp32",
-                 vocab_size="i32", ce_scale="fp32", kl_scale="fp32")
+    types = dict(student_products=f"*{dtype}", teacher_products=f"*{dtype}", grads="*bf16", labels="*i64",
+                 losses="*fp32", vocab_size="i32", ce_scale="fp32", kl_scale="fp32")
     constants = dict(HAS_TEACHER=True, STUDENT_SCALE=1.0, STUDENT_SOFTCAP=softcap, TEACHER_SCALE=1.0,
                      TEACHER_SOFTCAP=softcap, WITH_GRAD=True, INVERSE_TEMPERATURE=inverse,
                      LANES=32 * ce_kl_triton.NUM_WARPS, WIDTH=4 if dtype == "fp32" else 8)
@@ -73,6 +73,6 @@ def test_it_is_launched_on_the_device_of_its_tensors(monkeypatch):
     with FakeTensorMode():
         tile = Tile(torch.empty(3, 7, device="cuda:1"), 1.0, None)
         labels = torch.empty(3, dtype=torch.int64, device="cuda:1")
-        losses = ce_kl_triton.ce_kl_tile_(tile, tile, labels, TileObjective(1.0, 1.0, 0.5, 1.0), with_grad=True)
+        losses = ce_kl_triton.ce_kl_tile_(tile, tile, labels, TileObjective(1.0, 1.0, 0.5, 1.0), None)
     assert launched == [((3,), 1)] and current == [0]
     assert losses.shape == (3, 4) and losses.device == tile.products.device

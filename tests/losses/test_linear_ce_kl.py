@@ -102,6 +102,41 @@ def test_every_dtype_is_as_exact_as_the_reference_in_it(dtype, tolerance, autoca
 
 
 @on_each_implementation
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_in_fp32_are_those_of_fp32_inputs(autocast, impl):
+    """Only the results are rounded: the same inputs, which bf16 holds, give the gradients of an fp32 run."""
+    sizes, options = dict(bias=True, logit_softcap=10.0), dict(impl=impl, memory_budget_mib=0.001)
+    dtype = torch.float32 if autocast else torch.bfloat16
+
+    def in_fp32(*inputs, **options):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return ours(*inputs, logits_dtype=torch.float32, **options)
+
+    expected = loss_and_gradients(ours, torch.float32, sizes, **options)
+    for result, truth in zip(loss_and_gradients(in_fp32, dtype, sizes, **options), expected, strict=True):
+        torch.testing.assert_close(result, truth.to(result.dtype))
+
+
+@pytest.mark.parametrize("kernel", [ce_kl_torch, ce_kl_triton], ids=lambda x: x.__name__.split(".")[-1])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_gradient_of_another_dtype_is_the_one_in_place_rounded(softcap, kernel):
+    """fp32 logits on a GPU, whose products take half precision."""
+    torch.manual_seed(0)
+    products, labels = torch.randn(2, 3, 50), torch.tensor([0, 7, 49])
+    objective = ce_kl_torch.TileObjective(1.0, 0.3, 0.7, 0.5)
+
+    def losses_and(grad):
+        tiles = [ce_kl_torch.Tile(x.clone(), 2.0, softcap) for x in products]
+        grad = tiles[0].products if grad is None else grad
+        return kernel.ce_kl_tile_(*tiles, labels, objective, grad), grad
+
+    losses, in_place = losses_and(None)
+    same_losses, rounded = losses_and(torch.empty(3, 50, dtype=torch.bfloat16))
+    assert torch.equal(losses, same_losses)
+    torch.testing.assert_close(rounded.float(), in_place, rtol=2**-7, atol=0)  # Triton's interpreter cuts digits off
+
+
+@on_each_implementation
 def test_a_bias_of_minus_infinity_masks_a_token(impl):
     """As if the vocabulary did not have it: padding of a vocabulary is masked so."""
 
@@ -190,6 +225,7 @@ HIDDEN, HEAD, LABELS = torch.zeros(4, 3), LMHead(torch.zeros(6, 3)), torch.tenso
     "inputs, options, message",
     [
         ({}, dict(impl="cuda"), "`impl` must be .* got 'cuda'"),
+        ({}, dict(logits_dtype=torch.bfloat16), "`logits_dtype` must be None or torch.float32, got torch.bfloat16"),
         ({}, dict(kl_weight=math.nan), "`kl_weight` .* got 1.0, nan and 1.0"),
         ({}, dict(temperature=0.0), "`temperature` > 0, got 1.0, 1.0 and 0.0"),
         ({0: HIDDEN[None]}, {}, r"`student_hidden_states` must have shape .*Got \(1, 4, 3\)"),

@@ -37,12 +37,11 @@ def ce_kl_tile_(
     teacher: Tile | None,  # None when kl_weight is 0
     labels: torch.Tensor,  # (num_tokens,), none ignored
     objective: TileObjective,
-    *,
-    with_grad: bool,
+    grad: torch.Tensor | None,  # (num_tokens, vocab_size), contiguous
 ) -> torch.Tensor:
     """
-    Computes the losses of each row. With `with_grad`, the student's products are overwritten with the objective's
-    gradient with respect to them; what is left in the tiles otherwise is undefined.
+    Computes the losses of each row, and fills `grad` with the objective's gradient with respect to the student's
+    products. It may be these products themselves, or of another dtype; what is left in the tiles is undefined.
 
     Returns:
         `torch.Tensor` of shape `(num_tokens, 4)`, fp32 (fp64 for fp64 tiles): cross-entropy, KL and entropy in nats,
@@ -56,7 +55,8 @@ def ce_kl_tile_(
     for start in range(0, num_tokens, rows):
         block = slice(start, min(start + rows, num_tokens))
         sides = [tile and tile._replace(products=tile.products[block]) for tile in (student, teacher)]
-        _block(*sides, labels[block, None], objective, with_grad, losses[block], buffers[:, : block.stop - start])
+        outputs = (losses[block], None if grad is None else grad[block])
+        _block(*sides, labels[block, None], objective, *outputs, buffers[:, : block.stop - start])
     return losses
 
 
@@ -67,8 +67,8 @@ def scaled(grad: torch.Tensor, upstream: torch.Tensor, scale: float, out: torch.
     torch.mul(grad, upstream * scale, out=out)
 
 
-def _block(student, teacher, labels, objective, with_grad, losses, buffers):
-    """Fills `losses`, and `student` with the gradient, for one block of rows."""
+def _block(student, teacher, labels, objective, losses, grad, buffers):
+    """Fills `losses` and `grad` for one block of rows."""
     student_buffer, teacher_buffer, probs, teacher_probs, scratch = buffers  # (rows, vocab_size) each
     temperature = objective.temperature
     logits = _logits(student, student_buffer)
@@ -100,23 +100,23 @@ def _block(student, teacher, labels, objective, with_grad, losses, buffers):
             power_log_sum_exp = top / temperature + power_sum.log()
         kl = cross - teacher_log_sum_exp + power_log_sum_exp
         losses[:, 1:2] = kl.clamp_(min=0.0)  # of equal models, rounding may leave -1e-7
-    if not with_grad:
+    if grad is None:
         return
     slope = None if student.softcap is None else 1 - (logits / student.softcap).square_()
     ce_scale = objective.ce_weight * objective.grad_scale
     if teacher is None:
-        grad = torch.mul(probs, ce_scale, out=logits)
+        logits_grad = torch.mul(probs, ce_scale, out=logits)
     else:
         kl_scale = objective.kl_weight * temperature * objective.grad_scale
         kl_grad = powers.mul_(kl_scale / power_sum).sub_(teacher_probs, alpha=kl_scale)
-        grad = torch.add(kl_grad, probs, alpha=ce_scale, out=logits)
-    grad.scatter_add_(-1, labels, grad.new_full((1, 1), -ce_scale).expand_as(labels))
+        logits_grad = torch.add(kl_grad, probs, alpha=ce_scale, out=logits)
+    logits_grad.scatter_add_(-1, labels, logits_grad.new_full((1, 1), -ce_scale).expand_as(labels))
     if slope is not None:
-        grad.mul_(slope)
+        logits_grad.mul_(slope)
     if student.scale != 1.0:
-        grad.mul_(student.scale)
-    if grad.dtype != student.products.dtype:
-        student.products.copy_(grad)
+        logits_grad.mul_(student.scale)
+    if logits_grad.data_ptr() != grad.data_ptr():  # not in place
+        grad.copy_(logits_grad)
 
 
 def _logits(tile: Tile, buffer: torch.Tensor) -> torch.Tensor:

@@ -99,8 +99,9 @@ def row_sums(
 
 @triton.jit
 def ce_kl_rows(
-    student_products,  # (num_tokens, vocab_size), contiguous; overwritten with the gradient if WITH_GRAD
-    teacher_products,  # (num_tokens, vocab_size), contiguous; read if HAS_TEACHER
+    student_products,  # (num_tokens, vocab_size), contiguous
+    teacher_products,  # the same; read if HAS_TEACHER
+    grads,  # the same, written if WITH_GRAD; may be the student's products
     labels,  # (num_tokens,)
     losses,  # (num_tokens, 4) fp32, written: cross-entropy, KL, entropy, top-1
     vocab_size,
@@ -116,6 +117,7 @@ def ce_kl_rows(
     """One program: the four losses of one row, then its gradient."""
     row = tl.program_id(0).to(tl.int64)
     student_row, teacher_row = student_products + row * vocab_size, teacher_products + row * vocab_size
+    grad_row = grads + row * vocab_size
     first_columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     label = tl.load(labels + row)
     label_logit = tl.max(load_logits(student_row, label + tl.arange(0, 1), vocab_size, STUDENT_SCALE, STUDENT_SOFTCAP))
@@ -143,12 +145,12 @@ def ce_kl_rows(
             if STUDENT_SOFTCAP is not None:
                 capped = logits / STUDENT_SOFTCAP
                 grad *= 1 - capped * capped
-            grad = (grad * STUDENT_SCALE).to(student_row.dtype.element_ty)
-            tl.store(student_row + columns, grad, mask=columns < vocab_size)
+            grad = (grad * STUDENT_SCALE).to(grad_row.dtype.element_ty)
+            tl.store(grad_row + columns, grad, mask=columns < vocab_size)
 
 
 def ce_kl_tile_(
-    student: Tile, teacher: Tile | None, labels: torch.Tensor, objective: TileObjective, *, with_grad: bool
+    student: Tile, teacher: Tile | None, labels: torch.Tensor, objective: TileObjective, grad: torch.Tensor | None
 ) -> torch.Tensor:
     """[`~trl_selfdistill.losses.ce_kl_torch.ce_kl_tile_`] on CUDA, for fp32, bf16 and fp16 tiles."""
     num_tokens, vocab_size = student.products.shape
@@ -159,6 +161,7 @@ def ce_kl_tile_(
         ce_kl_rows[(num_tokens,)](
             student.products,
             teacher_or_any.products,
+            student.products if grad is None else grad,
             labels,
             losses,
             vocab_size,
@@ -170,7 +173,7 @@ def ce_kl_tile_(
             STUDENT_SOFTCAP=student.softcap,
             TEACHER_SCALE=float(teacher_or_any.scale),
             TEACHER_SOFTCAP=teacher_or_any.softcap,
-            WITH_GRAD=with_grad,
+            WITH_GRAD=grad is not None,
             LANES=min(32 * NUM_WARPS, triton.next_power_of_2(triton.cdiv(vocab_size, width))),
             WIDTH=width,
             num_warps=NUM_WARPS,

@@ -23,8 +23,8 @@ _MOST_TOKENS_ON_CPU = 512
 # division by the number of tokens follows in the backward pass.
 _FP16_GRAD_SCALE = 64.0
 
-# cuBLAS adds half-precision products to an fp32 matrix, where PyTorch lets it (2.8)
-_ADDS_TO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
+# cuBLAS writes half-precision products to an fp32 matrix, or adds them to it, where PyTorch lets it (2.8)
+_WRITES_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 # A bias of -inf masks a token, and 0 * (-inf) would be nan. fp16 gets its lowest number instead
 _LOWEST_LOGIT = -1e30
@@ -36,6 +36,7 @@ def fused_losses(
     labels: torch.Tensor,  # (num_tokens,), none ignored
     objective: TileObjective,
     impl: str,  # "triton" or "torch"
+    logits_dtype: torch.dtype | None,
     memory_budget_mib: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the objective, differentiable, and the tokens' sums `(4,)` of cross-entropy, KL, entropy and top-1."""
@@ -49,12 +50,18 @@ def fused_losses(
     dtype, device_type = torch.promote_types(inputs[0].dtype, inputs[1].dtype), labels.device.type
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device_type)
+    logits_dtype = torch.promote_types(dtype, logits_dtype or dtype)
+    if device_type != "cuda" or not _WRITES_FP32:
+        dtype = logits_dtype  # of both factors, too
     sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     tile_objective = objective._replace(grad_scale=_FP16_GRAD_SCALE) if dtype == torch.float16 else objective
     sides = [student] if teacher is None else [student, teacher]
-    chunk_size = _chunk_size(labels, len(sides) * len(student.lm_head.weight) * dtype.itemsize, memory_budget_mib)
-    # bf16 has the range of fp32, so that a single product need not be kept in fp32; fp16 has not
-    weight_dtype = dtype if chunk_size == len(labels) and dtype != torch.float16 else sum_dtype
+    bytes_per_logit = len(sides) * logits_dtype.itemsize + (dtype.itemsize if logits_dtype != dtype else 0)
+    chunk_size = _chunk_size(labels, len(student.lm_head.weight) * bytes_per_logit, memory_budget_mib)
+    # bf16 has the range of fp32, which fp16 has not: a gradient that is wanted in bf16 is summed in it (the logits'
+    # rounding is the larger error, docs/fused_head.md), and a single product is kept in it
+    in_bf16 = dtype == torch.bfloat16 and (inputs[1].dtype == dtype or chunk_size == len(labels))
+    weight_dtype = dtype if in_bf16 else sum_dtype
     new = torch.empty_like if len(labels) else torch.zeros_like
     grads = [
         new(x, dtype=grad_dtype) if is_needed else None
@@ -64,14 +71,16 @@ def fused_losses(
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         # Autocast's casts, once instead of once a chunk
         heads = [side.lm_head.map_tensors(lambda x: x.to(dtype)) for side in sides]
-        buffers = [labels.new_empty((chunk_size, len(head.weight)), dtype=dtype) for head in heads]
+        buffers = [labels.new_empty((chunk_size, len(head.weight)), dtype=logits_dtype) for head in heads]
+        # The gradient takes the student's place, unless the products need another dtype
+        grad_buffer = buffers[0] if logits_dtype == dtype else torch.empty_like(buffers[0], dtype=dtype)
         for start in range(0, len(labels), chunk_size):
             chunk = slice(start, start + chunk_size)
             hidden_states = [side.hidden_states[chunk].to(dtype) for side in sides]
             tiles = [_project(*parts) for parts in zip(hidden_states, heads, buffers, strict=True)]
             tiles += [None] * (2 - len(tiles))
-            sums += ce_kl_tile_(*tiles, labels[chunk], tile_objective, with_grad=any(needed)).sum(0)
-            grad_logits = tiles[0].products  # written over them
+            grad_logits = grad_buffer[: len(labels[chunk])] if any(needed) else None
+            sums += ce_kl_tile_(*tiles, labels[chunk], tile_objective, grad_logits).sum(0)
             if needed[0]:
                 torch.mm(grad_logits, heads[0].weight, out=grads[0][chunk])
             if needed[1]:
@@ -118,10 +127,10 @@ def _chunk_size(labels: torch.Tensor, bytes_per_token: int, memory_budget_mib: f
 
 def _project(hidden_states: torch.Tensor, lm_head: LMHead, buffer: torch.Tensor) -> Tile:
     products = buffer[: len(hidden_states)]
-    if lm_head.bias is None:
-        torch.mm(hidden_states, lm_head.weight.T, out=products)
-    else:
-        torch.addmm(lm_head.bias, hidden_states, lm_head.weight.T, out=products)
+    if lm_head.bias is not None:
+        products.copy_(lm_head.bias)
+    _add_product_(products, hidden_states, lm_head.weight.T, beta=0 if lm_head.bias is None else 1)
+    if lm_head.bias is not None:
         products.clamp_(min=max(_LOWEST_LOGIT, torch.finfo(products.dtype).min))
     return Tile(products, lm_head.logit_scale, lm_head.logit_softcap)
 
@@ -130,7 +139,7 @@ def _add_product_(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor
     """Writes `beta * total + first @ second` to `total`, which may be of a wider dtype."""
     if total.dtype == first.dtype:
         total.addmm_(first, second, beta=beta)
-    elif first.is_cuda and _ADDS_TO_FP32:
+    elif first.is_cuda and _WRITES_FP32:
         torch.addmm(total, first, second, beta=beta, out_dtype=total.dtype, out=total)
     elif first.dtype == torch.float16:  # the sums of many tokens may pass its largest number
         total.addmm_(first.float(), second.float(), beta=beta)

@@ -51,6 +51,7 @@ def linear_ce_kl(
     temperature: float = 1.0,
     num_items_in_batch: int | torch.Tensor | None = None,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
+    logits_dtype: torch.dtype | None = None,
     memory_budget_mib: float = 1024.0,
 ) -> CEKLOutput:
     """
@@ -82,6 +83,10 @@ def linear_ce_kl(
         impl (`str`, *optional*, defaults to `"auto"`):
             `"triton"` (CUDA) and `"torch"` (any device) form the gradients in the forward pass, in chunks of tokens;
             `"auto"` takes the first that runs. `"reference"` is the formula above, with all logits in memory.
+        logits_dtype (`torch.dtype`, *optional*):
+            `torch.float32` keeps the logits of half-precision products in fp32: the gradients' rounding error falls to
+            a fifth, and a GPU takes 1.2 times as long. Elsewhere the products are in fp32, too. By default the logits
+            are rounded to the products' dtype, as those of a model in it.
         memory_budget_mib (`float`, *optional*, defaults to `1024.0`):
             Memory for the logits of a chunk, in MiB. On a CPU a chunk has at most 512 tokens.
 
@@ -106,10 +111,13 @@ def linear_ce_kl(
     if impl == "auto":
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
     kept = shift_labels != IGNORE_INDEX
     outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
     # Once: each look at a GPU's values waits for all that it has to do
-    num_labels, num_outside = torch.stack([kept.sum(), outside.sum()]).tolist()
+    counts = torch.stack([kept.sum(), outside.sum()])
+    num_labels, num_outside = counts.tolist()
     if num_outside:
         raise ValueError(
             f"`shift_labels` must be {IGNORE_INDEX} or in [0, {vocab_size}), got {int(shift_labels[outside][0])}."
@@ -123,21 +131,29 @@ def linear_ce_kl(
     denominator = max(1.0, float(num_labels if num_items_in_batch is None else num_items_in_batch))
     objective = TileObjective(ce_weight, kl_weight, temperature, grad_scale=1 / denominator)
     if impl == "reference":
-        loss, sums = _reference_losses(student, teacher, labels, objective)
+        loss, sums = _reference_losses(student, teacher, labels, objective, logits_dtype)
     else:
-        loss, sums = fused_losses(student, teacher, labels, objective, impl, memory_budget_mib)
+        loss, sums = fused_losses(student, teacher, labels, objective, impl, logits_dtype, memory_budget_mib)
     means = sums.detach() / max(1, num_labels)
-    return CEKLOutput(loss, *means.unbind(), torch.tensor(num_labels, device=labels.device))
+    return CEKLOutput(loss, *means.unbind(), counts[0])
 
 
-def _reference_losses(student, teacher, labels, objective):
+def _reference_losses(student, teacher, labels, objective, logits_dtype):
     """[`fused_losses`] as a textbook computes them, with all logits in memory."""
-    logits = student.lm_head.logits(student.hidden_states)
+
+    def logits_of(side: ModelSide) -> torch.Tensor:
+        if logits_dtype is None:
+            return side.lm_head.logits(side.hidden_states)
+        with torch.autocast(labels.device.type, enabled=False):
+            dtype = torch.promote_types(side.hidden_states.dtype, logits_dtype)
+            return side.lm_head.logits(side.hidden_states.to(dtype))
+
+    logits = logits_of(student)
     ce = F.cross_entropy(logits, labels, reduction="none")
     kl = torch.zeros_like(ce)
     if teacher is not None:
         with torch.no_grad():
-            teacher_logits = teacher.lm_head.logits(teacher.hidden_states)
+            teacher_logits = logits_of(teacher)
         # Of a masked token, -inf - (-inf) would be nan
         lowest = torch.finfo(logits.dtype).min
         log_q, log_p = (

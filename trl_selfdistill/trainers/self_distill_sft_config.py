@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help_from_docstring
 
 
@@ -14,6 +16,11 @@ from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help
 PAPER_SETTING = {"kl_weight": 1.0, "temperature": 0.5}
 ANCHOR_KINDS = ("own_answers", "kl", "self")
 CACHE_DTYPES = ("bfloat16", "float32")
+_CHOICES = {
+    "teacher_cache_dtype": CACHE_DTYPES,
+    "anchors": (*ANCHOR_KINDS, None),
+    "logits_dtype": ("float32", None),
+}
 _SNAPSHOTS = ("teacher_snapshot_steps", "teacher_snapshot_epochs")
 _TEACHERS = (*_SNAPSHOTS, "teacher_model_name_or_path")
 
@@ -39,6 +46,9 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
             protects the teacher's top answers rather than its tail.
+        logits_dtype (`str`, *optional*):
+            `"float32"` keeps both models' logits in fp32 in a bf16 or fp16 run on a GPU: a fifth of the rounding error
+            in the gradients, for 1.2 times the time of the LM heads. Defaults to the dtype of the run.
 
         > Parameters that control the teacher
 
@@ -90,6 +100,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
 
     kl_weight: float = 0.3
     temperature: float = 1.0
+    logits_dtype: str | None = None
     teacher_model_name_or_path: str | None = None
     teacher_model_revision: str | None = None
     teacher_model_init_kwargs: dict[str, Any] | str | None = None
@@ -116,7 +127,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         for name in ("temperature", "anchor_weight", "anchor_max_new_tokens", *_SNAPSHOTS):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}.")
-        for name, choices in (("teacher_cache_dtype", CACHE_DTYPES), ("anchors", (*ANCHOR_KINDS, None))):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}."
@@ -160,3 +171,9 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     def takes_snapshot(self) -> bool:
         """Whether the teacher is a snapshot that is taken during training."""
         return self.teacher_snapshot_steps is not None or self.teacher_snapshot_epochs is not None
+
+    @property
+    def kl_options(self) -> dict[str, Any]:
+        """What rows and anchors have in common of the arguments of [`~trl_selfdistill.losses.linear_ce_kl`]."""
+        logits_dtype = None if self.logits_dtype is None else getattr(torch, self.logits_dtype)
+        return {"temperature": self.temperature, "logits_dtype": logits_dtype}

@@ -171,10 +171,10 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     def _anchor_loss(self, model, inputs, num_tokens: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """What a micro-batch adds to the mean of `anchor_weight τ² KL` over the `num_tokens` of the step's anchors."""
         inputs["use_cache"] = False
-        weights = {"ce_weight": 0.0, "kl_weight": self.args.anchor_weight, "temperature": self.args.temperature}
+        options = {"ce_weight": 0.0, "kl_weight": self.args.anchor_weight, **self.args.kl_options}
         with forked(self.accelerator):
             teacher = self.teacher.targets(model, inputs)
-            ce_kl, _ = student_ce_kl(model, inputs, teacher, **weights, num_items_in_batch=num_tokens)
+            ce_kl, _ = student_ce_kl(model, inputs, teacher, **options, num_items_in_batch=num_tokens)
         ranks = self.accelerator.num_processes // self.get_tp_size()  # over which DDP averages the gradients
         share = ce_kl.num_tokens * ranks / num_tokens.clamp(min=1)
         self.log_step_sums(anchor_kl_loss=self.accelerator.gather(share * ce_kl.kl_loss).mean().item())
@@ -202,7 +202,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             teacher,
             ce_weight=0.0 if own_ce else 1.0,
             kl_weight=args.kl_weight,
-            temperature=args.temperature,
+            **args.kl_options,
             num_items_in_batch=num_items_in_batch,
         )
         loss, share = ce_kl.loss, 1.0  # share: what this micro-batch counts of the logged loss, next to its rank's
