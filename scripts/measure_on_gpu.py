@@ -26,7 +26,7 @@ import torch
 
 
 ROOT = Path(__file__).parents[1]
-TRL = "TRL's pair"
+OURS, LEAN, TRL = "linear_ce_kl", "linear_ce_kl, 192 MiB", "TRL's pair"
 SHAPES = ("llama-3.1-8b", "smollm2", "qwen2.5-1.5b", "gemma-3-1b")
 
 
@@ -74,6 +74,10 @@ def timings(folder: Path, small: bool) -> list[Part]:
     for model in models:
         options = ["--output", str(folder / f"step-{model}"), "--shape", model, *workload]
         result.append(Part(f"step-{model}", 120, [step + options], step_findings))
+    config = f"scripts/configs/compare_{'tiny' if small else 'small_llama'}.yaml"
+    compare = ["scripts/compare_methods.py", "--config", config, "--output_dir", str(folder / "study")]
+    compare += ["--variants", "sft", "selfdistill", "--settings", "0.3/1"]
+    result.append(Part("study", 300, [compare], study_findings))
     return result
 
 
@@ -90,20 +94,25 @@ def check_findings(log: Path) -> list[tuple]:
 
 
 def head_findings(log: Path) -> list[tuple]:
-    """Our head beside the limit and its peers. At Llama's shape it shall also take the least memory."""
+    """Our head, as it is and in small chunks, beside the limit and its peers. The aims are those of Llama's shape."""
     rows = []
     for result in json.loads(log.with_suffix(".json").read_text(encoding="utf-8")):
-        measured = {k: x for k, x in result["implementations"].items() if x["seconds"]}
+        measured = {name: x for name, x in result["implementations"].items() if x["seconds"]}
         times = {name: statistics.median(x["seconds"]) for name, x in measured.items()}
-        ours, memory = times.pop("linear_ce_kl"), {name: x["peak_mib"] for name, x in measured.items()}
-        share, least = statistics.median(result["limit"]) / ours, memory.pop("linear_ce_kl")
-        what = f"{result['shape']}: {ours * 1e3:.1f} ms, {share:.2f} of the limit"
-        best, leanest = (min(x, key=x.get) for x in (times, memory))
-        if TRL in times:
-            what += f", {ours / times[TRL]:.2f} of TRL's pair"
-        what += f", {ours / times[best]:.2f} of {best}; {least:.0f} MiB, {least / memory[leanest]:.2f} of {leanest}"
-        aims = share >= 0.8 and ours <= 0.45 * times.get(TRL, ours * 9) and least <= memory[leanest]
-        rows.append((what, ours < times[best] and (aims or not result["shape"].startswith("llama"))))
+        memory = {name: x["peak_mib"] for name, x in measured.items()}
+        peers = [name for name in measured if not name.startswith(OURS)]
+        fastest, leanest = (min(peers, key=of.get) for of in (times, memory))
+        has_aims = result["shape"].startswith("llama")
+        for name in (OURS, LEAN):
+            share = statistics.median(result["limit"]) / times[name]
+            ratios = {peer: times[name] / times[peer] for peer in (TRL, fastest) if peer in times}
+            what = f"{result['shape']}, {name}: {times[name] * 1e3:.1f} ms, {share:.2f} of the limit"
+            what += "".join(f", {ratio:.2f} of {peer}" for peer, ratio in ratios.items())
+            what += f"; {memory[name]:.0f} MiB, {memory[name] / memory[leanest]:.2f} of {leanest}"
+            good = memory[name] <= memory[leanest] or not has_aims
+            if name == OURS:
+                good = ratios[fastest] < 1 and (share >= 0.8 and ratios.get(TRL, 0) <= 0.45 or not has_aims)
+            rows.append((what, good))
     return rows
 
 
@@ -120,6 +129,17 @@ def step_findings(log: Path) -> list[tuple]:
         what = ", ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
         rows.append((f"{name}: {what} of SFTTrainer's (aim {aim})", ratios["whole step"] <= aim))
     return rows
+
+
+def study_findings(log: Path) -> list[tuple]:
+    """What a study found out; when it was cut off, which of its stages and runs had ended."""
+    report = log.with_name("study") / "methods.json"
+    if not report.is_file():
+        return [(line, False) for line in log.read_text(encoding="utf-8").splitlines() if "done in" in line]
+    _, sft, *_, ours = json.loads(report.read_text(encoding="utf-8"))
+    kept, learnt = ([x[what]["value"] for x in (sft, ours)] for what in ("stability", "plasticity"))
+    found = zip(("SFT", "self-distillation"), kept, learnt, strict=True)
+    return [("; ".join(f"{name} keeps {old:.3f} and learns {new:.3f}" for name, old, new in found), kept[1] > kept[0])]
 
 
 def run(part: Part, folder: Path, end: float) -> list[tuple]:
