@@ -13,12 +13,14 @@ missed. `--small` runs all parts in small, also without a GPU.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,8 @@ class Part(NamedTuple):
     name: str
     seconds: int  # that it may take
     commands: list[list[str]]  # of Python, one after the other
-    findings: Callable[[Path], list[tuple]]  # rows of the table, from its log: what was measured, whether it is good
+    # Rows of the table, from its log: what was measured, and whether it is good, or None where that is open
+    findings: Callable[[Path], list[tuple]]
 
 
 def checks(folder: Path) -> list[Part]:
@@ -52,7 +55,7 @@ def checks(folder: Path) -> list[Part]:
     return [
         Part("kernels", 120, [[*tests, "tests/gpu/test_linear_ce_kl_on_cuda.py"]], last_line),
         Part("trainers", 150, [[*tests, "tests/gpu/test_trainers_on_cuda.py"]], last_line),
-        Part("distributed", 150, commands, check_findings),
+        Part("distributed", 200, commands, check_findings),
     ]
 
 
@@ -135,7 +138,7 @@ def study_findings(log: Path) -> list[tuple]:
     """What a study found out; when it was cut off, which of its stages and runs had ended."""
     report = log.with_name("study") / "methods.json"
     if not report.is_file():
-        return [(line, False) for line in log.read_text(encoding="utf-8").splitlines() if "done in" in line]
+        return [(line, None) for line in log.read_text(encoding="utf-8").splitlines() if "done in" in line]
     _, sft, *_, ours = json.loads(report.read_text(encoding="utf-8"))
     kept, learnt = ([x[what]["value"] for x in (sft, ours)] for what in ("stability", "plasticity"))
     found = zip(("SFT", "self-distillation"), kept, learnt, strict=True)
@@ -153,21 +156,27 @@ def run(part: Part, folder: Path, end: float) -> list[tuple]:
     log = folder / f"{part.name}.log"
     with open(log, "w", encoding="utf-8") as output:
         for command in part.commands:
-            options = dict(cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=end - time.monotonic())
+            options = dict(cwd=ROOT, env=environment, stdout=output, stderr=output)
+            # A session of its own: a launcher that is killed leaves its processes to the GPU
+            process = subprocess.Popen([sys.executable, *command], start_new_session=True, **options)
             try:
-                subprocess.run([sys.executable, *command], check=True, **options)
+                if returncode := process.wait(timeout=max(0, end - time.monotonic())):
+                    status = f"FAILED, exit status {returncode}"
             except subprocess.TimeoutExpired:
                 status = "cut off"
                 break
-            except subprocess.CalledProcessError as error:
-                status = f"FAILED, exit status {error.returncode}"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     try:
         rows = part.findings(log) or [("no output", False)]
     except (OSError, KeyError, ValueError) as error:  # it ended before its first number
         rows = [(f"nothing was measured ({type(error).__name__})", False)]
     seconds = f"{time.monotonic() - start:.0f}"
     print(f"{part.name}: {status} after {seconds} s", flush=True)
-    return [(part.name, status, seconds, what, "yes" if good and status == "ended" else "NO") for what, good in rows]
+    verdict = {None: "-", True: "yes" if status == "ended" else "NO", False: "NO"}
+    return [(part.name, status, seconds, what, verdict[good]) for what, good in rows]
 
 
 def main() -> int:
@@ -201,7 +210,7 @@ def main() -> int:
     text = "\n".join([f"{device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", "", *lines])
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    return int(any(row[-1] == "NO" for row in table))
+    return int(any(row[-1] == "NO" or row[1].startswith("FAILED") for row in table))
 
 
 if __name__ == "__main__":
