@@ -178,6 +178,7 @@ def train_variant(
             f"trl-selfdistill publish --checkpoints {folder} --repo_id your-name/my-model"
         )
     config = training_config(variant, setup.config, num_steps)
+    keep_model |= run_arguments(folder).get("keep_model", False)  # what is there has all that is asked for
     identity, inputs = model_identity(setup.start, setup.model_args)
     arguments = {
         "trainer": variant.trainer_class.__name__,

@@ -118,6 +118,10 @@ def test_other_mixing_weights_and_further_l2_weights_train_nothing_again(toy_stu
     labels = {point["label"] for point in read_json(output / "methods.json")}
     assert {"WiSE-FT, 0.25 of SFT", "L2 to the start, matched", "L2 to the start, weight 1e+06"} <= labels
     assert results_of(output, "l2-weight1e+06")[0].training["about"] == {"l2_weight": 1e6}
+    before = runs_of(output / "runs")
+    compare(toy_study, output, *flags, "--mixed", "l2")  # its weights are missing, those of SFT are no longer needed
+    changed = {name for name, content in runs_of(output / "runs").items() if before.get(name) != content}
+    assert changed == {f"{name}-seed{seed}" for seed in range(3) for name in ("l2", "wise_ft-l2")}
 
 
 def test_another_rank_is_another_run(toy_study, finished, tmp_path):
