@@ -76,14 +76,9 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
 
         Args:
             inputs (`dict[str, torch.Tensor]`): A batch before the first step, `labels` among it.
-
-        Raises:
-            ValueError: If the batch has no label tokens.
         """
         labels = inputs["labels"][:, 1:]
         mask = labels != IGNORE_INDEX
-        if not mask.any():
-            raise ValueError("The first batch has no label tokens to match `l2_weight` on. Give `l2_weight`.")
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"} | {"use_cache": False}
         with evaluation_mode(self.model):
             with torch.enable_grad():
