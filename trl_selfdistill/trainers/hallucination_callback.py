@@ -6,7 +6,7 @@ from itertools import chain
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..hallucination.metric import RATES, check_references, score_hallucinations
 from ..slick.answering import answer_prompts
@@ -93,8 +93,7 @@ class HallucinationEvalCallback(TrainerCallback):
 
     Raises:
         ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer; if
-            an alpha is not in [0, 1], or weights are to be mixed that are an adapter's or sharded. When training
-            starts, if an `EarlyStoppingCallback` was added before this callback.
+            an alpha is not in [0, 1], or weights are to be mixed that are an adapter's or sharded.
     """
 
     def __init__(
@@ -125,11 +124,6 @@ class HallucinationEvalCallback(TrainerCallback):
             self._start = {name: p.detach().to("cpu", copy=True) for name, p in trained}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        callbacks = self.trainer.callback_handler.callbacks
-        if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks[: callbacks.index(self)]):
-            raise ValueError(
-                "EarlyStoppingCallback was added before HallucinationEvalCallback, whose logs it reads. Add it after."
-            )
         accuracies = {f"eval_{name}_accuracy" for name in self.eval_sets}
         if not args.eval_on_start and not any(accuracies & log.keys() for log in state.log_history):
             self._ask(state)
