@@ -137,18 +137,6 @@ def test_private_names_of_trl_and_transformers_stand_in_one_file_only():
     assert using.pop("sft_internals.py") and not using
 
 
-def test_that_test_finds_private_names():
-    for line in (
-        "from trl.trainer.utils import use_adapter",
-        "from transformers.utils import _LazyModule",
-        "trainer._metrics.clear()",
-        "getattr(model, '_hf_peft_config_loaded')",
-        "class Mine(SFTTrainer):\n    def _save(self): ...",
-        "class Mine(SFTTrainer):\n    _tag_names = ['mine']",
-    ):
-        assert foreign_private_names(line), line
-
-
 def test_every_direct_import_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
