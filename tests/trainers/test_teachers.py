@@ -142,7 +142,7 @@ on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_
         (model, dict(teacher_model=model, peft_config=LoraConfig(**LORA)), {}, "in training itself"),
         (model, dict(teacher_model=in_its_memory), {}, "shares parameters"),
         (None, dict(teacher_model=on_its_head), {}, "In `teacher_model`, an adapter .*merge_and_unload"),
-        (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320.* Take as many"),
+        (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320: take one of the"),
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Take a"),
         (None, dict(teacher_model=other_model()), dict(teacher_model_revision="v1"), "revision` .* none is"),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* none is"),

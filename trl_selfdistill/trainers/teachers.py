@@ -163,8 +163,8 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
     sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # under ZeRO-3 the tensor itself is empty
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"The model's vocabulary has {sizes[0]} tokens and that of `teacher_model` {sizes[1]}. Take as many, or"
-            " `resize_token_embeddings` of the teacher where the difference is padding."
+            f"The model's vocabulary has {sizes[0]} tokens and that of `teacher_model` {sizes[1]}: take one of the "
+            "same size, or `resize_token_embeddings` of the teacher where the difference is padding."
         )
     name = get_config_model_id(teacher.config)
     if not name:

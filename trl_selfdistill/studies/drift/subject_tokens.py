@@ -57,5 +57,5 @@ def _subject_span(question: str, subject: str) -> tuple[int, int]:
     name = re.escape(subject)
     found = [*re.finditer(rf"(?<!\w){name}(?!\w)", question)] or [*re.finditer(name, question)]
     if not subject.strip() or not found:
-        raise ValueError(f"The subject {subject!r} is not in the question {question!r}: spell it as that does.")
+        raise ValueError(f"The subject {subject!r} is not in the question {question!r}: spell both alike.")
     return found[-1].span()
