@@ -9,7 +9,7 @@ from peft import LoraConfig
 from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, logs, train, trainer, weights
 from trl import SFTTrainer
 
-from trl_selfdistill.studies.comparison.l2_to_start import L2ToStartSFTTrainer
+from trl_selfdistill.studies.comparison.losses import L2ToStartSFTTrainer
 
 
 def l2(**arguments) -> dict:
