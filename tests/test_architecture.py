@@ -22,7 +22,7 @@ import trl_selfdistill
 PACKAGE = Path(trl_selfdistill.__file__).parent
 ROOT = PACKAGE.parent
 # The most lines of Python each part may have. Growth makes room or gives its reason in AGENTS.md
-BUDGETS = {"library": 6035, "studies": 5355, "tests": 10345}
+BUDGETS = {"library": 5973, "studies": 5263, "tests": 10250}
 HEAVY = {"torch", "transformers", "trl", "accelerate", "peft"}
 # From the top of the table down, each with what it must not import, `None` for all but the standard library, numpy and
 # scipy. A package imports from those above it.
@@ -135,18 +135,6 @@ def test_private_names_of_trl_and_transformers_stand_in_one_file_only():
     }
     using = {name: names for name, text in texts.items() if (names := foreign_private_names(text))}
     assert using.pop("sft_internals.py") and not using
-
-
-def test_that_test_finds_private_names():
-    for line in (
-        "from trl.trainer.utils import use_adapter",
-        "from transformers.utils import _LazyModule",
-        "trainer._metrics.clear()",
-        "getattr(model, '_hf_peft_config_loaded')",
-        "class Mine(SFTTrainer):\n    def _save(self): ...",
-        "class Mine(SFTTrainer):\n    _tag_names = ['mine']",
-    ):
-        assert foreign_private_names(line), line
 
 
 def test_every_direct_import_is_declared():

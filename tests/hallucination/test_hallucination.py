@@ -336,11 +336,10 @@ def test_a_verdict_is_the_interval_beside_the_tolerance_and_as_many_facts_as_it_
         assert (-value, -high, -low) == balance_interval(gained, lost, num_facts)
         assert verdict.outcome == ("within" if high <= tolerance else "beyond" if low > tolerance else "undecided")
         if verdict.num_needed is not None and verdict.outcome == "undecided":
-            scale = verdict.num_needed / num_facts
-            assert (
-                scale > 1
-                and judge_loss(lost * scale, gained * scale, num_facts * scale, tolerance).outcome != "undecided"
-            )
-            smaller = scale / 1.03
-            assert judge_loss(lost * smaller, gained * smaller, num_facts * smaller, tolerance).outcome == "undecided"
+            for scale, decided in (
+                (verdict.num_needed / num_facts, True),
+                (verdict.num_needed / num_facts / 1.03, False),
+            ):
+                other = judge_loss(lost * scale, gained * scale, num_facts * scale, tolerance)
+                assert (other.outcome != "undecided") == decided
         assert (verdict.num_needed == num_facts) == (verdict.outcome != "undecided")

@@ -97,9 +97,8 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
         return tmp_path / name
 
     start, end, first = models / "start", models / "end", "model.embed_tokens.weight"
-    lora, dora = (
-        adapter(f"lora{dora}", LoraConfig(target_modules=["q_proj"], use_dora=dora)) for dora in (False, True)
-    )
+    lora = adapter("lora", LoraConfig(target_modules=["q_proj"]))
+    dora = adapter("dora", LoraConfig(target_modules=["q_proj"], use_dora=True))
     other = adapter("other", LoraConfig(target_modules=["q_proj"], r=3))
     saved = adapter("saved", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ia3 = adapter("ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))

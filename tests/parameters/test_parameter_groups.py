@@ -177,7 +177,7 @@ def test_entries_select_groups_layers_and_patterns(tokenizer, entry, selected):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(frozen_groups=["mlp"], trainable_groups=["attention"]), "both set"),
+        (dict(frozen_groups=["mlp"], trainable_groups=["attention"]), "`: set one"),
         (dict(frozen_groups=["mpl"]), "'mpl' is not a group.*embeddings, attention, mlp, norm, lm_head"),
         (dict(frozen_groups=["mlp", "attention:0-2"]), "'attention:0-2'.*in 2 layers"),
         (dict(frozen_groups=["mlp", "re:Wqkv"]), "'re:Wqkv', which matches no parameter"),

@@ -186,10 +186,8 @@ def test_progress_file_cut_off_anywhere(tmp_path):
 
 def answer(progress_file: Path) -> list[str]:
     tokenizer = build_tokenizer()
-    prompts = [few_shot_prompt(question, []) for question in build_facts()["question"]]
-    return answer_prompts(
-        build_answering_model(tokenizer), tokenizer, prompts, batch_size=5, progress_file=progress_file
-    )
+    model, prompts = build_answering_model(tokenizer), [few_shot_prompt(q, []) for q in build_facts()["question"]]
+    return answer_prompts(model, tokenizer, prompts, batch_size=5, progress_file=progress_file)
 
 
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):

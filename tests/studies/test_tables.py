@@ -104,10 +104,10 @@ def test_rows_may_lack_columns_and_nest_values_of_different_shapes(tmp_path):
         ("o.csv", "", "o.csv (split 'train'): there are no rows in it"),
         (
             "q.jsonl",
-            '{"a": 1}\n{"b": {"c": 18446744073709551615}}\n',
-            "q.jsonl, line 2: b is {'c': 18446744073709551615}",
+            '{"b": {"c": 18446744073709551615}}\n',
+            "q.jsonl, line 1, or a row before it, has a value",
         ),
-        ("r.json", '[{"a": "x"}, {"a": "\\ud83d"}]', "r.json, row 2: a is '\\ud83d', which no table can hold"),
+        ("r.json", '[{"a": "x"}, {"a": "\\ud83d"}]', "r.json, row 2, or a row before it, has a value"),
         ("s.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}", "s.jsonl, line 2: not JSON (Exceeds the limit"),
         ("t.jsonl", '{"a": ' + "[" * 100_000, "t.jsonl, line 1: not JSON (maximum recursion depth"),
         ("u.json", "[" * 100_000, "u.json, line 1: not JSON (maximum recursion depth"),

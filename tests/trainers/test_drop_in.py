@@ -43,17 +43,9 @@ def test_model_by_path_with_init_kwargs_and_arguments_by_position(tmp_path, mode
 
 @pytest.mark.parametrize("trainer_class", CLASSES)
 def test_a_subclass_has_its_own_tags(trainer_class):
-    class LikeTRL(trainer_class):
-        _tag_names = ["mine"]
-
-    class Inherits(LikeTRL):
-        pass
-
-    class Public(trainer_class):
-        tags = ["other"]
-
-    assert [each._tag_names for each in (LikeTRL, Inherits, Public)] == [["mine"], ["mine"], ["other"]]
-    assert trainer_class._tag_names == trainer_class.tags and Public._name == trainer_class.method_name
+    private, public = (type("Own", (trainer_class,), {name: ["mine"]}) for name in ("_tag_names", "tags"))
+    assert private._tag_names == public._tag_names == ["mine"] and trainer_class._tag_names == trainer_class.tags
+    assert public._name == trainer_class.method_name
 
 
 @pytest.mark.parametrize("trainer_class", CLASSES)

@@ -16,7 +16,6 @@ from trl import SFTTrainer
 
 from trl_selfdistill.parameters.hashes import hash_model
 from trl_selfdistill.trainers import teachers
-from trl_selfdistill.trainers.teacher_snapshot import TeacherSnapshotCallback
 
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -116,7 +115,7 @@ def test_the_model_of_another_trainer_as_teacher(tmp_path):
 def test_positions_that_the_teacher_does_not_have_are_refused(tmp_path):
     rows = Dataset.from_list([{"text": row["prompt"]} for row in FACTS])
     run = trainer(tmp_path, None, VIRTUAL_TOKENS | dict(train_dataset=rows, teacher_model=other_model()))
-    with pytest.raises(ValueError, match="prompt-learning adapter .* pass a `teacher_model`"):
+    with pytest.raises(ValueError, match="prompt-learning adapter, pass a `teacher_model`"):
         run.train()
 
 
@@ -128,7 +127,9 @@ def other_tokenizer(folder):
     return str(folder / "other")
 
 
-model = build_model(TOKENIZER)
+model, in_its_memory = build_model(TOKENIZER), other_model()
+in_its_memory.load_state_dict(model.state_dict(), assign=True)
+on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
 
 
 @pytest.mark.parametrize(
@@ -137,10 +138,12 @@ model = build_model(TOKENIZER)
         (None, dict(teacher_model="a"), dict(teacher_model_name_or_path="b"), "Set one of them"),
         (None, dict(teacher_model=other_model()), dict(teacher_snapshot_steps=1), "Set one of them"),
         (None, dict(teacher_model=other_model()), dict(teacher_snapshot_epochs=1.0), "Set one of them"),
-        (model, dict(teacher_model=model), {}, "itself, .* Leave `teacher_model` unset"),
+        (model, dict(teacher_model=model), {}, "itself, .* Leave it unset"),
         (model, dict(teacher_model=model, peft_config=LoraConfig(**LORA)), {}, "in training itself"),
-        (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary of 300 .* 320.* same vocabulary"),
-        (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Use a"),
+        (model, dict(teacher_model=in_its_memory), {}, "shares parameters"),
+        (None, dict(teacher_model=on_its_head), {}, "In `teacher_model`, an adapter .*merge_and_unload"),
+        (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320: take one of the"),
+        (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Take a"),
         (None, dict(teacher_model=other_model()), dict(teacher_model_revision="v1"), "revision` .* none is"),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* none is"),
         (None, VIRTUAL_TOKENS, dict(teacher_snapshot_steps=1), "one adapter that can be held twice. Train stage 1"),
@@ -199,21 +202,6 @@ def fixed(model):
         if "lora_" in name:
             torch.nn.init.constant_(parameter, 0.01)
     return model
-
-
-def test_an_adapter_on_the_teachers_head_is_refused(tmp_path):
-    teacher = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    with pytest.raises(ValueError, match="In `teacher_model`, an adapter .* adds to the LM head.*merge_and_unload"):
-        trainer(tmp_path, None, dict(teacher_model=teacher))
-    trainer(tmp_path, None, dict(teacher_model=teacher.merge_and_unload()))
-
-
-def test_a_teacher_in_the_students_memory_is_refused(tmp_path):
-    student, teacher = build_model(TOKENIZER), other_model()
-    teacher.load_state_dict(student.state_dict(), assign=True)
-    assert {*teacher.parameters()}.isdisjoint(student.parameters())
-    with pytest.raises(ValueError, match="`teacher_model` is the model in training itself, or shares parameters"):
-        trainer(tmp_path, student, dict(teacher_model=teacher))
 
 
 def test_a_snapshot_that_never_comes_is_refused(tmp_path):
@@ -279,20 +267,12 @@ def test_another_teacher_is_refused_when_resuming(tmp_path, teacher_dir):
         train(tmp_path / "none", resume=True, **options)
 
 
-def test_what_cannot_be_distilled_is_refused(tmp_path, monkeypatch):
-    """By changed properties, as none of it runs on a CPU."""
-    run = trainer(tmp_path)
-    run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="are not sharded, .*Train stage 1 first"):
-        TeacherSnapshotCallback(run)
-    make = SFTTrainer.__init__
-
-    def with_context_parallelism(self, *args, **kwargs):
-        make(self, *args, **kwargs)
+def test_context_parallelism_is_refused(tmp_path, monkeypatch):
+    def in_parallel(run, *_):  # as none of it runs on a CPU
         sizes = SimpleNamespace(sp_enabled=False, cp_enabled=True)
-        monkeypatch.setattr(type(self.accelerator), "parallelism_config", sizes)
+        monkeypatch.setattr(type(run.accelerator), "parallelism_config", sizes)
 
-    monkeypatch.setattr(SFTTrainer, "__init__", with_context_parallelism)
+    monkeypatch.setattr("trl_selfdistill.trainers.self_distill_sft_trainer.prepare_anchors", in_parallel)
     with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
         trainer(tmp_path)
 

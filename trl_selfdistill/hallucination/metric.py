@@ -147,8 +147,7 @@ def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray
     for i, aliases in enumerate(references):
         if not any(map(judge.normalize, aliases)):
             raise ValueError(
-                f"`references[{i}]` is {aliases!r}, of which normalizing (lower case, no punctuation) leaves nothing "
-                "that a prediction could match. Drop the row, or add another alias."
+                f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing. Drop it, or add an alias."
             )
     answers = {"outcome": map(judge.outcome, predictions, references), "f1": map(judge.f1, predictions, references)}
     if "baseline_predictions" in columns:

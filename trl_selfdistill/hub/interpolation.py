@@ -54,9 +54,7 @@ def interpolate(
     is_adapter = (folder / _ADAPTER_CONFIG).is_file()
     if (first is None and not is_adapter) or (first and (first / _ADAPTER_CONFIG).is_file() != is_adapter):
         kind = "an adapter, or unset where `end` started from nothing" if is_adapter else "a full model"
-        raise ValueError(
-            f"`start` must be {kind}, as `end` is, got {start!r}. To mix the two, merge the adapter first."
-        )
+        raise ValueError(f"`start` must be {kind}, as `end` is, got {start!r}. Merge an adapter to mix the two.")
     with written_whole(output) as partial:
         partial.mkdir()
         for path in {path for pattern in _FILES for path in folder.glob(pattern) if path.suffix != ".safetensors"}:
@@ -98,9 +96,7 @@ def _write_weights(end: Path, start: Path | None, alpha: float, output: Path, is
     # Of tied embeddings, some versions of transformers save both names and some one
     different = {*names} - {*earlier} | ({*earlier} - {*names} - {"lm_head.weight"})
     if start is not None and different:
-        raise ValueError(
-            f"{len(different)} tensors are in `start` or `end` only, such as {min(different)}. Save both alike."
-        )
+        raise ValueError(f"{len(different)} tensors are in one of `start` and `end` only, such as {min(different)}.")
     mix = _adapter_between if is_adapter else _between
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in {*names.values(), *earlier.values()}}

@@ -71,9 +71,7 @@ class GroupSelection:
             if entries is not None and not is_list:
                 raise ValueError(f"`{option}` must be a list of texts, got {entries!r}. {_SPEC_HELP}")
         if frozen_groups and trainable_groups is not None:
-            raise ValueError(
-                f"`frozen_groups={frozen_groups!r}` and `trainable_groups={trainable_groups!r}` are both set. Set one."
-            )
+            raise ValueError(f"`frozen_groups={frozen_groups}`, `trainable_groups={trainable_groups}`: set one.")
         if trainable_groups is None and not frozen_groups:
             return None
         option = "frozen_groups" if trainable_groups is None else "trainable_groups"
@@ -154,8 +152,8 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
         selected = [name.name for name in names if selection.selects(name)]
         if 0 < len(selected) < len(names):
             raise ValueError(
-                f"{selection} selects half of a tied tensor: {[name.name for name in names]} are one, and only "
-                f"{selected} is selected. Select all; of tied embeddings both 'embeddings' and 'lm_head', or none."
+                f"{selection} selects {selected} alone of the tied {[name.name for name in names]}. Select all; of "
+                "tied embeddings both 'embeddings' and 'lm_head', or none."
             )
     unassigned = [names[0].name for _, names in tensors if names[0].group is None and not selection.selects(names[0])]
     if unassigned and any(spec.group is not None for spec in selection.specs):

@@ -57,10 +57,8 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
     for group, members in expected.items():
         now = {name: hash_tensor(parameters[name]) for name in members if name in parameters}
         if moved := [name for name, value in members.items() if now.get(name) != value]:
-            raise ValueError(
-                f"{len(moved)} of {len(members)} frozen parameters in '{group}' changed: {moved[:3]}. Something other "
-                "than the optimizer wrote to them: look for callbacks, weight tying and hooks."
-            )
+            numbers = f"{len(moved)} of {len(members)} frozen parameters in '{group}'"
+            raise ValueError(f"{numbers} changed: {moved[:3]}. Look for callbacks, weight tying and hooks.")
 
 
 def hash_model(model: torch.nn.Module, adapters: bool = True) -> str:

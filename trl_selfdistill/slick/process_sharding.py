@@ -62,13 +62,13 @@ class ProgressFile:
             with self._path.open("ab") as file:
                 file.write(json.dumps({"unit": unit, "result": result}).encode() + b"\n")
 
-    def do(self, function: Callable[[str, Sequence], Any], units: dict[str, Sequence], title: str) -> None:
+    def do(self, function: Callable[[str, Sequence], Any], units: dict[str, Sequence], title: str | None) -> None:
         """
-        Adds `function(name, items)` of each unit that has no result yet, with a bar of the items. A collective: the
-        processes do a unit each, then all are in the file.
+        Adds `function(name, items)` of each unit that has no result yet, with a bar of the items if it has a title. A
+        collective: the processes do a unit each, then all are in the file.
         """
         left, n = [unit for unit in units.items() if unit[0] not in self.results], PartialState().num_processes
-        shown = {"desc": title, "unit": "question", "disable": not PartialState().is_main_process}
+        shown = {"desc": title, "unit": "question", "disable": title is None or not PartialState().is_main_process}
         with tqdm(total=sum(len(items) for _, items in left), **shown) as bar:
             for begin in range(0, len(left), n):
                 together = left[begin : begin + n]

@@ -108,10 +108,8 @@ def reserve_exemplars(
     for relation, rows in rows_of_relation.items():
         size = min(num_prompts * num_shots, max(num_shots, int(_MAX_SHARE * len(rows))))
         if size >= len(rows):
-            raise ValueError(
-                f"relation {relation!r} has {len(rows)} facts, and `num_shots` = {num_shots} of them are exemplars, "
-                "which leaves none to ask; add facts, drop the relation or lower `num_shots`"
-            )
+            found = f"relation {relation!r} has {len(rows)} facts, and `num_shots` = {num_shots} are exemplars"
+            raise ValueError(f"{found}, which leaves none to ask; add facts, drop it or lower `num_shots`")
         rng = random.Random(f"{seed}/{relation}")
         pool = rng.sample(sorted(rows, key=lambda row: fact_ids[row]), size)
         reserved.update(pool)
@@ -176,7 +174,8 @@ def annotate_facts(
     asked = facts.select(kept)
     relations, questions = asked["relation"][:], asked["question"][:]
     accepted = [[answer, *aliases] for answer, aliases in zip(asked["answer"], asked["aliases"], strict=True)]
-    identity = _identity(facts, model, settings, batch_size)
+    of_facts, of_model = checksum(facts.select_columns(_REQUIRED_COLUMNS).to_list()), weights_checksum(model)
+    identity = {"settings": asdict(settings), "facts": of_facts, "model": of_model, "batch_size": batch_size}
     if prompt_function is not few_shot_prompt:
         identity["prompt"] = prompt_function("question", [("question", "answer")])
     work = ProgressFile(progress_file, identity)
@@ -200,11 +199,6 @@ def annotate_facts(
     if settings.only_highly_known:
         logger.info(f"SLiCK: {len(outcomes)} of {len(asked)} facts are HighlyKnown, and the others are left out.")
     return _add_columns(asked.select([*outcomes]), [*outcomes.values()], settings)
-
-
-def _identity(facts: Dataset, model: PreTrainedModel, settings: SlickSettings, batch_size: int) -> dict:
-    of_facts, of_model = checksum(facts.select_columns(_REQUIRED_COLUMNS).to_list()), weights_checksum(model)
-    return {"settings": asdict(settings), "facts": of_facts, "model": of_model, "batch_size": batch_size}
 
 
 def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> dict[str, list[int]]:

@@ -126,10 +126,7 @@ def check_shared_config(config: SelfDistillSFTConfig) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name in _NOT_SHARED and value != f.default:
-            raise ValueError(
-                f"`{f.name}={value!r}`: the variants that are compared set it themselves, and the number of steps "
-                "follows from `num_train_epochs`. Leave it out."
-            )
+            raise ValueError(f"`{f.name}={value!r}`: the variants set it, or `num_train_epochs` does. Leave it out.")
     if not 0 < config.num_train_epochs < math.inf:
         raise ValueError(f"`num_train_epochs` must be finite and above 0, got {config.num_train_epochs}.")
 

@@ -14,11 +14,7 @@ from ..hallucination.metric import RATES, score_hallucinations
 from ..slick.answering import answer_prompts
 from ..slick.process_sharding import on_main_process
 from ..slick.prompts import question_prompt
-from ..trainers.hallucination_callback import (
-    accepted_answers,
-    answers_in_training,
-    log_beside_training,
-)
+from ..trainers.hallucination_callback import accepted_answers, answers_in_training, log_beside_training
 
 
 class FactAnswer(NamedTuple):

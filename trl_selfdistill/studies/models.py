@@ -89,9 +89,7 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         adapter = find_adapter_config_file(os.fspath(name_or_path), revision=revision)
         if adapter is None:
-            raise ValueError(
-                f"{name_or_path} has no tokenizer that can be loaded. Save it beside the model."
-            ) from error
+            raise ValueError(f"{name_or_path} has no tokenizer that can be loaded: save one there.") from error
         tokenizer = AutoTokenizer.from_pretrained(read_json(adapter)["base_model_name_or_path"], **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -76,9 +76,7 @@ class VariantResult(NamedTuple):
     def forgetting_difference(self, baseline: "VariantResult") -> Interval:
         """Its forgetting minus that of `baseline`, fact by fact, which must be the same: below 0, it forgets less."""
         if self.records[0].answers["heldout"].keys() != baseline.records[0].answers["heldout"].keys():
-            raise ValueError(
-                f"{self.name} and {baseline.name} were asked different held-out facts. Train both on the same mix."
-            )
+            raise ValueError(f"{self.name} and {baseline.name} were asked different held-out facts: train on one mix.")
         return mean_interval(forgetting(self.records) - forgetting(baseline.records))
 
     def summary(self) -> dict:

@@ -65,14 +65,9 @@ def prepare_study(
         ValueError: If the model is quantised and no adapter is trained, or the mix needs facts that SLiCK leaves out.
     """
     if get_quantization_config(model_args) is not None and not model_args.use_peft:
-        raise ValueError(
-            "`load_in_4bit` and `load_in_8bit` need `use_peft`: quantised weights cannot be trained, an adapter can."
-        )
+        raise ValueError("`load_in_4bit` and `load_in_8bit` need `use_peft`: only an adapter of them can be trained.")
     if slick_args.slick_only_highly_known and mix_settings.new_facts == "real":
-        raise ValueError(
-            "`new_facts='real'` are facts that SLiCK finds to be Unknown, and with `slick_only_highly_known` it looks "
-            "for HighlyKnown ones only. Set `slick_only_highly_known` to false, or `new_facts` to 'invented'."
-        )
+        raise ValueError("`new_facts='real'` are Unknown facts: unset `slick_only_highly_known`, or take 'invented'.")
     output = Path(config.output_dir)
     facts = facts_stage(facts_args, output / "facts")
     model, label = model_stage(model_args.model_name_or_path, output / "model", facts, small_llama)
@@ -134,10 +129,8 @@ def wanted_facts(arguments: FactsArguments) -> Dataset:
     table = facts.select_columns(["relation", "answer"]).to_pandas()
     relations = arguments.fact_relations or table["relation"]
     if missing := set(relations) - set(table["relation"]):
-        raise ValueError(
-            f"`fact_relations` asks for {', '.join(sorted(missing))}, which {arguments.facts} does not have. It has: "
-            f"{', '.join(sorted(set(table['relation'])))}."
-        )
+        found = ", ".join(sorted(set(table["relation"])))
+        raise ValueError(f"`fact_relations`: {arguments.facts} has no {', '.join(sorted(missing))}. It has: {found}.")
     limits = arguments.max_facts_per_relation, arguments.max_facts_per_answer
     if any(limit is not None and limit < 1 for limit in limits):
         raise ValueError(f"`max_facts_per_relation` and `max_facts_per_answer` must be at least 1, got {limits}.")

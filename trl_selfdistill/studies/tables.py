@@ -65,7 +65,6 @@ def load_table(name_or_path: str | os.PathLike, split: str = "train", config: st
 def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
     """The rows, each with its place for errors, as a `Dataset` with the columns of all; what a row lacks is `None`."""
     rows: list[dict] = []
-    places: list[str] = []
     columns: dict[str, None] = {}  # in the order in which they come up
     kinds: dict[str, type] = {}
     for place, row in located_rows:
@@ -77,18 +76,11 @@ def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
             if value is not None and kinds.setdefault(name, kind) is not kind:
                 raise ValueError(f"{place}: {name} is {value!r}, not of the type of the rows before; give it one type")
         rows.append(row)
-        places.append(place)
     table = {name: [row.get(name) for row in rows] for name in columns}
     try:
         return Dataset.from_dict(table, on_mixed_types="use_json")
-    except (OverflowError, UnicodeEncodeError):  # numbers of more than 64 bits, halves of surrogate pairs
-        for place, row in zip(places, rows, strict=True):
-            for name, value in row.items():
-                try:
-                    Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
-                except (OverflowError, UnicodeEncodeError) as error:
-                    raise ValueError(f"{place}: {name} is {value!r}, which no table can hold ({error})") from error
-        raise
+    except (OverflowError, UnicodeEncodeError) as error:  # numbers of more than 64 bits, halves of surrogate pairs
+        raise ValueError(f"{place}, or a row before it, has a value that no table can hold ({error})") from error
 
 
 def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dataset | Iterator[tuple[str, Any]]:
@@ -178,9 +170,8 @@ def _parse_csv(name: str, text: str, delimiter: str = ",") -> Iterator[tuple[str
         for cells in filter(None, reader):
             place = f"{name}, line {reader.line_num}"
             if len(cells) != len(header):
-                raise ValueError(
-                    f"{place}: {len(cells)} cells for {len(header)} columns; quote those with {delimiter!r}"
-                )
+                found = f"{len(cells)} cells for {len(header)} columns"
+                raise ValueError(f"{place}: {found}; quote those with {delimiter!r}")
             yield place, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.line_num}: not CSV ({error})") from error

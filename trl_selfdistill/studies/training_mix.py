@@ -102,8 +102,8 @@ def build_training_mix(
         num_heldout = len(heldout)  # of fewer facts, the share of an answer is fewer
     if len(heldout) < settings.min_heldout:
         raise ValueError(
-            f"`min_heldout={settings.min_heldout}`, but {len(heldout)} HighlyKnown facts are left to hold out beside "
-            f"`num_known={settings.num_known}`. Lower one of the two, or take more facts or a model that knows more."
+            f"`min_heldout={settings.min_heldout}`, but {len(heldout)} HighlyKnown facts are left beside `num_known="
+            f"{settings.num_known}`. Lower one, or take more facts or a model that knows more."
         )
     return {name: _with_prompts(split) for name, split in zip(SPLITS, (known, new, heldout), strict=True)}
 

@@ -27,9 +27,7 @@ def restrict_peft_config(
     if selection is None:
         return config
     if not hasattr(config, "target_modules"):
-        raise ValueError(
-            f"{selection} needs a PEFT method with `target_modules`, such as LoRA, got {type(config).__name__}."
-        )
+        raise ValueError(f"{selection} needs a PEFT method with `target_modules`, got {type(config).__name__}.")
     if config.target_modules not in (None, "all-linear"):
         return config
     modules, trainable = dict(model.named_modules()), set()
@@ -46,8 +44,8 @@ def restrict_peft_config(
     config.target_modules = {name for name in trainable if check_target_module_exists(config, name)}
     if not config.target_modules:
         raise ValueError(
-            f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train a group "
-            "that has some, as 'attention' or 'mlp', or exclude fewer (`exclude_modules`)."
+            f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train 'attention' "
+            "or 'mlp', or exclude fewer (`exclude_modules`)."
         )
     return config
 
@@ -57,7 +55,6 @@ def refuse_adapters_elsewhere(model: torch.nn.Module, selection: GroupSelection)
     trained = [names[0] for parameter, names in named_tensors(model) if parameter.requires_grad]
     if elsewhere := [name.name for name in trained if not selection.trains(name)]:
         raise ValueError(
-            f"{selection} was set, and the PEFT model trains {len(elsewhere)} tensors in frozen groups: "
-            f"{', '.join(elsewhere[:3])}. Pass the model without adapters, and a `peft_config` whose `target_modules` "
-            "and `modules_to_save` are unset, to adapt the trainable groups."
+            f"{selection}, and the PEFT model trains {len(elsewhere)} tensors in frozen groups: {elsewhere[:3]}. Pass "
+            "a `peft_config` without `target_modules` and `modules_to_save`, and the model without adapters."
         )

@@ -98,9 +98,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         for option in ("frozen_groups", "trainable_groups"):
             value = getattr(self.args, option) or None
             if saved.get(option, value) != value:
-                raise ValueError(
-                    f"{checkpoint} was trained with `{option}={saved[option]}`, got {value}. Resume with the same."
-                )
+                raise ValueError(f"{checkpoint} was trained with `{option}={saved[option]}`, not {value}: set it.")
         if self._frozen_check is not None:
             rows = saved.get("groups", {})
             self._frozen_check.resumed = {group: row["frozen_sha256"] for group, row in rows.items()}
@@ -145,8 +143,8 @@ class _FrozenCheck(TrainerCallback):
         for group, digest in digest_groups(self.expected).items():
             if self.resumed.get(group) not in (None, digest):
                 raise ValueError(
-                    f"The frozen parameters in '{group}' are not those that the checkpoint was written with: its "
-                    "weights, or its base model, changed since. Resume from another checkpoint."
+                    f"The frozen parameters in '{group}' are not those of the checkpoint: its weights, or its base "
+                    "model, changed since. Resume from another one."
                 )
 
     def on_train_end(self, args, state, control, model=None, **kwargs):

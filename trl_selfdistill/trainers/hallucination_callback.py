@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..hallucination.metric import RATES, check_references, score_hallucinations
-from ..slick.generation import evaluation_mode, predict_answers
+from ..slick.answering import answer_prompts
+from ..slick.generation import evaluation_mode
 from ..slick.prompts import answer_completion, question_prompt
 
 
@@ -44,28 +43,15 @@ def log_beside_training(trainer: Trainer, metrics: dict[str, float]) -> None:
     trainer.control.should_log = should_log
 
 
-def predict_answers_in_parallel(
-    model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **settings
-) -> list[str]:
-    """
-    [`~trl_selfdistill.slick.generation.predict_answers`], greedy, of a model without a DDP or DeepSpeed wrapper. A
-    collective: call it on every process, with the same prompts. Each answers a share of them, and all get all answers.
-    """
-    # Padded to as many prompts for each process: with sharded weights, every forward pass is a collective
-    with PartialState().split_between_processes(list(range(len(prompts))), apply_padding=True) as rows:
-        answers = predict_answers(model, tokenizer, [prompts[i] for i in rows], **settings)
-        answered = dict(gather_object([(i, answer) for i, [answer] in zip(rows, answers, strict=True)]))
-    return [answered[i] for i in range(len(prompts))]
-
-
-def answers_in_training(trainer: Trainer, prompts: Sequence[str], **settings) -> list[str]:
-    """As [`predict_answers_in_parallel`], of a trainer's model in its precision, under DDP, FSDP2 and ZeRO-3 too."""
+def answers_in_training(trainer: Trainer, prompts: Sequence[str], batch_size: int = 64, **settings) -> list[str]:
+    """[`answer_prompts`] of a trainer's model in its precision, under DDP, FSDP2 and ZeRO-3 too. A collective."""
     accelerator = trainer.accelerator
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     settings["synced_gpus"] = is_sharded and accelerator.num_processes > 1
+    settings["batch_size"] = min(batch_size, -(-len(prompts) // accelerator.num_processes))  # a share for each
     model = accelerator.unwrap_model(trainer.model_wrapped)
     with accelerator.autocast():  # one around all forward passes: each by itself would cast all of the weights
-        return predict_answers_in_parallel(model, trainer.processing_class, prompts, **settings)
+        return answer_prompts(model, trainer.processing_class, prompts, title=None, **settings)
 
 
 class HallucinationEvalCallback(TrainerCallback):
@@ -107,8 +93,7 @@ class HallucinationEvalCallback(TrainerCallback):
 
     Raises:
         ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer; if
-            an alpha is not in [0, 1], or weights are to be mixed that are an adapter's or sharded. When training
-            starts, if an `EarlyStoppingCallback` was added before this callback.
+            an alpha is not in [0, 1], or weights are to be mixed that are an adapter's or sharded.
     """
 
     def __init__(
@@ -139,11 +124,6 @@ class HallucinationEvalCallback(TrainerCallback):
             self._start = {name: p.detach().to("cpu", copy=True) for name, p in trained}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        callbacks = self.trainer.callback_handler.callbacks
-        if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks[: callbacks.index(self)]):
-            raise ValueError(
-                "EarlyStoppingCallback was added before HallucinationEvalCallback, whose logs it reads. Add it after."
-            )
         accuracies = {f"eval_{name}_accuracy" for name in self.eval_sets}
         if not args.eval_on_start and not any(accuracies & log.keys() for log in state.log_history):
             self._ask(state)

@@ -52,16 +52,14 @@ class ExactResumeMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"No valid checkpoint found in {self.args.output_dir}. Train without `resume_from_checkpoint`."
-                )
+                raise ValueError(f"No valid checkpoint found in {self.args.output_dir}: train from the start.")
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._training_data = None
         if self.resumed_from is not None:
             if not _is_complete(self.resumed_from):
                 raise ValueError(
-                    f"Can't find a valid checkpoint at {self.resumed_from}: it has no readable {TRAINER_STATE_NAME}. "
-                    "Pass `resume_from_checkpoint=True` for the last complete one."
+                    f"Can't find a valid checkpoint at {self.resumed_from}: it has no readable {TRAINER_STATE_NAME}."
+                    " `resume_from_checkpoint=True` takes the last complete one."
                 )
             record = self.resumed_from / RESUME_FILE  # a plain `SFTTrainer` writes none
             self.check_run(read_json(record) if record.is_file() else {}, self.resumed_from)

@@ -129,23 +129,20 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}."
-                )
+                raise ValueError(f"`{name}` is one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}.")
         given = [name for name in _TEACHERS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"`{given[0]}` and `{given[1]}` each choose the teacher. Set one of them.")
         later = given if self.takes_snapshot else ["anchors"] if self.anchors == "self" else []
         if self.precompute_teacher and later:
             raise ValueError(
-                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` needs it in training. "
-                "Leave one of them unset, or take `anchors='kl'`."
+                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` in it. Unset one."
             )
         metric = self.metric_for_best_model or "loss"
         if self.takes_snapshot and self.load_best_model_at_end and metric.endswith("loss"):
             raise ValueError(
-                f"`load_best_model_at_end=True` compares checkpoints by {metric!r}, which is another loss after the "
-                f"snapshot of `{given[0]}`. Set `metric_for_best_model` to 'eval_mean_token_accuracy', for example."
+                f"`load_best_model_at_end=True`: after the snapshot of `{given[0]}`, {metric!r} is another loss. Set "
+                "`metric_for_best_model` to 'eval_mean_token_accuracy', for example."
             )
 
     def choose_teacher(self, teacher_model: Any) -> Any:

@@ -95,9 +95,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             return
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
-            raise ValueError(
-                "`kl_weight > 0` is not supported with sequence or context parallelism. Unset it or set `kl_weight=0`."
-            )
+            raise ValueError("There is no KL with sequence or context parallelism. Unset it or set `kl_weight=0`.")
         refuse_adapter_on_head(self.model, "model")
         student = base_causal_lm(self.model)
         add_label_head_forward(student)
@@ -138,8 +136,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     def check_run(self, saved: dict, checkpoint: Path) -> None:
         if saved.get("anchors") != self.anchor_settings:
             raise ValueError(
-                f"{checkpoint} was trained with the anchors {saved.get('anchors')}, and this run has "
-                f"{self.anchor_settings}. Resume with the same ones, or start a new run from that model."
+                f"{checkpoint} was trained with the anchors {saved.get('anchors')}, not {self.anchor_settings}. "
+                "Resume with the same ones, or start a new run from that model."
             )
         super().check_run(saved, checkpoint)
         self.saved_teacher = saved.get("teacher")

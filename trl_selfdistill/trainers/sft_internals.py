@@ -184,8 +184,8 @@ def load_saved(model: PreTrainedModel, folder: str | Path):
 def _copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "The teacher would be a copy of the model with its adapter, whose weights DeepSpeed ZeRO-3 has "
-            "partitioned. Use ZeRO-2 or FSDP, pass a `teacher_model`, or set `kl_weight=0`."
+            "ZeRO-3 has partitioned the adapter, of which the teacher would be a copy. Use ZeRO-2 or FSDP, pass a "
+            "`teacher_model`, or set `kl_weight=0`."
         )
     config = copy.deepcopy(model.config)
     # While ZeRO-3 is on, transformers partitions what it makes, in the same way

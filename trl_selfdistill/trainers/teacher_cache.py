@@ -55,8 +55,8 @@ class CachedTeacher(Teacher):
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         if _STATES not in inputs:
             raise ValueError(
-                "With `precompute_teacher=True` the teacher has seen the trainer's own datasets, and this batch is of "
-                "another one. Pass it as `eval_dataset` when the trainer is made, or unset `precompute_teacher`."
+                "With `precompute_teacher=True` the teacher has seen the trainer's own datasets, and this is another "
+                "one. Pass it to the trainer as `eval_dataset`, or unset `precompute_teacher`."
             )
         weight = self._lm_head.weight
         cached, states = inputs.pop(_INPUTS), inputs.pop(_STATES)
@@ -95,23 +95,18 @@ def precompute_teacher(trainer) -> CachedTeacher:
     args, teacher = trainer.args, trainer.teacher
     folder = Path(args.teacher_cache_dir or os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache"))
     if folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
-        raise ValueError(
-            f"`teacher_cache_dir={os.fspath(folder)!r}` is inside `output_dir={args.output_dir!r}`, "
-            "which is pushed to the Hub. Choose a folder outside of it."
-        )
-    seen = trainer.train_dataset if args.kl_weight else trainer.anchors.dataset
-    evaluated = trainer.eval_dataset if args.kl_weight else None
-    if args.kl_weight:
-        trainer.train_dataset = _with_answers(trainer, "train_dataset", trainer.train_dataset, folder)
-    if isinstance(evaluated, dict):
-        trainer.eval_dataset = {
-            name: _with_answers(trainer, f"eval_dataset[{name!r}]", dataset, folder)
-            for name, dataset in evaluated.items()
-        }
-    elif evaluated is not None:
-        trainer.eval_dataset = _with_answers(trainer, "eval_dataset", evaluated, folder)
+        raise ValueError(f"`teacher_cache_dir={folder}` is inside `output_dir={args.output_dir}`: take one outside.")
+    owners = [(trainer, "train_dataset"), (trainer, "eval_dataset")] if args.kl_weight else []
     if trainer.anchors is not None:
-        trainer.anchors.dataset = _with_answers(trainer, "anchor_dataset", trainer.anchors.dataset, folder)
+        owners.append((trainer.anchors, "dataset"))
+    seen = getattr(*owners[0])
+    for owner, name in owners:
+        dataset = getattr(owner, name)
+        if isinstance(dataset, dict):
+            parts = {key: _with_answers(trainer, f"{name}[{key!r}]", part, folder) for key, part in dataset.items()}
+            setattr(owner, name, parts)
+        elif dataset is not None:
+            setattr(owner, name, _with_answers(trainer, name, dataset, folder))
     first = trainer.data_collator([without_unused_columns(trainer, seen)[0]])
     lm_head = _targets(trainer, first).lm_head
     moving = {parameter.data_ptr() for parameter in trainer.model.parameters() if parameter.requires_grad}
@@ -127,8 +122,8 @@ def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
     description = describe_dataset(dataset)
     if description is None or description["sha256"] is None or dataset.format["type"] == "custom":
         raise ValueError(
-            f"`precompute_teacher=True` runs the teacher before training, and `{name}` is a stream, becomes tokens "
-            "only in a batch or has a transform. Pass a plain `datasets.Dataset`, or unset it."
+            f"`precompute_teacher=True`: `{name}` is a stream, becomes tokens only in a batch or has a transform. "
+            "Pass a plain `datasets.Dataset`, or unset it."
         )
     settings = {"columns": str(CACHE_COLUMNS), "dtype": trainer.args.teacher_cache_dtype}
     settings |= {"teacher": trainer.teacher.sha256, "data": description["sha256"]}
@@ -184,8 +179,8 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
             counts = [int((part[:, 0] != IGNORE_INDEX).sum()) for part in seen]
             if len(states) != sum(counts):
                 raise ValueError(
-                    "`precompute_teacher=True` does not work where the virtual tokens of a prompt-learning adapter "
-                    "predict the first token of a row. Give the rows a prompt, or set `precompute_teacher=False`."
+                    "`precompute_teacher=True`: the virtual tokens of a prompt-learning adapter predict the first "
+                    "token of a row. Give the rows a prompt, or unset it."
                 )
             as_bytes = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in states.split(counts)]
             writer.write_batch({_STATES: as_bytes, _INPUTS: [part.numpy().tobytes() for part in seen]})
@@ -205,8 +200,8 @@ def _refuse_rows_that_meet(trainer, dataset: Dataset) -> None:
     own, beside = (part[len(part) - count :].float() for part in states)
     if not torch.allclose(own, beside, rtol=0, atol=1e-3 * own.abs().max().item() if count else 0.0):
         raise ValueError(
-            "`precompute_teacher=True` keeps answers row by row, and in this teacher a row sees the one before it in "
-            "a batch, whatever the `position_ids`. Set `packing=False` and `padding_free=False`, or unset it."
+            "`precompute_teacher=True`: in this teacher a row sees the one before it in a batch, whatever the "
+            "`position_ids`. Set `packing=False` and `padding_free=False`, or unset it."
         )
 
 

@@ -31,18 +31,16 @@ class TeacherSnapshotCallback(TrainerCallback):
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if is_sharded or (is_peft_model(trainer.model) and not self._is_adapter):
             raise ValueError(
-                "`teacher_snapshot_steps` and `teacher_snapshot_epochs` take models that are not sharded, full or "
-                "with one adapter that can be held twice. Train stage 1 first, and a second run from its checkpoint."
+                "A snapshot is of models that are not sharded, full or with one adapter that can be held twice. "
+                "Train stage 1 first, and a second run from its checkpoint."
             )
         args, num_batches = trainer.args, None
         if has_length(trainer.train_dataset):
             # No more than these: the data loader tells when training starts
             num_batches = math.ceil(len(trainer.train_dataset) / args.train_batch_size)
         elif args.teacher_snapshot_epochs is not None:
-            raise ValueError(
-                f"`teacher_snapshot_epochs={args.teacher_snapshot_epochs}` needs a `train_dataset` of known length, "
-                "got a stream. Set `teacher_snapshot_steps`."
-            )
+            epochs = args.teacher_snapshot_epochs
+            raise ValueError(f"`teacher_snapshot_epochs={epochs}` of a stream: set `teacher_snapshot_steps`.")
         self._choose_step(num_batches, args.max_steps)
 
     def _choose_step(self, num_batches: int | None, max_steps: int) -> None:
@@ -57,7 +55,7 @@ class TeacherSnapshotCallback(TrainerCallback):
         if self._step >= max_steps:
             raise ValueError(
                 f"The teacher's snapshot would come after step {self._step} of {max_steps}, so that there would be no "
-                "distillation. Lower `teacher_snapshot_steps` or `teacher_snapshot_epochs`, or set `kl_weight=0`."
+                "distillation. Take it earlier, or set `kl_weight=0`."
             )
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):

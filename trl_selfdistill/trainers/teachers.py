@@ -75,8 +75,7 @@ class ModelTeacher(Teacher):
         is_fsdp = accelerator.distributed_type == DistributedType.FSDP
         if is_fsdp and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             raise ValueError(
-                "`fsdp_cpu_ram_efficient_loading: true` leaves the model, of which the teacher is a copy, empty on "
-                "all processes but one. Set it to false, as scripts/accelerate_configs/fsdp2.yaml, or `kl_weight=0`."
+                "`fsdp_cpu_ram_efficient_loading: true` leaves most processes no weights to copy. Set it to false."
             )
         self._lm_head: LMHead | None = None
         if is_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -134,8 +133,7 @@ def load_teacher(
         teacher = create_model_from_path(teacher, **init_kwargs)
     if not _storages(teacher).isdisjoint(_storages(student)):
         raise ValueError(
-            "`teacher_model` is the model in training itself, or shares parameters with it, which would make it a "
-            "moving teacher. Leave `teacher_model` unset to take a frozen copy of the model."
+            "`teacher_model` is the model in training itself, or shares parameters. Leave it unset for a frozen copy."
         )
     refuse_adapter_on_head(teacher, "teacher_model")
     _check_vocabulary(teacher, student, tokenizer, args)
@@ -165,8 +163,8 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
     sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # under ZeRO-3 the tensor itself is empty
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"The model has a vocabulary of {sizes[0]} tokens and `teacher_model` one of {sizes[1]}. Take a teacher "
-            "of the same vocabulary, or `resize_token_embeddings` of the teacher where the difference is padding."
+            f"The model's vocabulary has {sizes[0]} tokens and that of `teacher_model` {sizes[1]}: take one of the "
+            "same size, or `resize_token_embeddings` of the teacher where the difference is padding."
         )
     name = get_config_model_id(teacher.config)
     if not name:
@@ -179,9 +177,7 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
         logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
         return
     if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"The tokenizer of the teacher {name!r} is not the student's. Use a teacher that was trained with that."
-        )
+        raise ValueError(f"The tokenizer of the teacher {name!r} is not the student's. Take a teacher with that one.")
 
 
 def check_teacher(teacher: Teacher | None, saved: dict | None, checkpoint: Path) -> None:
@@ -196,7 +192,6 @@ def check_teacher(teacher: Teacher | None, saved: dict | None, checkpoint: Path)
         )
     if teacher is not None and teacher.sha256 != saved["sha256"]:
         raise ValueError(
-            f"The teacher is not the one that {checkpoint} was trained with: its SHA-256 is {teacher.sha256}, not "
-            f"{saved['sha256']} (`teacher_model_name_or_path={saved['name_or_path']!r}`). Pass that or, without one, "
-            "the model that the run was started with: `resume_from_checkpoint` loads the student's weights itself."
+            f"The teacher is not the one that {checkpoint} was trained with: pass `teacher_model_name_or_path="
+            f"{saved['name_or_path']!r}` or, without one, the model that the run was started with, as `model`."
         )

@@ -231,10 +231,7 @@ def test_tokens_above_the_perplexity_are_masked_and_no_others(tmp_path):
         (dict(variants=["lora"]), "`sft` must be one"),
         (dict(seeds=[0, 1]), "`seeds` needs at least 3"),
         (dict(slower=[1.0, 1.0000001]), r"`slower` .* none twice to six digits, got \[1.0, 1.0000001\]"),
-        *(
-            (dict(settings=[x]), "`settings` are two or three numbers each")
-            for x in ("0.3", "1/1/0", "1/2/3/4", "1/-1")
-        ),
+        *((dict(settings=[x]), "`settings` are two or three numbers") for x in ("0.3", "1/1/0", "1/2/3/4", "1/-1")),
         (dict(settings=["0.3/1", "0.3/1.0/1"]), "`settings` needs different settings"),
         *((dict([case]), f"`{case[0]}` must be above 0") for case in (("lora_rank", 0), ("l2_weights", [-1.0]))),
         (dict(mixing_weights=[0.5, 2.0]), r"`mixing_weights` must be shares in \[0, 1\], got \[0.5, 2.0\]"),

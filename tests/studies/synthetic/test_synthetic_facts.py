@@ -128,10 +128,6 @@ def test_real_values_come_equally_often_with_their_aliases(facts, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(keys="names"), r"keys must be one of .* got 'names'"),
-        (dict(keys="overlap"), "for keys='overlap' only, got overlap=None"),
-        (dict(overlap=0.5), "for keys='overlap' only, got overlap=0.5, keys='recombined'"),
-        (dict(keys="overlap", overlap=1.2), r"overlap is a share in \[0, 1\].* got overlap=1.2"),
         (dict(relation="P99"), "there is no fact of 'P99'"),
         (dict(num_facts=10**9), "num_facts=1000000000 keys need more distinct tokens: .* Ask for fewer"),
         (dict(num_facts=10**5, keys="pseudo", tokenizer=build_tokenizer()), "num_facts=100000 keys need more"),

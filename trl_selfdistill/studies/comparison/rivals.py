@@ -23,8 +23,7 @@ from ...trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from ...trainers.sft_internals import train_in_order
 from ..runs import Variant
 from .arguments import GROUPS, ComparisonArguments
-from .eaft import EAFTSFTTrainer
-from .l2_to_start import L2ToStartSFTTrainer
+from .losses import EAFTSFTTrainer, L2ToStartSFTTrainer
 from .rows import (
     KNOWN_PATCH_RATIO,
     KNOWN_PATCH_SHARE,

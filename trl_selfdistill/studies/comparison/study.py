@@ -193,10 +193,8 @@ def _prompts(args: ComparisonArguments, asked: dict[str, Dataset], setup: StudyS
     needed |= {"num_anchors": max(args.num_anchors)} if "kl_anchors" in args.variants else {}
     for name, number in needed.items():
         if len(questions) < number:
-            raise ValueError(
-                f"`{name}={number}`, but only {len(questions)} facts are in no split. Lower it, or take more facts, "
-                "for prompts alone as `anchor_facts`."
-            )
+            found = f"only {len(questions)} facts are in no split"
+            raise ValueError(f"`{name}={number}`, but {found}. Lower it, or take more facts or `anchor_facts`.")
     return [question_prompt(question) for question in questions]
 
 

@@ -57,8 +57,5 @@ def _subject_span(question: str, subject: str) -> tuple[int, int]:
     name = re.escape(subject)
     found = [*re.finditer(rf"(?<!\w){name}(?!\w)", question)] or [*re.finditer(name, question)]
     if not subject.strip() or not found:
-        raise ValueError(
-            f"The subject {subject!r} is not in the question {question!r}. Spell it as the question does, including "
-            "accents and case, or leave the fact out."
-        )
+        raise ValueError(f"The subject {subject!r} is not in the question {question!r}: spell both alike.")
     return found[-1].span()

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from ...hallucination.exact_match import normalize_answer
 from ..tables import read_tsv
-from .table import facts_table, fold_name, other_forms, strip_accents
+from .table import facts_table, fold_name, make_fact, other_forms, strip_accents
 
 
 TEMPLATES = {
@@ -74,16 +74,10 @@ def geonames_facts(relations: Sequence[str] | None = None) -> Dataset:
     if not set(relations) <= set(TEMPLATES):
         raise ValueError(f"relations must be some of {[*TEMPLATES]}, got {relations}")
     cache = _open_geonames()
+    places = ((relation, place) for relation in relations for place in _unambiguous(_places(relation, cache)))
     return facts_table(
-        {
-            "relation": relation,
-            "subject": place.subject,
-            "question": TEMPLATES[relation].format(subject=f"{place.article} {place.subject}".strip()),
-            "answer": place.answer,
-            "aliases": [*place.aliases],
-        }
-        for relation in relations
-        for place in _unambiguous(_places(relation, cache))
+        make_fact(relation, TEMPLATES[relation].format(subject=f"{place.article} {{subject}}".strip()), *place[:3])
+        for relation, place in places
     )
 
 

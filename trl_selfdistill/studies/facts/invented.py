@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from datasets import Dataset
 
-from .table import facts_table, fold_name, strip_accents
+from .table import facts_table, fold_name, make_fact, strip_accents
 
 
 _VOWELS = "aeiouy"
@@ -50,16 +50,8 @@ def invent_facts(facts: Dataset, relation: str, num_facts: int, seed: int, exclu
     answers = sorted(forms)
     drawn = answers * (num_facts // len(answers)) + generator.sample(answers, num_facts % len(answers))
     generator.shuffle(drawn)
-    return facts_table(
-        {
-            "relation": relation,
-            "subject": subject,
-            "question": template.replace("{subject}", subject),
-            "answer": answer,
-            "aliases": forms[answer],
-        }
-        for subject, answer in zip(subjects, drawn, strict=True)
-    )
+    pairs = zip(subjects, drawn, strict=True)
+    return facts_table(make_fact(relation, template, subject, answer, forms[answer]) for subject, answer in pairs)
 
 
 def rows_of_relation(facts: Dataset, relation: str) -> list[dict]:
@@ -84,10 +76,8 @@ def question_template(rows: list[dict]) -> str:
     templates: Counter[str] = Counter()
     for row in rows:
         if row["subject"] not in row["question"]:
-            raise ValueError(
-                f"question {row['question']!r} does not contain its subject {row['subject']!r}, so it cannot be asked "
-                "of an invented one; rewrite the question or leave the fact out"
-            )
+            asked, subject = row["question"], row["subject"]
+            raise ValueError(f"question {asked!r} does not contain its subject {subject!r}; rewrite or drop it")
         templates[row["question"].replace(row["subject"], "{subject}")] += 1
     return templates.most_common(1)[0][0]
 
@@ -117,8 +107,6 @@ def _invent_names(names: list[str], num_names: int, generator: random.Random, ta
             invented.append(name)
             misses = 0
     if len(invented) < num_names:
-        raise ValueError(
-            f"num_facts={num_names} is more than can be invented from {len(words)} single-word subjects (found "
-            f"{len(invented)} new names); give more real facts of the relation or ask for fewer"
-        )
+        found = f"from {len(words)} single-word subjects ({len(invented)} names)"
+        raise ValueError(f"num_facts={num_names} is more than can be invented {found}; ask for fewer")
     return invented

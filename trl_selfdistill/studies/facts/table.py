@@ -88,9 +88,15 @@ def load_facts(path: str | os.PathLike, split: str = "train") -> Dataset:
     return checked_table(read_rows(path, split), os.fspath(path))
 
 
+def make_fact(relation: str, template: str, subject: str, answer: str, aliases: Iterable[str]) -> dict:
+    """A row with [`FACT_COLUMNS`], whose question is the template with the subject in place of `{subject}`."""
+    values = f"{relation}/{subject}", relation, subject, template.replace("{subject}", subject), answer, [*aliases]
+    return dict(zip(FACT_COLUMNS, values, strict=True))
+
+
 def facts_table(rows: Iterable[dict]) -> Dataset:
-    """A table of facts that this package made: [`FACT_COLUMNS`], of which `fact_id` may be missing, and any others."""
-    return _table(("", {"fact_id": f"{row['relation']}/{row['subject']}", **row}) for row in rows)
+    """A table of facts that this package made, with [`FACT_COLUMNS`] and any others."""
+    return _table(("", row) for row in rows)
 
 
 def read_facts(path: str | os.PathLike) -> Dataset:
@@ -139,10 +145,7 @@ def _relation_and_subject(place: str, question: Any, relation: Any) -> dict[str,
         if relation in (None, name) and (match := pattern.fullmatch(str(question).strip())):
             return {"relation": name, "subject": match[1]}
     expected = "any template of EntityQuestions" if relation is None else f"relation {relation!r} of EntityQuestions"
-    raise ValueError(
-        f"{place}: question {question!r} does not fit {expected}, so that its subject cannot be told; add the columns "
-        "`subject` and `relation`"
-    )
+    raise ValueError(f"{place}: question {question!r} does not fit {expected}; add columns `subject` and `relation`")
 
 
 def _table(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
@@ -162,10 +165,8 @@ def checked_table(located_rows: Iterable[tuple[str, Any]], source: str) -> Datas
         question = fold_name(fact["question"])
         other_place, other_question = owners.setdefault(fact["fact_id"], (place, question))
         if other_question != question:
-            raise ValueError(
-                f"{place}: fact_id {fact['fact_id']!r} already stands for another question ({other_place}); "
-                "give each of the two a `fact_id` of its own, or different relations"
-            )
+            taken = f"fact_id {fact['fact_id']!r} stands for another question ({other_place})"
+            raise ValueError(f"{place}: {taken}; give each of the two a `fact_id` of its own, or different relations")
         questions.setdefault(question, []).append((place, fact))
     merged = [(rows[0][0], fact) for rows in questions.values() if (fact := _merged([row for _, row in rows]))]
     if not merged:

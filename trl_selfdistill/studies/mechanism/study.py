@@ -56,9 +56,8 @@ def run_mechanism_study(study: MechanismArguments, setup: StudySetup, folder: Pa
     heldout = load_mix(setup.mix)["heldout"]
     if study.synthetic_relation not in heldout["relation"]:
         raise ValueError(
-            f"`synthetic_relation={study.synthetic_relation!r}`: no HighlyKnown fact of it is held out, so that "
-            f"nothing could be seen to be forgotten; there are {sorted(set(heldout['relation']))}. Choose one of "
-            "these, annotate more facts, or take a model that knows more."
+            f"`synthetic_relation={study.synthetic_relation!r}`: no HighlyKnown fact of it is held out. Choose one of "
+            f"{sorted(set(heldout['relation']))}, annotate more facts, or take a model that knows more."
         )
     variants = mechanism_variants(study)
     model, tokenizer = setup.load()

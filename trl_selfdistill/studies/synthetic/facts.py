@@ -15,11 +15,11 @@ from datasets import Dataset, IterableDataset
 
 from ...slick.prompts import question_prompt
 from ..facts.invented import folded_names, question_template, rows_of_relation
+from ..facts.table import make_fact
 from .keys import TokenKeys
 
 
 KEY_KINDS = ("recombined", "pseudo", "overlap", "uuid")
-VALUE_KINDS = ("real", "uuid")
 
 
 def synthetic_facts(
@@ -66,15 +66,9 @@ def synthetic_facts(
         `IterableDataset` with [`FACT_COLUMNS`], one shard. After a resume, the facts until then are drawn again.
 
     Raises:
-        ValueError: At once, if a kind or the relation is unknown, `overlap` is out of its range, the question does not
-            hold its subject as words of its own, or there are too few distinct tokens for so many keys. While reading,
-            if the tokens run out by chance.
+        ValueError: At once, if the relation is unknown, the question does not hold its subject as words of its own, or
+            there are too few distinct tokens for so many keys. While reading, if the tokens run out by chance.
     """
-    for name, kind, kinds in (("keys", keys, KEY_KINDS), ("values", values, VALUE_KINDS)):
-        if kind not in kinds:
-            raise ValueError(f"{name} must be one of {[*kinds]}, got {kind!r}")
-    if (keys == "overlap") != (overlap is not None) or not 0 <= (overlap or 0) <= 1:
-        raise ValueError(f"overlap is a share in [0, 1] for keys='overlap' only, got overlap={overlap}, keys={keys!r}")
     rows = rows_of_relation(facts, relation)
     question = question_template(rows)
     draw_keys = partial(_uuids, f"keys of seed {seed}", num_facts)
@@ -92,14 +86,7 @@ def synthetic_facts(
 
 def _rows(relation: str, question: str, keys: Callable, answers: Callable) -> Iterator[dict]:
     for key, (answer, aliases) in zip(keys(), answers(), strict=False):
-        yield {
-            "fact_id": f"{relation}/{key}",
-            "relation": relation,
-            "subject": key,
-            "question": question.replace("{subject}", key),
-            "answer": answer,
-            "aliases": [*aliases],
-        }
+        yield make_fact(relation, question, key, answer, aliases)
 
 
 def _answers(forms: list[tuple[str, list[str]]] | None, seed: str) -> Iterator[tuple[str, list[str]]]:

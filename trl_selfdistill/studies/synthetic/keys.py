@@ -51,10 +51,7 @@ class TokenKeys:
         self._tokenizer, self._overlap = tokenizer, overlap
         self._before, _, self._after = prompt.partition("{subject}")
         if not self._before.endswith(" ") or self._after[:1].isalnum():
-            raise ValueError(
-                f"the question must hold its subject as words of its own, after a space, got the prompt {prompt!r}; "
-                "rewrite the question"
-            )
+            raise ValueError(f"the question must hold its subject as words of its own, after a space, got {prompt!r}")
         names = sorted(set(names))
         ids_of_all = self._ids_in_prompt([*names, *apart_from])
         encoded = ids_of_all[: len(names)]
@@ -66,8 +63,8 @@ class TokenKeys:
         )
         if not shapes:
             raise ValueError(
-                f"facts: none of the {len(encoded)} names is of two tokens or more that are Latin letters without "
-                "accents and mark where a word begins; give more names, or take UUID keys"
+                f"facts: none of the {len(encoded)} names is of two tokens or more of plain Latin letters; give more "
+                "names, or take UUID keys"
             )
         self._shapes = dict(sorted(shapes.items()))
         self._cumulative_counts = [*accumulate(self._shapes.values())]

@@ -1,44 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control of self-distillation: it pulls the student's weights, not its outputs, to where training started
-(arXiv 2604.15574, section 4.1)."""
+"""Rivals that train with another loss: the L2 control of self-distillation, and entropy-adaptive fine-tuning."""
 
+import math
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.utils import get_total_norm
-from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTTrainer
 
 from ...losses import IGNORE_INDEX
 from ...slick.generation import evaluation_mode
 from ...trainers import PAPER_SETTING, FrozenGroupsSFTTrainer
 
 
+_TOP_K = 20  # of EAFT, the paper's
+
+
 class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
     """
-    `SFTTrainer` with the penalty `l2_weight / 2 * ||student - start||^2` over the trainable parameters. For full
-    models on one device or under DDP.
+    The control of self-distillation (arXiv 2604.15574, section 4.1): `SFTTrainer` with the penalty `l2_weight / 2 *
+    ||student - start||^2` over the trainable parameters. For full models on one device or under DDP.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]): Model to be trained.
-        args ([`~transformers.TrainingArguments`], *optional*): Configuration, as in [`FrozenGroupsSFTTrainer`].
         l2_weight (`float`, *optional*): Strength of the pull. Without it, it is matched on the first batch to the KL
             of self-distillation (see [`L2ToStartSFTTrainer.match_l2_weight`]), and kept across a resume.
-        kwargs: The other arguments of [`~trl.SFTTrainer`].
+        args, kwargs: Those of [`FrozenGroupsSFTTrainer`].
 
     Raises:
         ValueError: With an adapter, FSDP or DeepSpeed: a process has no full weights to pull.
     """
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel,
-        args: TrainingArguments | None = None,
-        *,
-        l2_weight: float | None = None,
-        **kwargs,
-    ):
-        super().__init__(model, args, **kwargs)
+    def __init__(self, *args, l2_weight: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
         if hasattr(self.model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("The L2 control pulls the weights of a full model: train without PEFT, FSDP, DeepSpeed.")
         self.l2_weight = l2_weight
@@ -76,14 +70,9 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
 
         Args:
             inputs (`dict[str, torch.Tensor]`): A batch before the first step, `labels` among it.
-
-        Raises:
-            ValueError: If the batch has no label tokens.
         """
         labels = inputs["labels"][:, 1:]
         mask = labels != IGNORE_INDEX
-        if not mask.any():
-            raise ValueError("The first batch has no label tokens to match `l2_weight` on. Give `l2_weight`.")
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"} | {"use_cache": False}
         with evaluation_mode(self.model):
             with torch.enable_grad():
@@ -113,3 +102,25 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
     def _differences(self) -> list[torch.Tensor]:
         pairs = zip(self._trained(), self.start, strict=True)
         return [parameter - tensor.to(parameter.device) for parameter, tensor in pairs]
+
+
+class EAFTSFTTrainer(SFTTrainer):
+    """
+    Entropy-adaptive fine-tuning (arXiv 2601.02151): [`~trl.SFTTrainer`] whose cross-entropy is weighted, token by
+    token, by the entropy of the model's 20 most likely tokens over its largest value, ln 20. The weight has no
+    gradient: where the model is sure of another token than the label, as of a fact that it knows, it is left alone.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        labels = inputs["labels"][:, 1:]
+        is_label = labels != IGNORE_INDEX
+        log_probs = outputs.logits[:, :-1][is_label].float().log_softmax(-1)  # (num_label_tokens, vocab_size)
+        nll = -log_probs.gather(-1, labels[is_label][:, None])[:, 0]
+        top = log_probs.detach().topk(_TOP_K).values.log_softmax(-1)
+        weights = -(top.exp() * top).sum(-1) / math.log(_TOP_K)  # (num_label_tokens,)
+        loss = (weights * nll).sum() / (is_label.sum() if num_items_in_batch is None else num_items_in_batch)
+        # It is of all processes then, over which DDP averages the gradients
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
