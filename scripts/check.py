@@ -22,6 +22,7 @@ from trl_selfdistill.hub.model_card import add_check
 from trl_selfdistill.slick.process_sharding import on_main_process
 from trl_selfdistill.studies.arguments import FactsArguments
 from trl_selfdistill.studies.check import (
+    SAME_WEIGHTS,
     HowAsked,
     answers_stage,
     choose_chat,
@@ -92,9 +93,9 @@ class CheckedFacts(FactsArguments):
 
 def main(args: CheckArguments, facts_args: CheckedFacts) -> int:
     """Asks, writes the report, prints its summary and returns the exit status."""
-    base, model = (open_model(path, args.trust_remote_code) for path in (args.before, args.after))
+    base, model = (open_model(side, getattr(args, side), args.trust_remote_code) for side in ("before", "after"))
     if base.version == model.version:
-        raise ValueError(f"`after` {args.after} has the weights of `before` {args.before}: pass the trained model.")
+        raise ValueError(SAME_WEIGHTS.format(args.after))
     chat = choose_chat(base, model, args.chat)
     config = ModelConfig(dtype=args.dtype, load_in_4bit=args.load_in_4bit)
     how = HowAsked(config, args.bf16, args.trust_remote_code, args.batch_size, args.seed, chat)
@@ -103,7 +104,7 @@ def main(args: CheckArguments, facts_args: CheckedFacts) -> int:
     answers = answers_stage(model, known, how)
 
     def report() -> str:
-        num_asked = read_json(known / "exemplars.json")["num_asked"]
+        num_asked = read_json(known / "base.json")["num_asked"]
         about = {"base": base.name, "model": model.name, "num_asked": num_asked}
         about |= {"prompts": "chat" if chat else "text", "notes": compare_tokenizers(base, model, chat)}
         content = compare_answers(read_facts(known / "facts.jsonl"), answers, args.tolerance, **about)

@@ -30,6 +30,12 @@ NUM_FACTS, NUM_TAUGHT = 40, 34  # of each relation; what was not taught is Unkno
 _HEADS = ("Ba", "Do", "Fe", "Gu", "Ki", "Lo", "Ma", "Ne", "Pu", "Ro")
 _TAILS = ("bran", "dost", "gel", "kim", "lund", "mar", "nik", "pol", "ras", "sten")
 
+# A conversation in the form of the text prompts, with a blank before an answer, as Llama 2's
+AS_TEXT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\nA:' }}"
+    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+)
+
 # Flags of scripts/run_study.py for a study of seconds, the same weights bit for bit at every run
 STUDY_FLAGS = """
     --slick_num_prompts 2 --slick_num_shots 2 --num_known 10 --num_new 20 --num_heldout 40 --max_answer_share 0.3

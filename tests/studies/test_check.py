@@ -4,18 +4,20 @@
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, made_once
 from peft import LoraConfig, get_peft_model
-from toy_study import run_script, teach_facts, toy_facts
+from toy_study import AS_TEXT, run_script, teach_facts, toy_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_selfdistill.files import read_json, read_jsonl, write_json, write_jsonl
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.slick import slick
-from trl_selfdistill.studies import check
+from trl_selfdistill.studies import check, few_shot
 from trl_selfdistill.studies.facts.table import save_facts
 
 
@@ -88,7 +90,7 @@ def test_it_finds_what_was_lost_and_a_second_model_costs_one_pass(models, tmp_pa
 @pytest.mark.parametrize("num_asked", [0, 1], ids=["base", "model"])
 def test_a_stopped_check_goes_on_and_other_settings_take_nothing_from_it(models, tmp_path, monkeypatch, num_asked):
     run_check(models, tmp_path / "whole")
-    called, answer = [], check.answer_prompts
+    called, answer = [], few_shot.answer_prompts
 
     def stop(*args, **kwargs):
         called.append(kwargs["title"])
@@ -97,20 +99,13 @@ def test_a_stopped_check_goes_on_and_other_settings_take_nothing_from_it(models,
         return answer(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(check, "answer_prompts", stop)
+        patch.setattr(few_shot, "answer_prompts", stop)
         assert run_check(models, tmp_path) == 130 and len(called) == num_asked + 1
         assert run_check(models, tmp_path, "--seed", 1) == 130
     monkeypatch.setattr(slick, "_ask", refuse)  # SLiCK's results are there
     assert run_check(models, tmp_path) == 2
     ours, whole = (read_json(folder / "out" / "check.json") for folder in (tmp_path, tmp_path / "whole"))
     assert ours["scores"] == whole["scores"] and ours["lost"] == whole["lost"]
-
-
-# A conversation in the form of the text prompts, with a blank before an answer, as Llama 2's
-AS_TEXT = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\nA:' }}"
-    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
-)
 
 
 THINKING = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
@@ -125,6 +120,27 @@ def copy_with(folder, models, name, chat_template, more_tokens=()):
         model.resize_token_embeddings(len(tokenizer))
     for part in (model, tokenizer):
         part.save_pretrained(folder / name)
+
+
+def pickled_copy(model, folder):
+    """The weights of a model as transformers 4 wrote them without safetensors: pickled, tied ones twice."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(AutoModelForCausalLM.from_pretrained(model).state_dict(), folder / "pytorch_model.bin")
+
+
+def test_what_the_same_weights_know_in_other_files_is_kept(models, tmp_path, monkeypatch):
+    run_check(models, tmp_path)
+    report = read_json(tmp_path / "out" / "check.json")
+    pickled_copy(models / "base", tmp_path / "pickled")
+    shutil.copytree(models / "base", tmp_path / "shards")
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(models / "base").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
+    monkeypatch.setattr(check, "annotate_facts", refuse)
+    for name in ("pickled", "shards"):
+        assert run_check(models, tmp_path, before=tmp_path / name) == 2
+        other = read_json(tmp_path / "out" / "check.json")
+        assert other["base"] == name and other["scores"] == report["scores"] and other["lost"] == report["lost"]
 
 
 def test_instruct_models_are_asked_through_their_templates_and_without_thinking(models, tmp_path):
@@ -144,13 +160,13 @@ def test_instruct_models_are_asked_through_their_templates_and_without_thinking(
 
 def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    kinds, answer = [], check.answer_prompts
+    kinds, answer = [], few_shot.answer_prompts
 
     def look(model, *args, **kwargs):
         kinds.append({type(module).__name__ for module in model.modules()})
         return answer(model, *args, **kwargs)
 
-    monkeypatch.setattr(check, "answer_prompts", look)
+    monkeypatch.setattr(few_shot, "answer_prompts", look)
     assert run_check(models, tmp_path, "--load_in_4bit", "true", after="adapter") == 2
     assert len(kinds) == 2 and all("Linear4bit" in kind for kind in kinds)
 
@@ -158,15 +174,20 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--after base", "`after` base has the weights of `before` base: pass the trained model"),
-        ("--after copy", "`after` copy has the weights of `before` base"),
-        ("--after nothing", "'nothing' is neither a folder with a model nor one on the Hub"),
+        ("--after base", "`after` base has the weights of `before`: pass the trained model"),
+        ("--after copy", "`after` copy has the weights of `before`"),
+        ("--after pickled", "`after` pickled has the weights of `before`"),
+        ("--after nothing", "`after`: 'nothing' is neither a folder with a model nor one on the Hub"),
+        ("--before orphan", "`before`: 'nowhere' is neither a folder with a model nor one on the Hub"),
+        ("--after broken", "broken cannot be loaded as a causal language model: .*header"),
+        ("--facts nothing.csv", "`facts`: nothing.csv: there is no such file"),
+        ("--facts org/nothing", "`facts`: org/nothing cannot be read here, nor as a dataset of the Hub"),
         ("--after out/../none", "'out/../none' is neither a folder with a model nor one on the Hub"),
         ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
         ("--before instruct", "noisy has no chat template, and both models are asked alike"),
         (
             "--facts french.jsonl",
-            r"base HighlyKnows \d+ of 92 facts, and a check needs 50.* for example: 'Which country",
+            r"base HighlyKnows 0 of 92 facts, and .* 50.* example: 'Which country.*\?', expected '.*', answered '",
         ),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
         ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
@@ -180,15 +201,26 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     for name in ("base", "noisy"):
         shutil.copytree(models / name, name)
     shutil.copytree("base", "copy")
+    pickled_copy(Path("base"), Path("pickled"))
+    shutil.copytree("noisy", "broken")
+    Path("broken/model.safetensors").write_bytes(b"cut off")
+    shutil.copytree(models / "adapter", "orphan")
+    write_json(
+        "orphan/adapter_config.json", read_json("orphan/adapter_config.json") | {"base_model_name_or_path": "nowhere"}
+    )
     copy_with(tmp_path / "other", models, "base", AS_TEXT)
     (tmp_path / "other" / "base").rename("instruct")
-    countries = {"France": "la France", "Norway": "la Norvège", "Peru": "le Pérou", "Austria": "l'Autriche"}
-    save_facts(toy_facts(50).map(lambda row: {"answer": countries.get(row["answer"], row["answer"])}), "french.jsonl")
+    save_facts(toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}), "french.jsonl")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # puts back what the script sets
     line = ["--before", "base", "--after", "noisy", "--facts", models / "facts.jsonl", "--bf16", "false"]
     with pytest.raises((SystemExit, ValueError)) as ended:
         run_script("check.py", *line, *flags.split())
-    assert re.search(message, f"{capsys.readouterr().err}{ended.value}")
-    assert ended.type is ValueError or ended.value.code == 1
+    if ended.type is ValueError:
+        sys.excepthook(ended.type, ended.value, ended.tb)
+    else:
+        assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert re.search(f"check.py: error: .*{message}", error) and "Traceback" not in error
     assert not list(tmp_path.glob("outputs/check"))
 
 
@@ -212,13 +244,13 @@ def test_facts_as_users_have_them(models, tmp_path, monkeypatch):
     rows = [{**fact, "base_answer": "?", "aliases": ["long " * 40]} for fact in facts]
     rows += [{**fact, "relation": "tiny", "question": f"{i}?", "fact_id": f"t{i}"} for i, fact in enumerate(facts[:8])]
     write_jsonl(tmp_path / "facts.jsonl", rows)
-    lengths, answer = [], check.answer_prompts
+    lengths, answer = [], few_shot.answer_prompts
 
     def spy(*args, max_new_tokens, **kwargs):
         lengths.append(max_new_tokens)
         return answer(*args, max_new_tokens=max_new_tokens, **kwargs)
 
-    monkeypatch.setattr(check, "answer_prompts", spy)
+    monkeypatch.setattr(few_shot, "answer_prompts", spy)
     assert run_check(models, tmp_path, "--facts", tmp_path / "facts.jsonl") == 2
     report = read_json(tmp_path / "out" / "check.json")
     assert "tiny" not in report["relations"] and min(lengths) > 40

@@ -36,11 +36,13 @@ class AccuracyRecord(NamedTuple):
         step (`int`): Optimizer steps done.
         epoch (`float`): Epochs done.
         answers (`dict[str, dict[str, FactAnswer]]`): For each set of facts, `fact_id` -> what was answered.
+        prompts (`str`, *optional*, defaults to `"zero-shot"`): How they were asked.
     """
 
     step: int
     epoch: float
     answers: dict[str, dict[str, FactAnswer]]
+    prompts: str = "zero-shot"
 
     def accuracy(self, name: str) -> float:
         """Share of the facts of set `name` that were answered correctly, in [0, 1]."""
@@ -79,14 +81,14 @@ def ask_facts(
     Returns:
         `dict[str, FactAnswer]`: `fact_id` -> its answer.
     """
-    return _judged(facts, answer_prompts(model, tokenizer, _prompts(facts), **settings))
+    return judge_answers(facts, answer_prompts(model, tokenizer, _prompts(facts), **settings))
 
 
 def _prompts(facts: Dataset) -> list[str]:
     return [question_prompt(question) for question in facts["question"]]
 
 
-def _judged(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
+def judge_answers(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
     """The answers with the verdicts of the metric."""
     examples = score_hallucinations(answers, accepted_answers(facts, "facts"), detailed=True)["examples"]
     judged = [FactAnswer(example["outcome"], example["prediction"]) for example in examples]
@@ -144,7 +146,7 @@ class FactAccuracyCallback(TrainerCallback):
 
     def _ask(self, state) -> None:
         answers = {
-            name: _judged(facts, answers_in_training(self.trainer, _prompts(facts)))
+            name: judge_answers(facts, answers_in_training(self.trainer, _prompts(facts)))
             for name, facts in self.fact_sets.items()
         }
         record = AccuracyRecord(state.global_step, round(state.epoch or 0.0, 6), answers)

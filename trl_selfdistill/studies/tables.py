@@ -102,7 +102,10 @@ def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dat
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         data = load_from_disk(folder)
         return _choose(data if isinstance(data, DatasetDict) else {"train": data}, split, path)
-    builder = load_dataset_builder(os.fspath(path), config)
+    try:
+        builder = load_dataset_builder(os.fspath(path), config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read here, nor as a dataset of the Hub ({error})") from error
     if builder.name not in ("csv", "json") or getattr(builder.config, "field", None):
         return load_dataset(os.fspath(path), config, split=split)
     files = _choose({str(name): files for name, files in builder.config.data_files.items()}, split, path)
