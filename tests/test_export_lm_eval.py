@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from itertools import zip_longest
 
 import pytest
 import yaml
@@ -43,10 +44,8 @@ def test_the_task_asks_and_judges_as_this_package_does(toy_study, tmp_path, num_
     shots, rows = [*splits["fewshot"]], [*splits["test"]]
     assert [shot["question"].split()[1] for shot in shots] == ["country", "river", "country"][:num_fewshot]
     texts = [task["doc_to_text"].replace("{{question}}", row["question"]) for row in (*shots, rows[0])]
-    answered = [
-        text + task["target_delimiter"] + shot["accepted"][0] for text, shot in zip(texts, shots, strict=False)
-    ]
-    assert task["fewshot_delimiter"].join([*answered, texts[-1]]) == prompts[0]
+    answers = [task["target_delimiter"] + shot["accepted"][0] for shot in shots]
+    assert task["fewshot_delimiter"].join(map("".join, zip_longest(texts, answers, fillvalue=""))) == prompts[0]
     assert not {row["question"] for row in rows} & {shot["question"] for shot in shots}
     facts = {fact["fact_id"]: [fact["answer"], *fact["aliases"]] for fact in read_jsonl(tmp_path / "facts.jsonl")}
     assert [facts[row["fact_id"]] for row in rows] == accepted and len(rows) == len(facts) - (4 if shots else 0)

@@ -22,13 +22,7 @@ from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.process_sharding import ProgressFile
 from trl_selfdistill.slick.prompts import few_shot_prompt
-from trl_selfdistill.slick.slick import (
-    SLICK_COLUMNS,
-    SlickSettings,
-    annotate_facts,
-    reserve_exemplars,
-    slick_category,
-)
+from trl_selfdistill.slick.slick import SLICK_COLUMNS, SlickSettings, annotate_facts, reserve_exemplars, slick_category
 
 
 COUNTRIES = ["Norway", "Peru", "France", "Japan", "Austria"]
@@ -73,7 +67,7 @@ def test_exemplars_are_reserved():
 
 def test_exemplars_of_a_large_relation_are_distinct():
     rows = [
-        {"fact_id": f"{i:03}", "relation": "P", "question": str(i), "answer": "ab"[i % 17 == 0]} for i in range(200)
+        {"fact_id": f"{i:03}", "relation": "P", "question": f"{i}", "answer": "ab"[i % 17 == 0]} for i in range(200)
     ]
     exemplars, kept = reserve_exemplars(Dataset.from_list(rows), num_prompts=10, num_shots=2, seed=0)
     assert len(kept) == 180
@@ -186,9 +180,8 @@ def test_progress_file_cut_off_anywhere(tmp_path):
 def answer(progress_file: Path) -> list[str]:
     tokenizer = build_tokenizer()
     prompts = [few_shot_prompt(question, []) for question in build_facts()["question"]]
-    return answer_prompts(
-        build_answering_model(tokenizer), tokenizer, prompts, batch_size=5, progress_file=progress_file
-    )
+    model = build_answering_model(tokenizer)
+    return answer_prompts(model, tokenizer, prompts, batch_size=5, progress_file=progress_file)
 
 
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):

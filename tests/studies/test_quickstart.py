@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from trl_selfdistill.files import read_json
-from trl_selfdistill.studies import few_shot
+from trl_selfdistill.studies import check
 from trl_selfdistill.studies.fact_accuracy import ask_facts, read_records
 from trl_selfdistill.studies.facts.table import read_facts
 from trl_selfdistill.studies.results import read_result, render_table
@@ -35,8 +35,8 @@ def test_checkpoints_load_and_answer_as_recorded(toy_study, name):
 
 def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tmp_path, monkeypatch):
     model, tokenizer = toy_study.model, AutoTokenizer.from_pretrained(toy_study.model)
-    asked, answer = [], few_shot.answer_prompts
-    monkeypatch.setattr(few_shot, "answer_prompts", lambda *args, **how: asked.append(args[2]) or answer(*args, **how))
+    asked, answer = [], check.answer_prompts
+    monkeypatch.setattr(check, "answer_prompts", lambda *args, **how: asked.append(args[2]) or answer(*args, **how))
     config, records = SFTConfig(tmp_path, bf16=False, use_cpu=True, report_to="none"), []
     for name, template in (("text", None), ("chat", AS_TEXT)):
         shutil.copytree(model, tmp_path / name, ignore=shutil.ignore_patterns("chat_template.jinja"))

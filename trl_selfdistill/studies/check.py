@@ -3,7 +3,6 @@
 
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,12 +16,13 @@ from trl import ModelConfig
 
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..parameters.hashes import hash_model
+from ..slick.answering import answer_prompts
 from ..slick.generation import predict_answers
 from ..slick.process_sharding import checksum, on_main_process
 from ..slick.prompts import few_shot_messages, few_shot_prompt
-from ..slick.slick import PRESETS, annotate_facts, reserve_exemplars
+from ..slick.slick import PRESETS, annotate_facts, longest_answer, reserve_exemplars
+from ..trainers.hallucination_callback import accepted_answers
 from .facts.table import FACT_COLUMNS, read_facts, save_facts
-from .few_shot import answer_at_once, ask_few_shot, few_shot_prompts
 from .models import load_tokenizer, model_to_ask, model_version
 from .stage import run_stage
 
@@ -86,37 +86,11 @@ def open_model(argument: str, path: str, trust_remote_code: bool = False) -> Che
     return CheckedModel(path, version, tokenizer)
 
 
-def choose_chat(base: CheckedModel, model: CheckedModel, chat: bool | None) -> bool:
-    """Whether both are asked through their chat templates: as told, or else if the base has one."""
-    chat = base.tokenizer.chat_template is not None if chat is None else chat
-    for side in (base, model):
-        if chat and side.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{side.path} has no chat template, and both models are asked alike. Pass `--chat false` for text "
-                "prompts, or save the template with its tokenizer."
-            )
-    return chat
-
-
-def compare_tokenizers(base: CheckedModel, model: CheckedModel, chat: bool) -> list[str]:
-    """What a reader must know about how the two were asked."""
-    notes, (ours, theirs) = [], (side.identity for side in (base, model))
-    if ours["tokenizer"] != theirs["tokenizer"]:
-        notes.append("Their tokenizers differ, and each was asked with its own.")
-    if chat and ours["chat_template"] != theirs["chat_template"]:
-        notes.append("Their chat templates differ, and each was asked through its own.")
-    return notes
-
-
-def without_small_relations(facts: Dataset) -> Dataset:
-    """The facts of relations that have exemplars to spare: for the prompts that choose facts, and for the last one."""
-    sizes, needed = Counter(facts["relation"]), 2 * PRESETS["quick"].num_shots + 1
-    small = sorted(relation for relation, size in sizes.items() if size < needed)
-    if small:
-        logger.warning(f"Left out, as they have fewer than {needed} facts: {', '.join(small)}.")
-    if len(small) == len(sizes):
-        raise ValueError(f"`facts`: no relation has {needed} facts or more. Add facts.")
-    return facts.filter(lambda relation: relation not in small, input_columns="relation") if small else facts
+def answer_at_once(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is a chat template. One that knows `enable_thinking` lets the model answer without thinking."""
+    if tokenizer.chat_template is not None:
+        tokenizer.chat_template = "{% set enable_thinking = false %}" + tokenizer.get_chat_template()
+    return tokenizer.chat_template is not None
 
 
 def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -> Path:
@@ -145,8 +119,7 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
             answers = predict_answers(model, tokenizer, few_shot_prompts(few, exemplars, how.chat))
             shown = zip(few["question"], few["answer"], answers, strict=True)
             examples = "; ".join(f"{q!r}, expected {right!r}, answered {given!r}" for q, right, [given] in shown)
-            if PartialState().is_main_process:
-                logger.info(f"{base.name}, for example: {examples}")
+            logger.info(f"{base.name}, for example: {examples}")
             options = {"batch_size": how.batch_size, "progress_file": folder / "slick.jsonl"}
             options["prompt_function"] = few_shot_messages if how.chat else few_shot_prompt
             known = annotate_facts(asked, model, tokenizer, settings, **options)
@@ -187,3 +160,16 @@ def answers_stage(model: CheckedModel, known: Path, how: HowAsked) -> list[str]:
 def _ask(loaded, model: CheckedModel, facts: Dataset, exemplars: dict, how: HowAsked, folder: Path) -> list[str]:
     options = {"batch_size": how.batch_size, "progress_file": folder / "answers.jsonl", "title": model.name}
     return ask_few_shot(loaded, model.tokenizer, facts, exemplars, how.chat, **options)
+
+
+def few_shot_prompts(facts: Dataset, exemplars: dict[str, list[tuple[str, str]]], chat: bool) -> list:
+    """Prompts of facts after solved exemplars of their relation, as texts or, for `chat`, as conversations."""
+    prompt_function = few_shot_messages if chat else few_shot_prompt
+    pairs = zip(facts["question"], facts["relation"], strict=True)
+    return [prompt_function(question, exemplars[relation]) for question, relation in pairs]
+
+
+def ask_few_shot(model, tokenizer, facts: Dataset, exemplars: dict, chat: bool, **options) -> list[str]:
+    """The answers to [`few_shot_prompts`]; `options` are those of `answer_prompts`. A collective."""
+    options["max_new_tokens"] = longest_answer(tokenizer, accepted_answers(facts, "facts"))
+    return answer_prompts(model, tokenizer, few_shot_prompts(facts, exemplars, chat), **options)

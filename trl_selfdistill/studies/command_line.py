@@ -93,7 +93,9 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs: not
     # told, it takes each of several for the only one
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if parser.precision is not None and state.is_main_process:
+    if not state.is_main_process:
+        logging.getLogger("trl_selfdistill").setLevel(logging.ERROR)  # the main one says it once
+    if parser.precision is not None:
         logger.log(*parser.precision)
     try:
         status = main(*arguments)

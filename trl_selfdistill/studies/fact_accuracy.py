@@ -14,11 +14,7 @@ from ..hallucination.metric import RATES, score_hallucinations
 from ..slick.answering import answer_prompts
 from ..slick.process_sharding import on_main_process
 from ..slick.prompts import question_prompt
-from ..trainers.hallucination_callback import (
-    accepted_answers,
-    answers_in_training,
-    log_beside_training,
-)
+from ..trainers.hallucination_callback import accepted_answers, answers_in_training, log_beside_training
 
 
 class FactAnswer(NamedTuple):
@@ -69,18 +65,7 @@ def forgetting(records: list[AccuracyRecord]) -> np.ndarray:
 def ask_facts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Dataset, **settings
 ) -> dict[str, FactAnswer]:
-    """
-    Asks `model` every fact's question without exemplars. A collective, in which each process asks a share.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model to ask.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        facts (`Dataset`): The facts.
-        settings: Other arguments of [`~trl_selfdistill.slick.answering.answer_prompts`].
-
-    Returns:
-        `dict[str, FactAnswer]`: `fact_id` -> its answer.
-    """
+    """`fact_id` -> the answer without exemplars; `settings` are those of `answer_prompts`. A collective."""
     return judge_answers(facts, answer_prompts(model, tokenizer, _prompts(facts), **settings))
 
 

@@ -109,8 +109,11 @@ def read_result(folder: Path) -> VariantResult:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no finished run: {file} is missing. Train the variant first.")
     drift = read_jsonl(folder / DRIFT_FILE) if (folder / DRIFT_FILE).is_file() else []
-    base = read_records(folder / BASE_FILE)[0] if (folder / BASE_FILE).is_file() else None
-    records, training = read_records(folder / RECORDS_FILE), read_json(folder / TRAINING_FILE)
+    records, training, base = read_records(folder / RECORDS_FILE), read_json(folder / TRAINING_FILE), None
+    if (folder / BASE_FILE).is_file():
+        [base] = read_records(folder / BASE_FILE)
+        same = {fact_id: base.answers["heldout"][fact_id] for fact_id in records[-1].answers["heldout"]}
+        base = base._replace(answers={"heldout": same})  # a comparison asks a part of the held-out facts
     return VariantResult(folder.name, records, training, drift, base)
 
 

@@ -203,8 +203,7 @@ def train_variant(
         trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, records, eval_epochs, before))
         if variant.prepare is not None:
             variant.prepare(trainer, partial)
-        times = StepTimes()
-        trainer.add_callback(times)
+        trainer.add_callback(times := StepTimes())
         with label_positions_only():  # in every run, so that their seconds a step can be compared
             trainer.train(resume_from_checkpoint=checkpoint)
         if keep_model:

@@ -21,10 +21,10 @@ from ..trainers import SelfDistillSFTConfig
 from ..trainers.frozen_groups_sft_config import copy_config
 from .arguments import FactsArguments, SlickArguments, Stage1Arguments
 from .card import write_model_card
+from .check import answer_at_once, ask_few_shot
 from .fact_accuracy import AccuracyRecord, judge_answers, write_records
 from .facts.geonames import geonames_facts, known_place_names
 from .facts.table import load_facts, read_facts, save_facts
-from .few_shot import answer_at_once, ask_few_shot
 from .models import (
     EMBEDDED_MODEL,
     EMBEDDED_MODEL_ID,
