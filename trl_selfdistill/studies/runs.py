@@ -209,10 +209,9 @@ def train_variant(
         if keep_model:
             trainer.save_model()
         if trainer.is_world_process_zero():
-            training = _describe_run(trainer, variant, setup, run_facts)
+            write_json(partial / TRAINING_FILE, _describe_run(trainer, variant, setup, run_facts, times))
             if setup.base is not None:
                 shutil.copyfile(setup.base, partial / BASE_FILE)
-            write_json(partial / TRAINING_FILE, training | times.summary(training["num_steps"]))
             for path in [*partial.glob("checkpoint-*"), *partial.glob("_*")]:  # optimizers, teachers, caches
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if keep_model:
@@ -240,11 +239,13 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
     return variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
 
 
-def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts) -> dict:
-    """What the report and the model card say of a run, beside its accuracy and its cost."""
+def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts, times: StepTimes) -> dict:
+    """What the report and the model card say of a run, beside its accuracy."""
+    training = describe_training(trainer)
     trained_on = {name: part for name, part in (("known", facts.known), ("new", facts.new)) if len(part)}
     return {
-        **describe_training(trainer),
+        **training,
+        **times.summary(training["num_steps"]),
         "label": variant.title,
         "about": variant.about,
         "origin": _origin(setup.start),
