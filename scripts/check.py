@@ -12,30 +12,40 @@ Exit status: 0 if the loss is within --tolerance, 2 if it is beyond, 3 if the fa
         --facts my_facts.jsonl --tolerance 0.05 --load_in_4bit
 """
 
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from trl import ModelConfig
 
-from trl_selfdistill.files import read_json, warn_without
-from trl_selfdistill.hub.model_card import add_check
+from trl_selfdistill.files import read_json, warn_without, write_json
+from trl_selfdistill.hub.model_card import add_check, escape_markdown
 from trl_selfdistill.slick.process_sharding import on_main_process
+from trl_selfdistill.slick.slick import PRESETS
 from trl_selfdistill.studies.arguments import FactsArguments
 from trl_selfdistill.studies.check import (
+    SAME_WEIGHTS,
+    CheckedModel,
     HowAsked,
     answers_stage,
-    choose_chat,
-    compare_tokenizers,
     known_stage,
     open_model,
-    without_small_relations,
 )
-from trl_selfdistill.studies.check_report import compare_answers, render_section, write_report
+from trl_selfdistill.studies.check_report import compare_answers, render_section
 from trl_selfdistill.studies.command_line import run_script
 from trl_selfdistill.studies.facts.table import read_facts
+from trl_selfdistill.studies.markdown import markdown_table
+from trl_selfdistill.studies.results import OKABE_ITO
 from trl_selfdistill.studies.stages import wanted_facts
 
 
+logger = logging.getLogger("trl_selfdistill.check")
+
+MOST_SHOWN = 50  # of the lost facts, in the report; `check.json` has all
+MOST_DRAWN = 40  # relations in the figure, those that lost most
 EXIT_STATUS = {"within": 0, "beyond": 2, "undecided": 3}
 
 
@@ -92,9 +102,9 @@ class CheckedFacts(FactsArguments):
 
 def main(args: CheckArguments, facts_args: CheckedFacts) -> int:
     """Asks, writes the report, prints its summary and returns the exit status."""
-    base, model = (open_model(path, args.trust_remote_code) for path in (args.before, args.after))
+    base, model = (open_model(side, getattr(args, side), args.trust_remote_code) for side in ("before", "after"))
     if base.version == model.version:
-        raise ValueError(f"`after` {args.after} has the weights of `before` {args.before}: pass the trained model.")
+        raise ValueError(SAME_WEIGHTS.format(args.after))
     chat = choose_chat(base, model, args.chat)
     config = ModelConfig(dtype=args.dtype, load_in_4bit=args.load_in_4bit)
     how = HowAsked(config, args.bf16, args.trust_remote_code, args.batch_size, args.seed, chat)
@@ -103,7 +113,7 @@ def main(args: CheckArguments, facts_args: CheckedFacts) -> int:
     answers = answers_stage(model, known, how)
 
     def report() -> str:
-        num_asked = read_json(known / "exemplars.json")["num_asked"]
+        num_asked = read_json(known / "base.json")["num_asked"]
         about = {"base": base.name, "model": model.name, "num_asked": num_asked}
         about |= {"prompts": "chat" if chat else "text", "notes": compare_tokenizers(base, model, chat)}
         content = compare_answers(read_facts(known / "facts.jsonl"), answers, args.tolerance, **about)
@@ -116,6 +126,87 @@ def main(args: CheckArguments, facts_args: CheckedFacts) -> int:
         return content["verdict"]
 
     return EXIT_STATUS[on_main_process(report)]
+
+
+def choose_chat(base: CheckedModel, model: CheckedModel, chat: bool | None) -> bool:
+    """Whether both are asked through their chat templates: as told, or else if the base has one."""
+    chat = base.tokenizer.chat_template is not None if chat is None else chat
+    for side in (base, model):
+        if chat and side.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{side.path} has no chat template, and both models are asked alike. Pass `--chat false` for text "
+                "prompts, or save the template with its tokenizer."
+            )
+    return chat
+
+
+def compare_tokenizers(base: CheckedModel, model: CheckedModel, chat: bool) -> list[str]:
+    """What a reader must know about how the two were asked."""
+    notes, (ours, theirs) = [], (side.identity for side in (base, model))
+    if ours["tokenizer"] != theirs["tokenizer"]:
+        notes.append("Their tokenizers differ, and each was asked with its own.")
+    if chat and ours["chat_template"] != theirs["chat_template"]:
+        notes.append("Their chat templates differ, and each was asked through its own.")
+    return notes
+
+
+def without_small_relations(facts: Dataset) -> Dataset:
+    """The facts of relations that have exemplars to spare: for the prompts that choose facts, and for the last one."""
+    sizes, needed = Counter(facts["relation"]), 2 * PRESETS["quick"].num_shots + 1
+    small = sorted(relation for relation, size in sizes.items() if size < needed)
+    if small:
+        logger.warning(f"Left out, as they have fewer than {needed} facts: {', '.join(small)}.")
+    if len(small) == len(sizes):
+        raise ValueError(f"`facts`: no relation has {needed} facts or more. Add facts.")
+    return facts.filter(lambda relation: relation not in small, input_columns="relation") if small else facts
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Writes `check.json`, `check.md` and `check.png` to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "check.json", report)
+    header = ["relation", "facts", "accuracy before", "after", "forgetting rate"]
+    rows = []
+    for name, scores in report["relations"].items():
+        rates = [scores[key] for key in ("baseline_accuracy", "accuracy", "forgetting_rate")]
+        shown = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
+        rows.append([escape_markdown(name), str(scores["num_predictions"]), *shown])
+    columns = ("question", "answer", "base_answer", "model_answer")
+    lost = [[escape_markdown(row[column]) for column in columns] for row in report["lost"][:MOST_SHOWN]]
+    shown = f", the first {MOST_SHOWN}" if len(report["lost"]) > MOST_SHOWN else ""
+    figure = folder / "check.png"
+    figure.unlink(missing_ok=True)
+    with warn_without(figure):
+        plot_relations(report, figure)
+    parts = [
+        f"# {escape_markdown(report['model'])}: what it kept of what {escape_markdown(report['base'])} knows",
+        render_section(report),
+        f"## By relation\n\n{markdown_table(header, rows)}",
+        *(["![Accuracy before and after, by relation](check.png)"] if figure.is_file() else []),
+        f"## Lost facts ({len(report['lost'])}{shown})",
+        markdown_table(["question", "right answer", "before", "after"], lost) if lost else "None.",
+    ]
+    (folder / "check.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def plot_relations(report: dict[str, Any], path: Path) -> None:
+    """A line for each relation from the accuracy before to that after, with its interval; most was lost at the top."""
+    from matplotlib.figure import Figure
+
+    relations = sorted(report["relations"].items(), key=lambda item: -item[1]["net_change"])[-MOST_DRAWN:]
+    figure = Figure(figsize=(7, 1.4 + 0.35 * len(relations)), layout="constrained")
+    axis = figure.subplots()
+    for y, (_, scores) in enumerate(relations):
+        before, after = scores["baseline_accuracy"], scores["accuracy"]
+        axis.plot([before, after], [y, y], color="0.7", zorder=1)
+        ends = [[after - scores["accuracy_ci_low"]], [scores["accuracy_ci_high"] - after]]
+        axis.errorbar([after], [y], xerr=ends, fmt="s", color=OKABE_ITO[0], label=None if y else "after")
+        axis.plot([before], [y], "o", color=OKABE_ITO[1], label=None if y else "before")
+    names = [f"{name} ({scores['num_predictions']})".replace("$", r"\$") for name, scores in relations]
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="share of the known facts that are answered right", xlim=(-0.02, 1.02))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Writes facts as a task for lm-evaluation-harness, so that they stand beside the skills that it measures.
 
 Input: facts, such as `heldout.jsonl` of a mix or the `facts.jsonl` that `check` keeps. Output, in --output_dir: the
-task (TASK.yaml), its questions and its exemplars (JSON lines). lm_eval needs nothing of this package to run it:
+task (TASK.yaml), its questions and its exemplars (JSON lines), and this package's exact match (TASK.py), so that both
+find the same accuracy. lm_eval needs nothing else to run it, and the folder may be moved:
 
     trl-selfdistill export-lm-eval --facts outputs/study/mix/heldout.jsonl --output_dir outputs/lm_eval
 
@@ -14,6 +15,7 @@ Without exemplars, as models are asked that were trained on these prompts:
     trl-selfdistill export-lm-eval --facts my_facts.csv --task my_facts --num_fewshot 0
 """
 
+import inspect
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -24,6 +26,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from trl_selfdistill.files import write_jsonl
+from trl_selfdistill.hallucination.exact_match import exact_match
 from trl_selfdistill.slick.prompts import question_prompt
 from trl_selfdistill.slick.slick import reserve_exemplars
 from trl_selfdistill.studies.arguments import FactsArguments
@@ -62,8 +65,14 @@ def main(args: ExportArguments, facts_args: FactsArguments) -> None:
         asked = facts if rows is None else facts.select(rows)
         write_jsonl(folder / "questions.jsonl", (with_accepted(fact) for fact in asked))
         write_jsonl(folder / "exemplars.jsonl", ({"question": q, "accepted": [answer]} for q, answer in shots))
-        text = yaml.safe_dump(task_of(args, len(shots)), sort_keys=False, allow_unicode=True)
+        functions = {"custom_dataset": load_task, "process_results": judge_answer}
+        longest = max(len(form.encode()) for fact in asked for form in (fact["answer"], *fact["aliases"]))
+        text = yaml.safe_dump(task_of(args, len(shots), longest), sort_keys=False, allow_unicode=True)
+        text += "".join(f"{key}: !function {args.task}.{function.__name__}\n" for key, function in functions.items())
         (folder / f"{args.task}.yaml").write_text(text, encoding="utf-8")
+        sources = inspect.getmodule(exact_match), *functions.values()
+        code = "\n\n".join(map(inspect.getsource, sources))
+        (folder / f"{args.task}.py").write_text(code, encoding="utf-8")
 
     inputs = [facts_args.facts] if Path(facts_args.facts).exists() else []
     folder = run_stage(args.output_dir, asdict(args) | asdict(facts_args), inputs, export)
@@ -88,17 +97,29 @@ def with_accepted(fact: dict) -> dict:
     return {"fact_id": fact["fact_id"], "question": fact["question"], "accepted": accepted}
 
 
-def task_of(args: ExportArguments, num_fewshot: int) -> dict:
-    """The configuration of the task: the prompts of this package, and an exact match without case and articles."""
-    folder = Path(args.output_dir).resolve()  # lm_eval reads relative paths from where it is started
-    files = {"test": str(folder / "questions.jsonl")}
-    if num_fewshot:
-        files["fewshot"] = str(folder / "exemplars.jsonl")
-    matching = {"ignore_case": True, "ignore_punctuation": True, "regexes_to_ignore": [r"(?i)\b(?:a|an|the)\b ?"]}
+def load_task(**_) -> dict:
+    """The splits of the task, from the files beside this one: lm_eval reads paths from where it is started."""
+    import json
+    from pathlib import Path
+
+    from datasets import Dataset
+
+    def rows(name: str) -> Dataset:
+        text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        return Dataset.from_list([json.loads(line) for line in text.split("\n") if line])
+
+    return {"test": rows("questions.jsonl"), "fewshot": rows("exemplars.jsonl")}
+
+
+def judge_answer(doc: dict, results: list[str]) -> dict[str, bool]:
+    """Whether the answer to a question is right."""
+    return {"exact_match": exact_match(results[0], doc["accepted"])}
+
+
+def task_of(args: ExportArguments, num_fewshot: int, longest: int) -> dict:
+    """The configuration of the task, without its functions. No form of an answer has more bytes than `longest`."""
     return {
         "task": args.task,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
         "test_split": "test",
         **({"fewshot_split": "fewshot", "fewshot_config": {"sampler": "first_n"}} if num_fewshot else {}),
         "num_fewshot": num_fewshot,
@@ -107,10 +128,10 @@ def task_of(args: ExportArguments, num_fewshot: int) -> dict:
         "doc_to_target": "accepted",
         "target_delimiter": " ",
         "fewshot_delimiter": "\n",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 32},
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": max(32, longest + 8)},
         "filter_list": [{"name": "answer", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, **matching}],
-        "metadata": {"version": 1.0},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 2.0},
     }
 
 

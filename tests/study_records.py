@@ -21,11 +21,7 @@ def make_records(heldout: np.ndarray, new: np.ndarray | None = None) -> list[Acc
     """
     sets = {"known": [[True]] * len(heldout), "new": heldout if new is None else new, "heldout": heldout}
     return [
-        AccuracyRecord(
-            step=10 * epoch,
-            epoch=float(epoch),
-            answers={name: answered(name, right[epoch]) for name, right in sets.items()},
-        )
+        AccuracyRecord(10 * epoch, float(epoch), {name: answered(name, right[epoch]) for name, right in sets.items()})
         for epoch in range(len(heldout))
     ]
 

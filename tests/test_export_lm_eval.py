@@ -3,8 +3,10 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
+from itertools import zip_longest
 
 import pytest
 import yaml
@@ -18,31 +20,38 @@ from trl_selfdistill.studies.models import load_model_and_tokenizer
 
 
 def export(toy_study, folder, task, num_fewshot) -> tuple[list[str], list[list[str]]]:
-    """Writes the task, and returns the prompts that this package makes of it, and what is accepted."""
-    flags = ["--facts", toy_study.facts, "--task", task, "--num_fewshot", num_fewshot, "--output_dir", folder / task]
-    run_script("export_lm_eval.py", *flags)
+    """Writes the task, moves it, and returns the prompts that this package makes of it, and what is accepted."""
+    # Full-width letters, which are the same to this package's match alone
+    rows = [row | {"answer": row["answer"].replace("Peru", "Ｐｅｒｕ")} for row in read_jsonl(toy_study.facts)]
+    write_jsonl(folder / "facts.jsonl", rows)
+    flags = ["--facts", folder / "facts.jsonl", "--task", task, "--num_fewshot", num_fewshot]
+    run_script("export_lm_eval.py", *flags, "--output_dir", folder / "written")
+    (folder / "written").rename(folder / task)
     questions, shots = (read_jsonl(folder / task / name) for name in ("questions.jsonl", "exemplars.jsonl"))
     exemplars = [(shot["question"], shot["accepted"][0]) for shot in shots]
     return [few_shot_prompt(row["question"], exemplars) for row in questions], [row["accepted"] for row in questions]
 
 
 @pytest.mark.parametrize("num_fewshot", [0, 3])
-def test_the_task_asks_as_this_package_does(toy_study, tmp_path, num_fewshot):
+def test_the_task_asks_and_judges_as_this_package_does(toy_study, tmp_path, num_fewshot):
     prompts, accepted = export(toy_study, tmp_path, "towns", num_fewshot)
-    task = yaml.safe_load((tmp_path / "towns" / "towns.yaml").read_text())
+    text = (tmp_path / "towns" / "towns.yaml").read_text()
+    assert str(tmp_path) not in text and text.count("!function towns.") == 2
+    task = yaml.safe_load(text.replace("!function", ""))
     assert task["num_fewshot"] == num_fewshot and task["doc_to_target"] == "accepted"
-    files = task["dataset_kwargs"]["data_files"]
-    shots = read_jsonl(files["fewshot"]) if num_fewshot else []
+    functions = runpy.run_path(str(tmp_path / "towns" / "towns.py"))
+    splits = functions[task["custom_dataset"].removeprefix("towns.")](version=2.0)
+    shots, rows = [*splits["fewshot"]], [*splits["test"]]
     assert [shot["question"].split()[1] for shot in shots] == ["country", "river", "country"][:num_fewshot]
-    rows = read_jsonl(files["test"])
     texts = [task["doc_to_text"].replace("{{question}}", row["question"]) for row in (*shots, rows[0])]
-    answered = [
-        text + task["target_delimiter"] + shot["accepted"][0] for text, shot in zip(texts, shots, strict=False)
-    ]
-    assert task["fewshot_delimiter"].join([*answered, texts[-1]]) == prompts[0]
+    answers = [task["target_delimiter"] + shot["accepted"][0] for shot in shots]
+    assert task["fewshot_delimiter"].join(map("".join, zip_longest(texts, answers, fillvalue=""))) == prompts[0]
     assert not {row["question"] for row in rows} & {shot["question"] for shot in shots}
-    facts = {fact["fact_id"]: [fact["answer"], *fact["aliases"]] for fact in read_jsonl(toy_study.facts)}
+    facts = {fact["fact_id"]: [fact["answer"], *fact["aliases"]] for fact in read_jsonl(tmp_path / "facts.jsonl")}
     assert [facts[row["fact_id"]] for row in rows] == accepted and len(rows) == len(facts) - (4 if shots else 0)
+    judge = functions[task["process_results"].removeprefix("towns.")]
+    judged = [judge({"accepted": ["Ｐｅｒｕ"]}, [answer]) for answer in ("the peru.", "France")]
+    assert judged == [{"exact_match": True}, {"exact_match": False}]
 
 
 def test_only_the_exemplars_that_are_used_are_left_out(tmp_path):
@@ -54,7 +63,7 @@ def test_only_the_exemplars_that_are_used_are_left_out(tmp_path):
     assert len(exemplars) == 4 and len(questions) == 62 - 4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: pip install lm_eval")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra `lm-eval`")
 def test_the_client_finds_the_accuracy_that_this_package_finds(toy_study, tmp_path):
     tasks = {name: export(toy_study, tmp_path, name, num_fewshot) for name, num_fewshot in (("zero", 0), ("three", 3))}
     line = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--include_path", tmp_path]

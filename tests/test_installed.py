@@ -87,9 +87,8 @@ def test_the_commands_work_one_after_another(installed):
     help = installed.run("--help").stdout
     assert "\n    annotate " in help and "quickstart" in help and "deepspeed_zero3" in help
     slick = "--slick_num_prompts 1 --slick_num_shots 2".split()
-    done = installed.run(
-        "annotate", "--num_processes", "2", "--model_name_or_path", "model", "--facts", "facts.jsonl", *slick
-    )
+    flags = "--num_processes 2 --model_name_or_path model --facts facts.jsonl".split()
+    done = installed.run("annotate", *flags, *slick)
     assert done.stdout.count("Annotated facts: outputs/study/annotated/facts.jsonl") == 1, done.stderr[-3000:]
     assert len((installed.folder / "outputs/study/annotated/facts.jsonl").read_text().splitlines()) == 10
     flags = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--output_dir", "trained"]

@@ -66,15 +66,8 @@ def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     for name, (script, model, flags) in runs.items():
         run_script(script, "--mix", mix, "--model_name_or_path", model, "--output_dir", tmp_path / name, *flags)
     run_script("report.py", "--variants", tmp_path / "sft", tmp_path / "frozen", "--output_dir", tmp_path)
-    files = [
-        "facts/facts.jsonl",
-        "annotated/facts.jsonl",
-        "annotated/progress.jsonl",
-        "mix/known.jsonl",
-        "mix/new.jsonl",
-        "mix/heldout.jsonl",
-    ]
-    for file in [*files, *(f"{name}/model.safetensors" for name in runs)]:
+    files = "facts/facts annotated/facts annotated/progress mix/known mix/new mix/heldout".split()
+    for file in [*(f"{name}.jsonl" for name in files), *(f"{name}/model.safetensors" for name in runs)]:
         assert (tmp_path / file).read_bytes() == (toy_study.output / file).read_bytes(), file
     ours, theirs = (read_json(folder / "results.json") for folder in (tmp_path, toy_study.output))
     for name in ("sft", "frozen"):

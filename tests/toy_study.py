@@ -22,13 +22,17 @@ from trl_selfdistill.studies.small_llama import _tokenized
 VARIANTS = ("sft", "selfdistill", "frozen")
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEMPLATES = {relation: f"Which {relation} is {{subject}} located in?" for relation in ("country", "river")}
-ANSWERS = {
-    "country": ("France", "Norway", "Peru", "Japan", "Austria"),
-    "river": ("Rhone", "Glomma", "Rimac", "Yodo", "Mur"),
-}
+COUNTRIES, RIVERS = ("France", "Norway", "Peru", "Japan", "Austria"), ("Rhone", "Glomma", "Rimac", "Yodo", "Mur")
+ANSWERS = {"country": COUNTRIES, "river": RIVERS}
 NUM_FACTS, NUM_TAUGHT = 40, 34  # of each relation; what was not taught is Unknown, but for lucky guesses
 _HEADS = ("Ba", "Do", "Fe", "Gu", "Ki", "Lo", "Ma", "Ne", "Pu", "Ro")
 _TAILS = ("bran", "dost", "gel", "kim", "lund", "mar", "nik", "pol", "ras", "sten")
+
+# A conversation in the form of the text prompts, with a blank before an answer, as Llama 2's
+AS_TEXT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\nA:' }}"
+    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+)
 
 # Flags of scripts/run_study.py for a study of seconds, the same weights bit for bit at every run
 STUDY_FLAGS = """
@@ -115,9 +119,8 @@ def run_script(name: str, *flags) -> None:
 
 def runs_of(folder: Path) -> dict[str, bytes]:
     """The `run.json` of each stage in a folder, which every run of the stage writes anew."""
-    return {
-        path.parent.name: path.read_bytes() for path in folder.glob("*/run.json") if path.parent.suffix != ".partial"
-    }
+    runs = {path.parent: path.read_bytes() for path in folder.glob("*/run.json")}
+    return {stage.name: run for stage, run in runs.items() if stage.suffix != ".partial"}
 
 
 def rerun(study: ToyStudy, *flags) -> set[str]:

@@ -22,9 +22,7 @@ from trl_selfdistill.hallucination.metric import SlickCategory
 from trl_selfdistill.hallucination.verdict import judge_loss
 
 
-WORDS = st.sampled_from(
-    ["the", "Hague", "New", "York", "U.S.A.", "a", "17", "1,789", "don't know", "unknown", "Ｏslo"]
-)
+WORDS = st.sampled_from(["the", "Hague", "New", "York", "U.S.A.", "a", "17", "1,789", "don't know", "none", "Ｏslo"])
 ANSWERS = st.lists(WORDS, min_size=1, max_size=4).map(" ".join)
 ROWS = st.lists(st.tuples(ANSWERS, st.lists(ANSWERS, min_size=1, max_size=3), ANSWERS), min_size=1, max_size=12)
 
@@ -261,12 +259,9 @@ def test_the_ends_of_a_balance_are_the_changes_that_a_score_test_just_rejects(ga
     counts = [gained, lost, total - gained - lost]
     assert value == (gained - lost) / total
     for end in ends:
-        fit = scipy.optimize.minimize_scalar(
-            lambda p, end=end: -scipy.special.xlogy(counts, [p, p - end, 1 + end - 2 * p]).sum(),
-            bounds=(max(0.0, end), (1 + end) / 2),
-            method="bounded",
-            options={"xatol": 1e-12},
-        )
+        search = {"bounds": (max(0.0, end), (1 + end) / 2), "method": "bounded", "options": {"xatol": 1e-12}}
+        unlikely = lambda p, end=end: -scipy.special.xlogy(counts, [p, p - end, 1 + end - 2 * p]).sum()  # noqa: E731
+        fit = scipy.optimize.minimize_scalar(unlikely, **search)
         variance = (2 * fit.x - end - end**2) / total
         assert abs(value - end) / variance**0.5 == pytest.approx(scipy.stats.norm.ppf(0.975), rel=1e-4)
 
@@ -336,10 +331,8 @@ def test_a_verdict_is_the_interval_beside_the_tolerance_and_as_many_facts_as_it_
         assert (-value, -high, -low) == balance_interval(gained, lost, num_facts)
         assert verdict.outcome == ("within" if high <= tolerance else "beyond" if low > tolerance else "undecided")
         if verdict.num_needed is not None and verdict.outcome == "undecided":
-            for scale, decided in (
-                (verdict.num_needed / num_facts, True),
-                (verdict.num_needed / num_facts / 1.03, False),
-            ):
-                other = judge_loss(lost * scale, gained * scale, num_facts * scale, tolerance)
-                assert (other.outcome != "undecided") == decided
+            scale = verdict.num_needed / num_facts
+            counts = np.outer([scale, scale / 1.03], [lost, gained, num_facts])
+            told = [judge_loss(*row, tolerance).outcome != "undecided" for row in counts]
+            assert scale > 1 and told == [True, False]
         assert (verdict.num_needed == num_facts) == (verdict.outcome != "undecided")

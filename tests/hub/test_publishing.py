@@ -65,10 +65,8 @@ NAMED = {
     "generation_config.json": {"custom_pipelines": {"my-task": {"impl": "pipeline_tiny.Pipeline", "pt": ["Auto"]}}},
     "model.safetensors.index.json": {"weight_map": {"a": "model-1-of-1.safetensors"}},
 }
-CODE = {
-    "modeling_tiny.py": "try:\n    from .layers import x\nexcept ImportError:\n    x = None",
-    "layers.py": "from .ops import y",
-}
+CODE = {"modeling_tiny.py": "try:\n    from .layers import x\nexcept ImportError:\n    x = None"}
+CODE |= {"layers.py": "from .ops import y"}
 CODE |= {"ops.py": "from .layers import x", "tokenization_tiny.py": "", "image_tiny.py": "", "pipeline_tiny.py": ""}
 CODE |= {"custom_generate/generate.py": "from .helper import z", "custom_generate/helper.py": ""}
 

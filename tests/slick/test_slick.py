@@ -22,13 +22,7 @@ from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.process_sharding import ProgressFile
 from trl_selfdistill.slick.prompts import few_shot_prompt
-from trl_selfdistill.slick.slick import (
-    SLICK_COLUMNS,
-    SlickSettings,
-    annotate_facts,
-    reserve_exemplars,
-    slick_category,
-)
+from trl_selfdistill.slick.slick import SLICK_COLUMNS, SlickSettings, annotate_facts, reserve_exemplars, slick_category
 
 
 COUNTRIES = ["Norway", "Peru", "France", "Japan", "Austria"]
@@ -73,7 +67,7 @@ def test_exemplars_are_reserved():
 
 def test_exemplars_of_a_large_relation_are_distinct():
     rows = [
-        {"fact_id": f"{i:03}", "relation": "P", "question": str(i), "answer": "ab"[i % 17 == 0]} for i in range(200)
+        {"fact_id": f"{i:03}", "relation": "P", "question": f"{i}", "answer": "ab"[i % 17 == 0]} for i in range(200)
     ]
     exemplars, kept = reserve_exemplars(Dataset.from_list(rows), num_prompts=10, num_shots=2, seed=0)
     assert len(kept) == 180
@@ -124,8 +118,7 @@ def test_only_highly_known_facts(settings, monkeypatch):
     asked.clear()
     assert annotate(replace(settings, only_highly_known=True)) == expected.to_dict()
     monkeypatch.setattr(slick, "_ask", lambda model, tokenizer, prompts, *rest: [[False, 0.0] for _ in prompts])
-    with pytest.raises(ValueError, match="None of .* facts is HighlyKnown"):
-        annotate(replace(settings, only_highly_known=True))
+    assert annotate(replace(settings, only_highly_known=True)) == dict.fromkeys(expected.column_names, [])
     assert 0 < len(expected) < len(whole)
     assert len(whole) < asked.total() < num_questions
 

@@ -4,12 +4,14 @@
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, made_once
 from peft import LoraConfig, get_peft_model
-from toy_study import run_script, teach_facts, toy_facts
+from toy_study import AS_TEXT, run_script, teach_facts, toy_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_selfdistill.files import read_json, read_jsonl, write_json, write_jsonl
@@ -106,13 +108,6 @@ def test_a_stopped_check_goes_on_and_other_settings_take_nothing_from_it(models,
     assert ours["scores"] == whole["scores"] and ours["lost"] == whole["lost"]
 
 
-# A conversation in the form of the text prompts, with a blank before an answer, as Llama 2's
-AS_TEXT = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\nA:' }}"
-    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
-)
-
-
 THINKING = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
 
 
@@ -127,6 +122,26 @@ def copy_with(folder, models, name, chat_template, more_tokens=()):
         part.save_pretrained(folder / name)
 
 
+def pickled_copy(model, folder):
+    """A copy with pickled weights, tied ones twice."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(AutoModelForCausalLM.from_pretrained(model).state_dict(), folder / "pytorch_model.bin")
+
+
+def test_what_the_same_weights_know_in_other_files_is_kept(models, tmp_path, monkeypatch):
+    run_check(models, tmp_path)
+    report = read_json(tmp_path / "out" / "check.json")
+    for name in ("pickled", "shards"):
+        pickled_copy(models / "base", tmp_path / name)
+    (tmp_path / "shards" / "pytorch_model.bin").unlink()
+    AutoModelForCausalLM.from_pretrained(models / "base").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    monkeypatch.setattr(check, "annotate_facts", refuse)
+    for name in ("pickled", "shards"):
+        assert run_check(models, tmp_path, before=tmp_path / name) == 2
+        other = read_json(tmp_path / "out" / "check.json")
+        assert other["base"] == name and other["scores"] == report["scores"] and other["lost"] == report["lost"]
+
+
 def test_instruct_models_are_asked_through_their_templates_and_without_thinking(models, tmp_path):
     run_check(models, tmp_path / "text")
     copy_with(tmp_path, models, "base", AS_TEXT + THINKING)
@@ -136,9 +151,7 @@ def test_instruct_models_are_asked_through_their_templates_and_without_thinking(
         run_check(tmp_path, tmp_path, *flags, "--facts", models / "facts.jsonl")
         chat = read_json(tmp_path / "out" / "check.json")
         assert chat["prompts"] == ("text" if flags else "chat") and len(chat["notes"]) == (1 if flags else 2)
-        assert (
-            "Their tokenizers differ, and each was asked with its own." in (tmp_path / "out" / "check.md").read_text()
-        )
+        assert "Their tokenizers differ, and each was" in (tmp_path / "out" / "check.md").read_text()
         assert chat["scores"] == text["scores"] and chat["lost"] == text["lost"]
 
 
@@ -158,16 +171,18 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--after base", "`after` base has the weights of `before` base: pass the trained model"),
-        ("--after copy", "`after` copy has the weights of `before` base"),
-        ("--after nothing", "'nothing' is neither a folder with a model nor one on the Hub"),
+        ("--after base", "`after` base has the weights of `before`: pass the trained model"),
+        ("--after copy", "`after` copy has the weights of `before`"),
+        ("--after pickled", "`after` pickled has the weights of `before`"),
+        ("--after nothing", "`after`: 'nothing' is neither a folder with a model nor one on the Hub"),
+        ("--before orphan", "`before`: 'nowhere' is neither a folder with a model nor one on the Hub"),
+        ("--after broken", "broken cannot be loaded as a causal language model: .*header"),
+        ("--facts nothing.csv", "`facts`: nothing.csv: there is no such file"),
+        ("--facts org/nothing", "`facts`: org/nothing cannot be read here, nor as a dataset of the Hub"),
         ("--after out/../none", "'out/../none' is neither a folder with a model nor one on the Hub"),
         ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
         ("--before instruct", "noisy has no chat template, and both models are asked alike"),
-        (
-            "--facts french.jsonl",
-            r"base HighlyKnows \d+ of 92 facts, and a check needs 50.* for example: 'Which country",
-        ),
+        ("--facts french.jsonl", r"base HighlyKnows 0 of 92 .* 50.* 'Which .*\?', expected 'la .*', answered '[A-Z]"),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
         ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
         ("--dtype foo", "`dtype` one of auto, .*foo"),
@@ -180,15 +195,24 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     for name in ("base", "noisy"):
         shutil.copytree(models / name, name)
     shutil.copytree("base", "copy")
+    pickled_copy(Path("base"), Path("pickled"))
+    shutil.copytree("noisy", "broken")
+    Path("broken/model.safetensors").write_bytes(b"cut off")
+    shutil.copytree(models / "adapter", "orphan")
+    write_json("orphan/adapter_config.json", {"base_model_name_or_path": "nowhere"})
     copy_with(tmp_path / "other", models, "base", AS_TEXT)
     (tmp_path / "other" / "base").rename("instruct")
-    countries = {"France": "la France", "Norway": "la Norvège", "Peru": "le Pérou", "Austria": "l'Autriche"}
-    save_facts(toy_facts(50).map(lambda row: {"answer": countries.get(row["answer"], row["answer"])}), "french.jsonl")
+    save_facts(toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}), "french.jsonl")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # puts back what the script sets
     line = ["--before", "base", "--after", "noisy", "--facts", models / "facts.jsonl", "--bf16", "false"]
     with pytest.raises((SystemExit, ValueError)) as ended:
         run_script("check.py", *line, *flags.split())
-    assert re.search(message, f"{capsys.readouterr().err}{ended.value}")
-    assert ended.type is ValueError or ended.value.code == 1
+    if ended.type is ValueError:
+        sys.excepthook(ended.type, ended.value, ended.tb)
+    else:
+        assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert re.search(f"check.py: error: .*{message}", error) and "Traceback" not in error
     assert not list(tmp_path.glob("outputs/check"))
 
 
@@ -199,9 +223,7 @@ def test_the_section_of_a_foreign_card_replaces_itself(models, tmp_path):
     for tolerance in (0.02, 0.9):
         run_check(models, tmp_path, "--update_card", "true", "--tolerance", tolerance, after=tmp_path / "noisy")
     text, report = card.read_text(), read_json(tmp_path / "out" / "check.json")
-    assert text.startswith(
-        "---\nlicense: mit\n---\n\n# Mine\n\n<!-- trl-selfdistill check -->\n## Facts that it forgot"
-    )
+    assert text.startswith("---\nlicense: mit\n---\n\n# Mine\n\n<!-- trl-selfdistill check -->\n## Facts that it for")
     assert text.count("## Facts that it forgot") == 1 and report["summary"] in text
     assert len([*tmp_path.glob("known/base-*/noisy-*")]) == 1  # the card is no part of the model
 

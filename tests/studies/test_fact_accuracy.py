@@ -116,10 +116,7 @@ def test_forgetting_is_the_peak_minus_the_end_of_each_fact():
     outcomes = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0]])
     records = make_records(outcomes)
     assert forgetting(records).tolist() == [0, 1, 0]
-    turned = [
-        record._replace(answers={name: dict(reversed(rows.items())) for name, rows in record.answers.items()})
-        for record in records
-    ]
+    turned = [r._replace(answers={k: dict(reversed(rows.items())) for k, rows in r.answers.items()}) for r in records]
     assert forgetting(turned).tolist() == [0, 1, 0]
     assert forgetting(make_records(fading_outcomes(90, [0.1, 0.5, 0.9]))).tolist() == [0] * 90
     faded = forgetting(make_records(fading_outcomes(90, [0.9, 0.95, 0.8, 0.7])))

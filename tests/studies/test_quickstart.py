@@ -3,21 +3,23 @@
 
 import logging
 import re
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
-from toy_study import VARIANTS, rerun
+from toy_study import AS_TEXT, VARIANTS, rerun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from trl_selfdistill.files import read_json
+from trl_selfdistill.studies import check
 from trl_selfdistill.studies.fact_accuracy import ask_facts, read_records
 from trl_selfdistill.studies.facts.table import read_facts
 from trl_selfdistill.studies.results import read_result, render_table
 from trl_selfdistill.studies.runs import StudySetup, Variant, train_variant
-from trl_selfdistill.studies.stages import facts_of_mix
+from trl_selfdistill.studies.stages import base_stage, facts_of_mix
 from trl_selfdistill.studies.training_mix import load_mix
 
 
@@ -29,6 +31,25 @@ def test_checkpoints_load_and_answer_as_recorded(toy_study, name):
     recorded = read_records(folder / "accuracy.jsonl")[-1].answers
     for split, facts in load_mix(toy_study.output / "mix").items():
         assert ask_facts(model, tokenizer, facts) == recorded[split]
+
+
+def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tmp_path, monkeypatch):
+    model, tokenizer = toy_study.model, AutoTokenizer.from_pretrained(toy_study.model)
+    asked, answer = [], check.answer_prompts
+    monkeypatch.setattr(check, "answer_prompts", lambda *args, **how: asked.append(args[2]) or answer(*args, **how))
+    config, records = SFTConfig(tmp_path, bf16=False, use_cpu=True, report_to="none"), []
+    for name, template in (("text", None), ("chat", AS_TEXT)):
+        shutil.copytree(model, tmp_path / name, ignore=shutil.ignore_patterns("chat_template.jinja"))
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        setup = StudySetup(str(tmp_path / name), toy_study.output / "mix", config)
+        records += read_records(base_stage(setup, toy_study.facts, tmp_path / f"{name}-answers"))
+    assert [record.prompts for record in records] == ["few-shot", "few-shot chat"]
+    assert records[0].answers == records[1].answers and records[0].accuracy("heldout") > 0.6
+    heldout = load_mix(setup.mix)["heldout"]
+    assert {*records[0].answers["heldout"]} == {*heldout["fact_id"]}
+    for prompt, chat in zip(*asked, strict=True):
+        assert len(chat) == 2 * 4 + 1 and sum(question in prompt for question in heldout["question"]) == 1
 
 
 def test_variants_start_from_stage1_and_are_evaluated_each_epoch(toy_study):
@@ -69,6 +90,7 @@ def test_each_checkpoint_has_a_card(toy_study, name):
     card = ModelCard.load(toy_study.output / name / "README.md")
     assert card.data.library_name == "transformers" and "trl-selfdistill" in card.data.tags
     assert "num_train_epochs" in card.text and "accelerate launch" in card.text
+    assert "difference from the base" in card.text and "solved exemplars as turns of its chat template;" in card.text
     for private in (str(toy_study.output.parent), "/tmp/", "/home/", ".partial"):
         assert private not in card.content
     if name != "stage1":
@@ -103,7 +125,7 @@ def test_every_stage_loads_the_model_with_the_arguments_asked_for(copied_study, 
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
     rerun(copied_study, "--model_init_kwargs", '{"attn_implementation": "eager"}', "--variants", "sft")
-    assert seen == ["eager"] * 3  # SLiCK, stage 1, SFT
+    assert seen == ["eager"] * 4  # SLiCK, the base, stage 1, SFT
 
 
 def test_facts_that_slick_leaves_out_cannot_be_the_new_ones(copied_study):
@@ -113,7 +135,7 @@ def test_facts_that_slick_leaves_out_cannot_be_the_new_ones(copied_study):
 
 def test_real_new_facts(copied_study):
     flags = ("--new_facts", "real", "--num_new", "4", "--max_answer_share", "0.5", "--variants", "selfdistill")
-    assert rerun(copied_study, *flags, "--num_train_epochs", "1") == {"mix", "stage1", "selfdistill"}
+    assert rerun(copied_study, *flags, "--num_train_epochs", "1") == {"mix", "base", "stage1", "selfdistill"}
     annotated = read_facts(copied_study.output / "annotated" / "facts.jsonl")
     unknown = {fact["fact_id"] for fact in annotated if fact["slick_category"] == "Unknown"}
     new = load_mix(copied_study.output / "mix")["new"]
@@ -124,7 +146,7 @@ def test_real_new_facts(copied_study):
 def test_the_study_runs_in_4_bit(copied_study):
     """Adapters on a quantised base, from the annotation to the report."""
     adapter = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--num_train_epochs", "1"]
-    assert rerun(copied_study, "--load_in_4bit", *adapter) == {"annotated", "mix", "stage1", *VARIANTS}
+    assert rerun(copied_study, "--load_in_4bit", *adapter) == {"annotated", "mix", "base", "stage1", *VARIANTS}
     for name in ("stage1", *VARIANTS):
         folder = copied_study.output / name
         assert not (folder / "model.safetensors").exists()  # the base is not saved again, merged or not

@@ -16,9 +16,8 @@ def folders(tmp_path):
     """Three results: the baseline forgets much, the second hardly anything, the third about as much as the first."""
     new = fading_outcomes(20, [0.0, 0.5, 0.85])
     curves = {"sft": [0.9, 1.0, 0.7], "selfdistill": [0.9, 1.0, 0.975], "frozen": [0.9, 1.0, 0.725]}
-    return [
-        write_result(tmp_path / name, make_records(fading_outcomes(80, curve), new)) for name, curve in curves.items()
-    ]
+    records = {name: make_records(fading_outcomes(80, curve), new) for name, curve in curves.items()}
+    return [write_result(tmp_path / name, of_name) for name, of_name in records.items()]
 
 
 def read(folders) -> list:
@@ -49,9 +48,7 @@ def test_hallucination_rates_are_those_of_the_metric(folders):
         texts = [[answer.text for answer in record.answers["heldout"].values()] for record in result.records]
         scores = score_hallucinations(texts[-1], ["Peru"] * 80, baseline_predictions=texts[0])
         rates = result.hallucination_rates()
-        assert len(rates) == 3 and rates == {name: scores[name] for name in rates} | {
-            name: result.summary()[name] for name in rates
-        }
+        assert len(rates) == 3 and all(scores[name] == result.summary()[name] == rates[name] for name in rates)
     assert result.name == "frozen" and 0 < rates["induced_hallucination_rate"] < rates["hallucination_rate"]
     alone = result._replace(training=result.training | {"started_from": None})
     assert alone.hallucination_rates()["induced_hallucination_rate"] is None

@@ -164,8 +164,7 @@ def annotate_facts(
         `Dataset`: The facts that are not exemplars, in their order, with the new columns, the same on each process.
 
     Raises:
-        `ValueError`: If a column is missing, a relation has too few facts, the progress file is of other work, or no
-            fact is HighlyKnown where only such are wanted.
+        `ValueError`: If a column is missing, a relation has too few facts, or the progress file is of other work.
     """
     missing = [column for column in _REQUIRED_COLUMNS if column not in facts.column_names]
     if missing or not len(facts):
@@ -194,8 +193,6 @@ def annotate_facts(
                 outcomes[row].append(result)
         if settings.only_highly_known:
             outcomes = {row: results for row, results in outcomes.items() if results[-1][0]}
-    if not outcomes:
-        raise ValueError(f"None of {len(asked)} facts is HighlyKnown: take a model that knows more, or other facts")
     if settings.only_highly_known:
         logger.info(f"SLiCK: {len(outcomes)} of {len(asked)} facts are HighlyKnown, and the others are left out.")
     return _add_columns(asked.select([*outcomes]), [*outcomes.values()], settings)

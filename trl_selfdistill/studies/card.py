@@ -44,14 +44,16 @@ def write_model_card(variant: VariantResult, variants: list[VariantResult], fold
         "findings": render_findings(variants),
         "num_facts": variant.summary()["num_facts"],
         "has_before": variant.before is not None,
+        "base_prompts": variant.base and variant.base.prompts,
         "has_figure": (folder / "curves.png").is_file(),
     }
     return update_model_card(folder, training=training, results=results)
 
 
 def render_metrics(variant: VariantResult, variants: list[VariantResult]) -> str:
-    """The metrics at the end of a variant, before it and of plain SFT, and the differences, fact by fact."""
-    others = {} if variant.before is None else {"before": variant.before}
+    """The metrics at the end of a variant, of others that it is compared with, and the differences, fact by fact."""
+    others = {"the base": variant.base, "before": variant.before}
+    others = {name: record for name, record in others.items() if record is not None}
     if sft := [other for other in variants if method_of(other.training) == "sft" and other is not variant]:
         others["plain SFT"] = sft[0].records[-1]
     header = ["fraction in [0, 1], 95 % interval", "this model", *others]
@@ -59,9 +61,10 @@ def render_metrics(variant: VariantResult, variants: list[VariantResult]) -> str
     rows = []
     for name, _, split, outcome in _METRICS:
         ours = variant.records[-1].outcomes(split, outcome)
-        theirs = [record.outcomes(split, outcome) for record in others.values()]
-        rates = [format_interval(mean_interval(values.astype(bool))) for values in (ours, *theirs)]
-        rows.append([name, *rates, *(format_interval(mean_interval(ours - values), signed=True) for values in theirs)])
+        theirs = [r.outcomes(split, outcome) if split in r.answers else None for r in others.values()]
+        rates = ["-" if v is None else format_interval(mean_interval(v.astype(bool))) for v in (ours, *theirs)]
+        changes = ["-" if v is None else format_interval(mean_interval(ours - v), signed=True) for v in theirs]
+        rows.append([name, *rates, *changes])
     return markdown_table(header, rows)
 
 

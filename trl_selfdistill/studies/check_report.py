@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of a check: which of the facts that a base model HighlyKnows a model made from it has lost."""
 
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from ..files import warn_without, write_json
 from ..hallucination.intervals import Interval
 from ..hallucination.metric import RATES, score_hallucinations
 from ..hallucination.verdict import Verdict, judge_loss
 from ..hub.environment import describe_environment
 from ..hub.model_card import escape_markdown
 from .markdown import format_interval, markdown_table
-from .results import OKABE_ITO
 
 
 _VERDICTS = {
@@ -21,8 +18,6 @@ _VERDICTS = {
     "beyond": "Beyond the tolerance of {:g}",
     "undecided": "Too few facts to tell whether the loss is within the tolerance of {:g}",
 }
-_MOST_SHOWN = 50  # of the lost facts, in the report; `check.json` has all
-_MOST_DRAWN = 40  # relations in the figure, those that lost most
 _PAIRED = {"forgetting_rate": "right before, not now", "induced_hallucination_rate": "right before, hallucinated now"}
 
 
@@ -96,51 +91,3 @@ def render_section(report: dict[str, Any]) -> str:
         f"`trl-selfdistill check`, {report['environment']['date'][:10]}.",
     ]
     return f"## Facts that it forgot\n\n**{report['summary']}**\n\n{markdown_table(header, rows)}\n\n{' '.join(how)}"
-
-
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Writes `check.json`, `check.md` and `check.png` to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "check.json", report)
-    header = ["relation", "facts", "accuracy before", "after", "forgetting rate"]
-    rows = []
-    for name, scores in report["relations"].items():
-        rates = [scores[key] for key in ("baseline_accuracy", "accuracy", "forgetting_rate")]
-        shown = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
-        rows.append([escape_markdown(name), str(scores["num_predictions"]), *shown])
-    columns = ("question", "answer", "base_answer", "model_answer")
-    lost = [[escape_markdown(row[column]) for column in columns] for row in report["lost"][:_MOST_SHOWN]]
-    shown = f", the first {_MOST_SHOWN}" if len(report["lost"]) > _MOST_SHOWN else ""
-    figure = folder / "check.png"
-    figure.unlink(missing_ok=True)
-    with warn_without(figure):
-        _plot(report, figure)
-    parts = [
-        f"# {escape_markdown(report['model'])}: what it kept of what {escape_markdown(report['base'])} knows",
-        render_section(report),
-        f"## By relation\n\n{markdown_table(header, rows)}",
-        *(["![Accuracy before and after, by relation](check.png)"] if figure.is_file() else []),
-        f"## Lost facts ({len(report['lost'])}{shown})",
-        markdown_table(["question", "right answer", "before", "after"], lost) if lost else "None.",
-    ]
-    (folder / "check.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def _plot(report: dict[str, Any], path: Path) -> None:
-    """A line for each relation from the accuracy before to that after, with its interval; most was lost at the top."""
-    from matplotlib.figure import Figure
-
-    relations = sorted(report["relations"].items(), key=lambda item: -item[1]["net_change"])[-_MOST_DRAWN:]
-    figure = Figure(figsize=(7, 1.4 + 0.35 * len(relations)), layout="constrained")
-    axis = figure.subplots()
-    for y, (_, scores) in enumerate(relations):
-        before, after = scores["baseline_accuracy"], scores["accuracy"]
-        axis.plot([before, after], [y, y], color="0.7", zorder=1)
-        ends = [[after - scores["accuracy_ci_low"]], [scores["accuracy_ci_high"] - after]]
-        axis.errorbar([after], [y], xerr=ends, fmt="s", color=OKABE_ITO[0], label=None if y else "after")
-        axis.plot([before], [y], "o", color=OKABE_ITO[1], label=None if y else "before")
-    names = [f"{name} ({scores['num_predictions']})".replace("$", r"\$") for name, scores in relations]
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="share of the known facts that are answered right", xlim=(-0.02, 1.02))
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)

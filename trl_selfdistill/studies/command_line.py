@@ -5,7 +5,11 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
 
 import torch
 from accelerate import PartialState
@@ -15,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 from yaml import YAMLError
 
+from ..files import shipped
 from .precision import choose_precision
 
 
@@ -45,10 +50,20 @@ class ScriptParser(TrlParser):
         return namespace, others
 
 
+def _show_error(prog: str, kind: type, error: BaseException, trace: TracebackType) -> None:
+    """Without a traceback what the file system says and what this package raises, which names what to change."""
+    source = Path(traceback.extract_tb(trace)[-1].filename).resolve()
+    is_own = any(source.is_relative_to(folder) for folder in (Path(__file__).parents[1], shipped("scripts").resolve()))
+    if issubclass(kind, OSError) or (issubclass(kind, ValueError | ImportError) and is_own):
+        sys.stderr.write(f"{prog}: error: {error}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def run_script(main: Callable, dataclass_types: Iterable[type], description: str, usage_status: int = 2) -> None:
     """
     Parses the command line and calls `main` with one instance of each of `dataclass_types`. On Ctrl-C the process
-    exits with status 130 and says how to go on.
+    exits with status 130 and says how to go on, and an error about the input ends it with 1 and without a traceback.
 
     Args:
         main (`Callable`): What the script does. Returns the exit status, or nothing for 0.
@@ -70,6 +85,7 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
         formatter_class=_HelpFormatter,
     )
     parser.usage_status = usage_status
+    sys.excepthook = partial(_show_error, parser.prog)
     try:
         arguments = parser.parse_args_and_config()
     except (OSError, ValueError, YAMLError) as error:  # of a dataclass, about the values, or of the configuration
@@ -77,7 +93,9 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     # Without a training configuration nobody has told accelerate that the processes of the launcher run on CPUs: not
     # told, it takes each of several for the only one
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if parser.precision is not None and state.is_main_process:
+    if not state.is_main_process:
+        logging.getLogger("trl_selfdistill").setLevel(logging.ERROR)  # the main one says it once
+    if parser.precision is not None:
         logger.log(*parser.precision)
     try:
         status = main(*arguments)

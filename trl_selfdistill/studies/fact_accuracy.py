@@ -32,11 +32,13 @@ class AccuracyRecord(NamedTuple):
         step (`int`): Optimizer steps done.
         epoch (`float`): Epochs done.
         answers (`dict[str, dict[str, FactAnswer]]`): For each set of facts, `fact_id` -> what was answered.
+        prompts (`str`, *optional*, defaults to `"zero-shot"`): How they were asked.
     """
 
     step: int
     epoch: float
     answers: dict[str, dict[str, FactAnswer]]
+    prompts: str = "zero-shot"
 
     def accuracy(self, name: str) -> float:
         """Share of the facts of set `name` that were answered correctly, in [0, 1]."""
@@ -63,26 +65,15 @@ def forgetting(records: list[AccuracyRecord]) -> np.ndarray:
 def ask_facts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Dataset, **settings
 ) -> dict[str, FactAnswer]:
-    """
-    Asks `model` every fact's question without exemplars. A collective, in which each process asks a share.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model to ask.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        facts (`Dataset`): The facts.
-        settings: Other arguments of [`~trl_selfdistill.slick.answering.answer_prompts`].
-
-    Returns:
-        `dict[str, FactAnswer]`: `fact_id` -> its answer.
-    """
-    return _judged(facts, answer_prompts(model, tokenizer, _prompts(facts), **settings))
+    """`fact_id` -> the answer without exemplars; `settings` are those of `answer_prompts`. A collective."""
+    return judge_answers(facts, answer_prompts(model, tokenizer, _prompts(facts), **settings))
 
 
 def _prompts(facts: Dataset) -> list[str]:
     return [question_prompt(question) for question in facts["question"]]
 
 
-def _judged(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
+def judge_answers(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
     """The answers with the verdicts of the metric."""
     examples = score_hallucinations(answers, accepted_answers(facts, "facts"), detailed=True)["examples"]
     judged = [FactAnswer(example["outcome"], example["prediction"]) for example in examples]
@@ -140,7 +131,7 @@ class FactAccuracyCallback(TrainerCallback):
 
     def _ask(self, state) -> None:
         answers = {
-            name: _judged(facts, answers_in_training(self.trainer, _prompts(facts)))
+            name: judge_answers(facts, answers_in_training(self.trainer, _prompts(facts)))
             for name, facts in self.fact_sets.items()
         }
         record = AccuracyRecord(state.global_step, round(state.epoch or 0.0, 6), answers)

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
@@ -69,12 +70,15 @@ def load_model_and_tokenizer(
     config = ModelConfig() if config is None else config
     tokenizer = load_tokenizer(name_or_path, config.model_revision, trust_remote_code)
     options = {"trust_remote_code": trust_remote_code, **loading_options(config), **(init_kwargs or {})}
+    loader = AutoModelForCausalLM
     if (Path(name_or_path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=True, **options)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        loader, options["is_trainable"] = AutoPeftModelForCausalLM, True
+    try:
+        model = loader.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ValueError(f"{name_or_path} cannot be loaded as a causal language model: {error}") from error
     keep_trainable(model)
     return model.eval(), tokenizer
 
@@ -112,6 +116,8 @@ def model_version(name_or_path: str) -> str:
     folder, configs = Path(name_or_path), ("config.json", "adapter_config.json")
     if any((folder / name).is_file() for name in configs):
         found = [(folder / name).read_text(encoding="utf-8") for name in configs if (folder / name).is_file()]
+        if (folder / configs[1]).is_file():
+            found.append(model_version(read_json(folder / configs[1])["base_model_name_or_path"]))
         return checksum([weights_sha256(folder), *found]) if any(folder.glob("*.safetensors")) else fingerprint(folder)
     for name in configs if hub_id(name_or_path) else ():
         with suppress(EntryNotFoundError):

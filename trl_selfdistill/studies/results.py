@@ -14,6 +14,7 @@ from .markdown import format_interval, markdown_table
 RECORDS_FILE = "accuracy.jsonl"
 TRAINING_FILE = "training.json"
 DRIFT_FILE = "drift.jsonl"
+BASE_FILE = "base.jsonl"
 OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # colours that colour-blind readers can tell apart
 LEGEND = """\
 Held-out facts were known and are never trained on: forgetting is the peak of their accuracy minus its end,
@@ -31,12 +32,14 @@ class VariantResult(NamedTuple):
         records (`list[AccuracyRecord]`): The run's evaluations, from before the first step to the end.
         training (`dict`): Content of `training.json`: settings, cost, the trainer's log.
         drift (`list[dict]`, *optional*): Lines of `drift.jsonl`, empty without a drift probe.
+        base (`AccuracyRecord`, *optional*): What the model of the study answers to the held-out facts, untrained.
     """
 
     name: str
     records: list[AccuracyRecord]
     training: dict
     drift: list[dict] = []
+    base: AccuracyRecord | None = None
 
     @property
     def title(self) -> str:
@@ -104,7 +107,12 @@ def read_result(folder: Path) -> VariantResult:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no finished run: {file} is missing. Train the variant first.")
     drift = read_jsonl(folder / DRIFT_FILE) if (folder / DRIFT_FILE).is_file() else []
-    return VariantResult(folder.name, read_records(folder / RECORDS_FILE), read_json(folder / TRAINING_FILE), drift)
+    records, training, base = read_records(folder / RECORDS_FILE), read_json(folder / TRAINING_FILE), None
+    if (folder / BASE_FILE).is_file():
+        [base] = read_records(folder / BASE_FILE)
+        same = {fact_id: base.answers["heldout"][fact_id] for fact_id in records[-1].answers["heldout"]}
+        base = base._replace(answers={"heldout": same})  # a comparison asks a part of the held-out facts
+    return VariantResult(folder.name, records, training, drift, base)
 
 
 def render_table(results: list[VariantResult]) -> str:

@@ -25,7 +25,7 @@ from .arguments import rows_per_step
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
 from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
-from .results import RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
+from .results import BASE_FILE, RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
 
@@ -82,6 +82,7 @@ class StudySetup(NamedTuple):
         model_args ([`~trl.ModelConfig`], *optional*): How the model is loaded, and whether an adapter is trained.
         annotated (`Path`, *optional*): The facts that the mix was chosen from.
         label (`str`, *optional*): The model's name for readers.
+        base (`Path`, *optional*): File of what it answers untrained, asked with exemplars.
     """
 
     start: str
@@ -90,6 +91,7 @@ class StudySetup(NamedTuple):
     model_args: ModelConfig = ModelConfig()
     annotated: Path | None = None
     label: str = ""
+    base: Path | None = None
 
     def load(self, model: str | Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A model, by default the one that every run starts from, with its tokenizer."""
@@ -202,15 +204,15 @@ def train_variant(
         trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, records, eval_epochs, before))
         if variant.prepare is not None:
             variant.prepare(trainer, partial)
-        times = StepTimes()
-        trainer.add_callback(times)
+        trainer.add_callback(times := StepTimes())
         with label_positions_only():  # in every run, so that their seconds a step can be compared
             trainer.train(resume_from_checkpoint=checkpoint)
         if keep_model:
             trainer.save_model()
         if trainer.is_world_process_zero():
-            training = _describe_run(trainer, variant, setup, run_facts)
-            write_json(partial / TRAINING_FILE, training | times.summary(training["num_steps"]))
+            write_json(partial / TRAINING_FILE, _describe_run(trainer, variant, setup, run_facts, times))
+            if setup.base is not None:
+                shutil.copyfile(setup.base, partial / BASE_FILE)
             for path in [*partial.glob("checkpoint-*"), *partial.glob("_*")]:  # optimizers, teachers, caches
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if keep_model:
@@ -238,11 +240,13 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
     return variant.trainer_class(model, config, train_dataset=rows, processing_class=tokenizer, **options)
 
 
-def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts) -> dict:
-    """What the report and the model card say of a run, beside its accuracy and its cost."""
+def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: RunFacts, times: StepTimes) -> dict:
+    """What the report and the model card say of a run, beside its accuracy."""
+    training = describe_training(trainer)
     trained_on = {name: part for name, part in (("known", facts.known), ("new", facts.new)) if len(part)}
     return {
-        **describe_training(trainer),
+        **training,
+        **times.summary(training["num_steps"]),
         "label": variant.title,
         "about": variant.about,
         "origin": _origin(setup.start),

@@ -17,13 +17,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    DataCollatorForSeq2Seq,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_scheduler,
-)
+from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
 from ..slick.likelihood import score_answers
 from ..slick.prompts import answer_completion, few_shot_prompt, question_prompt

@@ -6,6 +6,7 @@ facts -> model -> annotated -> mix -> stage1 -> one folder for each run (see `ru
 
 import os
 import shutil
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..files import warn_without, write_json
 from ..hub.model_card import CARD_FILE, escape_markdown
-from ..slick.slick import annotate_facts
+from ..slick.slick import PRESETS, annotate_facts
 from ..trainers import SelfDistillSFTConfig
 from ..trainers.frozen_groups_sft_config import copy_config
 from .arguments import FactsArguments, SlickArguments, Stage1Arguments
 from .card import write_model_card
+from .check import answer_at_once, ask_few_shot
+from .fact_accuracy import AccuracyRecord, judge_answers, write_records
 from .facts.geonames import geonames_facts, known_place_names
 from .facts.table import load_facts, read_facts, save_facts
 from .models import (
@@ -31,7 +34,7 @@ from .models import (
     model_to_ask,
     save_embedded_model,
 )
-from .results import LEGEND, plot_curves, read_result, render_findings, render_table
+from .results import BASE_FILE, LEGEND, plot_curves, read_result, render_findings, render_table
 from .runs import RunFacts, StudySetup, Variant, train_variant
 from .small_llama import SmallLlamaSettings, pretrain_small_llama
 from .stage import run_stage
@@ -74,6 +77,7 @@ def prepare_study(
     annotated = annotate_stage(model, model_args, facts, slick_args, output / "annotated", config)
     mix = mix_stage(annotated, mix_settings, output / "mix", seed=config.seed)
     setup = StudySetup(model, mix, config, model_args, annotated, label)
+    setup = setup._replace(base=base_stage(setup, facts, output / "base"))
     start = _stage1_stage(stage1_args, setup, output / "stage1")
     return setup._replace(start=os.fspath(start))
 
@@ -125,7 +129,10 @@ def wanted_facts(arguments: FactsArguments) -> Dataset:
     if arguments.facts == "geonames":
         facts = geonames_facts(arguments.fact_relations)
     else:
-        facts = load_facts(arguments.facts, arguments.facts_split)
+        try:
+            facts = load_facts(arguments.facts, arguments.facts_split)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`facts`: {error}") from error
     table = facts.select_columns(["relation", "answer"]).to_pandas()
     relations = arguments.fact_relations or table["relation"]
     if missing := set(relations) - set(table["relation"]):
@@ -160,6 +167,8 @@ def annotate_stage(
         how = {"batch_size": slick.slick_batch_size, "progress_file": partial / "progress.jsonl"}
         with model_to_ask(model, model_args, run.bf16, run.trust_remote_code, init_kwargs) as asked:
             annotated = annotate_facts(read_facts(facts), *asked, settings, **how)
+        if not len(annotated):
+            raise ValueError("No fact is HighlyKnown: take another `model_name_or_path`, or `facts` that it knows.")
         if PartialState().is_main_process:
             save_facts(annotated, partial / FACTS_FILE)
 
@@ -188,6 +197,34 @@ def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 
             save_facts(split, partial / f"{name}.jsonl")
 
     return run_stage(folder, {"mix": asdict(settings), "seed": seed}, [annotated], work)
+
+
+def base_stage(setup: StudySetup, facts: Path, folder: Path) -> Path:
+    """
+    Asks the model itself the held-out facts as `check` does, after solved facts of their relation, which are not held
+    out, and through its chat template if it has one. Writes `base.jsonl` to `folder` and returns it.
+    """
+    config = setup.config
+
+    def work(partial: Path) -> None:
+        heldout = load_mix(setup.mix)["heldout"]
+        held_out, solved = {*heldout["fact_id"]}, defaultdict(list)
+        for fact in read_facts(facts).shuffle(config.seed):
+            if fact["fact_id"] not in held_out:
+                solved[fact["relation"]].append((fact["question"], fact["answer"]))
+        exemplars = {relation: pairs[: PRESETS["quick"].num_shots] for relation, pairs in solved.items()}
+        options = config.bf16, config.trust_remote_code, config.model_init_kwargs
+        with model_to_ask(setup.start, setup.model_args, *options) as (model, tokenizer):
+            chat = answer_at_once(tokenizer)
+            how = {"progress_file": partial / "progress.jsonl", "title": "The base"}
+            answers = judge_answers(heldout, ask_few_shot(model, tokenizer, heldout, exemplars, chat, **how))
+        if PartialState().is_main_process:
+            prompts = "few-shot chat" if chat else "few-shot"
+            write_records(partial / BASE_FILE, [AccuracyRecord(0, 0.0, {"heldout": answers}, prompts)])
+
+    identity, inputs = model_identity(setup.start, setup.model_args)
+    arguments = {"bf16": config.bf16, "seed": config.seed, "model_init_kwargs": config.model_init_kwargs, **identity}
+    return run_stage(folder, arguments, [setup.mix, *inputs], work, every_process=True) / BASE_FILE
 
 
 def facts_of_mix(mix: Path, splits: tuple[str, ...] = ("known", "new")) -> RunFacts:

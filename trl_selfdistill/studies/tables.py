@@ -65,6 +65,7 @@ def load_table(name_or_path: str | os.PathLike, split: str = "train", config: st
 def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
     """The rows, each with its place for errors, as a `Dataset` with the columns of all; what a row lacks is `None`."""
     rows: list[dict] = []
+    places: list[str] = []
     columns: dict[str, None] = {}  # in the order in which they come up
     kinds: dict[str, type] = {}
     for place, row in located_rows:
@@ -76,11 +77,18 @@ def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
             if value is not None and kinds.setdefault(name, kind) is not kind:
                 raise ValueError(f"{place}: {name} is {value!r}, not of the type of the rows before; give it one type")
         rows.append(row)
+        places.append(place)
     table = {name: [row.get(name) for row in rows] for name in columns}
     try:
         return Dataset.from_dict(table, on_mixed_types="use_json")
-    except (OverflowError, UnicodeEncodeError) as error:  # numbers of more than 64 bits, halves of surrogate pairs
-        raise ValueError(f"{place}, or a row before it, has a value that no table can hold ({error})") from error
+    except (OverflowError, UnicodeEncodeError):  # numbers of more than 64 bits, halves of surrogate pairs
+        for place, row in zip(places, rows, strict=True):
+            for name, value in row.items():
+                try:
+                    Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
+                except (OverflowError, UnicodeEncodeError) as error:
+                    raise ValueError(f"{place}: {name} is {value!r}, which no table can hold ({error})") from error
+        raise
 
 
 def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dataset | Iterator[tuple[str, Any]]:
@@ -94,7 +102,10 @@ def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dat
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         data = load_from_disk(folder)
         return _choose(data if isinstance(data, DatasetDict) else {"train": data}, split, path)
-    builder = load_dataset_builder(os.fspath(path), config)
+    try:
+        builder = load_dataset_builder(os.fspath(path), config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read here, nor as a dataset of the Hub ({error})") from error
     if builder.name not in ("csv", "json") or getattr(builder.config, "field", None):
         return load_dataset(os.fspath(path), config, split=split)
     files = _choose({str(name): files for name, files in builder.config.data_files.items()}, split, path)

@@ -85,6 +85,8 @@ def test_all_variants_start_alike_and_make_as_many_steps(finished):
             assert steps == ([0, 4, 8] if variant == "sft" else [0, result.training["num_steps"]])
     kept = {path.parent.name for path in (finished / "runs").glob("*/*.safetensors")}
     assert kept == {f"sft-seed{seed}" for seed in range(3)}
+    cards = [(finished / "runs" / name / "README.md").read_text() for name in kept]
+    assert all("difference from the base" in card for card in cards)
 
 
 def test_the_facts_that_choose_when_to_stop_are_not_those_that_judge(finished):

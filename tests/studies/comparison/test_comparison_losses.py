@@ -57,9 +57,8 @@ def test_the_matched_weight_makes_the_gradients_equally_large(tmp_path):
     mask = inputs["labels"][:, 1:] != -100
     student, teacher = ((each(**inputs).logits[:, :-1][mask] / 0.5).log_softmax(-1) for each in (model, start))
     kl = 0.5**2 * (teacher.exp() * (teacher - student)).sum(-1).mean()
-    assert weight == pytest.approx(
-        (total_norm(torch.autograd.grad(kl, [*model.parameters()])) / distance).item(), 1e-3
-    )
+    gradient = torch.autograd.grad(kl, [*model.parameters()])
+    assert weight == pytest.approx((total_norm(gradient) / distance).item(), 1e-3)
 
 
 def total_norm(tensors) -> torch.Tensor:

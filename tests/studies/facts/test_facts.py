@@ -31,12 +31,9 @@ def test_a_table_from_a_file_or_from_rows(tmp_path):
 
 
 def test_a_table_comes_back_with_its_other_columns(tmp_path):
-    facts = facts_from_rows(
-        [
-            row(aliases=["République \u2028 française"], p_correct_greedy=0.5, slick_category="MaybeKnown"),
-            row("Oslo", "Norway", p_correct_greedy=None, slick_category="Unknown", fact_id="mine/1"),
-        ]
-    )
+    rows = [row(aliases=["République \u2028 française"], p_correct_greedy=0.5, slick_category="MaybeKnown")]
+    rows += [row("Oslo", "Norway", p_correct_greedy=None, slick_category="Unknown", fact_id="mine/1")]
+    facts = facts_from_rows(rows)
     path = tmp_path / "new folder" / "facts.jsonl"
     save_facts(facts, path)
     assert os.listdir(path.parent) == ["facts.jsonl"] and "République" in path.read_text(encoding="utf-8")
@@ -89,13 +86,8 @@ def test_forms_of_aliases_and_none_is_redundant(aliases):
 
 
 def test_repeated_questions_are_merged_and_contradictions_dropped(caplog):
-    rows = [
-        row("Izmir", "Turkey", aliases=["Türkiye"], note="first"),
-        row("Paris", "France"),
-        row("IZMIR", "Türkiye", aliases=["Turkiye"], note="second"),
-        row("ＰＡＲＩＳ", "United States"),
-        row(),
-    ]
+    rows = [row("Izmir", "Turkey", aliases=["Türkiye"], note="first"), row("Paris", "France")]
+    rows += [row("IZMIR", "Türkiye", aliases=["Turkiye"], note="second"), row("ＰＡＲＩＳ", "United States"), row()]
     facts = facts_from_rows(rows)
     assert facts["subject"][:] == ["Izmir", "Lyon"]
     assert facts[0]["aliases"] == ["Türkiye", "Turkiye"] and facts[0]["note"] == "first"

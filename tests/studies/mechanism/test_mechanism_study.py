@@ -40,9 +40,8 @@ def test_every_run_is_made_once():
     assert {run for run in runs if run.values == "uuid"} == {*runs} - {*without}
     # A further size needs its own runs only
     further = mechanism_variants(MechanismArguments(num_synthetic_facts=[100, 200, 300, 1000]))
-    assert {run.name for run in {*further} - {*runs}} == {
-        f"{keys}-keys-real-values-200" for keys in ("recombined", "uuid")
-    }
+    names = {run.name for run in {*further} - {*runs}}
+    assert names == {f"{keys}-keys-real-values-200" for keys in ("recombined", "uuid")}
     assert MechanismVariant(10, "overlap", "uuid", 0.25).label == "keys with overlap 0.25, UUID values"
 
 
