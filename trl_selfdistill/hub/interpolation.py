@@ -54,7 +54,7 @@ def interpolate(
     is_adapter = (folder / _ADAPTER_CONFIG).is_file()
     if (first is None and not is_adapter) or (first and (first / _ADAPTER_CONFIG).is_file() != is_adapter):
         kind = "an adapter, or unset where `end` started from nothing" if is_adapter else "a full model"
-        raise ValueError(f"`start` must be {kind}, as `end` is, got {start!r}. Merge an adapter to mix the two.")
+        raise ValueError(f"`start` must be {kind}, as `end` is, got {start!r}. Merge the adapter first.")
     with written_whole(output) as partial:
         partial.mkdir()
         for path in {path for pattern in _FILES for path in folder.glob(pattern) if path.suffix != ".safetensors"}:

@@ -98,7 +98,9 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         for option in ("frozen_groups", "trainable_groups"):
             value = getattr(self.args, option) or None
             if saved.get(option, value) != value:
-                raise ValueError(f"{checkpoint} was trained with `{option}={saved[option]}`, not {value}: set it.")
+                raise ValueError(
+                    f"{checkpoint} was trained with `{option}={saved[option]}`, not {value}. Resume with it."
+                )
         if self._frozen_check is not None:
             rows = saved.get("groups", {})
             self._frozen_check.resumed = {group: row["frozen_sha256"] for group, row in rows.items()}

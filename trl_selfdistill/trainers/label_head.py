@@ -61,8 +61,10 @@ def _hidden_states(model: PreTrainedModel, states: LabelStates) -> torch.Tensor:
 @torch.compiler.disable  # torch 2.11 loses fields of the named tuples made in compiled code
 def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide | None, **options):
     if teacher is not None and len(states.hidden_states) != len(teacher.hidden_states):
-        counts = f"{len(states.hidden_states)} label positions in a batch, the teacher {len(teacher.hidden_states)}"
-        raise ValueError(f"The student has {counts}: to a prompt-learning adapter, pass a `teacher_model` with one.")
+        raise ValueError(
+            f"The student has {len(states.hidden_states)} label positions in a batch, the teacher "
+            f"{len(teacher.hidden_states)}. A prompt-learning adapter shifts them: pass a `teacher_model` with it too."
+        )
     lm_head = lm_head_of(model)
     device = lm_head.weight.device  # with `device_map`, the backbone may end on another device than the head
     student_side, teacher_side = (states.hidden_states.to(device), lm_head), (None, None)

@@ -136,7 +136,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         later = given if self.takes_snapshot else ["anchors"] if self.anchors == "self" else []
         if self.precompute_teacher and later:
             raise ValueError(
-                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` in it. Unset one."
+                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` needs it in training. "
+                "Leave one of them unset."
             )
         metric = self.metric_for_best_model or "loss"
         if self.takes_snapshot and self.load_best_model_at_end and metric.endswith("loss"):

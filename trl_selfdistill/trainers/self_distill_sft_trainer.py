@@ -95,7 +95,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             return
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
-            raise ValueError("There is no KL with sequence or context parallelism. Unset it or set `kl_weight=0`.")
+            raise ValueError(
+                "The KL does not run with sequence or context parallelism. Unset it or set `kl_weight=0`."
+            )
         refuse_adapter_on_head(self.model, "model")
         student = base_causal_lm(self.model)
         add_label_head_forward(student)
