@@ -115,7 +115,7 @@ def test_the_model_of_another_trainer_as_teacher(tmp_path):
 def test_positions_that_the_teacher_does_not_have_are_refused(tmp_path):
     rows = Dataset.from_list([{"text": row["prompt"]} for row in FACTS])
     run = trainer(tmp_path, None, VIRTUAL_TOKENS | dict(train_dataset=rows, teacher_model=other_model()))
-    with pytest.raises(ValueError, match="prompt-learning adapter, pass a `teacher_model`"):
+    with pytest.raises(ValueError, match="prompt-learning adapter shifts them: pass a `teacher_model`"):
         run.train()
 
 
