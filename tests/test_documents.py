@@ -26,7 +26,7 @@ REPOSITORY = PROJECT["urls"]["Repository"]
 # Where README's links lead, which PyPI shows too, and its figure
 OWN = re.compile(rf"{REPOSITORY}/blob/main/|{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/main/")
 # Programs without TRL's parser: their help tells which flags they have
-OTHERS = ("public_facts", "benchmark", "check_", "compare_slick", "measure_on")
+OTHERS = ("public_facts", "benchmark", "check_", "compare_slick", "measure_on", "build_hub")
 
 
 def commands() -> list[str]:

@@ -175,10 +175,8 @@ def train_variant(
         ValueError: If the configuration asks for a push.
     """
     if setup.config.push_to_hub:
-        raise ValueError(
-            "`push_to_hub` would publish an unfinished run. Leave it unset, and publish what is finished: "
-            f"trl-selfdistill publish --checkpoints {folder} --repo_id your-name/my-model"
-        )
+        command = f"trl-selfdistill publish --checkpoints {folder} --repo_id your-name/my-model"
+        raise ValueError(f"`push_to_hub` would publish an unfinished run. Leave it unset, and later run {command}")
     config = training_config(variant, setup.config, num_steps)
     keep_model |= run_arguments(folder).get("keep_model", False)  # what is there has all that is asked for
     identity, inputs = model_identity(setup.start, setup.model_args)
