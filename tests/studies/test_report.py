@@ -107,4 +107,4 @@ def test_no_name_breaks_the_table_or_the_figure(folders, tmp_path):
     assert len(render_findings(results).splitlines()) == 2
     plot_curves(results, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.format == "PNG" and image.size == (1500, 600)
+        assert image.format == "PNG" and image.size == (1400, 560)  # 7 inches wide

@@ -12,8 +12,8 @@ from ..hallucination.metric import RATES, score_hallucinations
 from ..hallucination.verdict import Verdict, judge_loss
 from ..hub.environment import describe_environment
 from ..hub.model_card import escape_markdown
+from .figures import page_figure
 from .markdown import format_interval, markdown_table
-from .results import OKABE_ITO
 
 
 _VERDICTS = {
@@ -128,19 +128,16 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 def _plot(report: dict[str, Any], path: Path) -> None:
     """A line for each relation from the accuracy before to that after, with its interval; most was lost at the top."""
-    from matplotlib.figure import Figure
-
     relations = sorted(report["relations"].items(), key=lambda item: -item[1]["net_change"])[-_MOST_DRAWN:]
-    figure = Figure(figsize=(7, 1.4 + 0.35 * len(relations)), layout="constrained")
-    axis = figure.subplots()
-    for y, (_, scores) in enumerate(relations):
-        before, after = scores["baseline_accuracy"], scores["accuracy"]
-        axis.plot([before, after], [y, y], color="0.7", zorder=1)
-        ends = [[after - scores["accuracy_ci_low"]], [scores["accuracy_ci_high"] - after]]
-        axis.errorbar([after], [y], xerr=ends, fmt="s", color=OKABE_ITO[0], label=None if y else "after")
-        axis.plot([before], [y], "o", color=OKABE_ITO[1], label=None if y else "before")
-    names = [f"{name} ({scores['num_predictions']})".replace("$", r"\$") for name, scores in relations]
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="share of the known facts that are answered right", xlim=(-0.02, 1.02))
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
+    with page_figure(path, 1 + 0.25 * len(relations)) as figure:
+        axis = figure.subplots()
+        for y, (_, scores) in enumerate(relations):
+            before, after = scores["baseline_accuracy"], scores["accuracy"]
+            axis.plot([before, after], [y, y], color="0.7", marker="", zorder=1)
+            ends = [[after - scores["accuracy_ci_low"]], [scores["accuracy_ci_high"] - after]]
+            axis.errorbar([after], [y], xerr=ends, fmt="s", color="C4", label=None if y else "after")
+            axis.plot([before], [y], "o", color="C0", label=None if y else "before")
+        names = [f"{name} ({scores['num_predictions']})" for name, scores in relations]
+        axis.set_yticks(range(len(names)), names)
+        axis.set(xlabel="share of the known facts that are answered right", xlim=(-0.02, 1.02))
+        figure.legend(loc="outside upper right", ncols=2)
