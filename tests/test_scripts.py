@@ -16,6 +16,7 @@ from trl_selfdistill import FrozenGroupsSFTTrainer, cli
 from trl_selfdistill.files import read_json, read_jsonl, write_jsonl
 from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies import command_line
+from trl_selfdistill.studies.training_mix import SPLITS
 
 
 STAGE_SCRIPTS = sorted({*cli.PROGRAMS.values()} - {"publish_model.py", "check_distributed.py"})
@@ -66,15 +67,9 @@ def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     for name, (script, model, flags) in runs.items():
         run_script(script, "--mix", mix, "--model_name_or_path", model, "--output_dir", tmp_path / name, *flags)
     run_script("report.py", "--variants", tmp_path / "sft", tmp_path / "frozen", "--output_dir", tmp_path)
-    files = [
-        "facts/facts.jsonl",
-        "annotated/facts.jsonl",
-        "annotated/progress.jsonl",
-        "mix/known.jsonl",
-        "mix/new.jsonl",
-        "mix/heldout.jsonl",
-    ]
-    for file in [*files, *(f"{name}/model.safetensors" for name in runs)]:
+    files = ["facts/facts.jsonl", "annotated/facts.jsonl", "annotated/progress.jsonl"]
+    files += [f"mix/{split}.jsonl" for split in SPLITS] + [f"{name}/model.safetensors" for name in runs]
+    for file in files:
         assert (tmp_path / file).read_bytes() == (toy_study.output / file).read_bytes(), file
     ours, theirs = (read_json(folder / "results.json") for folder in (tmp_path, toy_study.output))
     for name in ("sft", "frozen"):

@@ -16,8 +16,7 @@ from packaging.version import Version
 
 FSDP2_ON_CPU = Version(torch.__version__) >= Version("2.7")
 needs_fsdp2_on_cpu = pytest.mark.skipif(
-    not FSDP2_ON_CPU,
-    reason="FSDP2 of torch 2.6 needs a GPU: 'Stream' object has no attribute 'record_event'",
+    not FSDP2_ON_CPU, reason="FSDP2 of torch 2.6 needs a GPU: 'Stream' object has no attribute 'record_event'"
 )
 
 

@@ -22,13 +22,7 @@ from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.process_sharding import ProgressFile
 from trl_selfdistill.slick.prompts import few_shot_prompt
-from trl_selfdistill.slick.slick import (
-    SLICK_COLUMNS,
-    SlickSettings,
-    annotate_facts,
-    reserve_exemplars,
-    slick_category,
-)
+from trl_selfdistill.slick.slick import SLICK_COLUMNS, SlickSettings, annotate_facts, reserve_exemplars, slick_category
 
 
 COUNTRIES = ["Norway", "Peru", "France", "Japan", "Austria"]
