@@ -86,6 +86,7 @@ class CheckedFacts(FactsArguments):
     """Of geonames the quickstart's limits, unless others are set: few facts with the same answer."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.facts == "geonames" and self.max_facts_per_relation is self.max_facts_per_answer is None:
             self.max_facts_per_relation, self.max_facts_per_answer = 1000, 14
 
