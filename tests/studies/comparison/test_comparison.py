@@ -68,7 +68,7 @@ def test_the_report_holds_what_the_runs_recorded(finished):
         for name, key in (("heldout", "stability"), ("new", "plasticity")):
             accuracy = sum(result.records[-1].accuracy(name) for result in results) / 3
             assert point[key]["value"] == pytest.approx(accuracy) and f"{accuracy:.3f} [" in report
-    assert Image.open(finished / "pareto.png").width > 1000 and " reach the aim by the means" in report
+    assert Image.open(finished / "methods.png").width > 1000 and " reach the aim by the means" in report
 
 
 def test_all_variants_start_alike_and_make_as_many_steps(finished):
