@@ -37,8 +37,8 @@ from trl_selfdistill.studies.check import (
 from trl_selfdistill.studies.check_report import compare_answers, render_section
 from trl_selfdistill.studies.command_line import run_script
 from trl_selfdistill.studies.facts.table import read_facts
+from trl_selfdistill.studies.figures import page_figure
 from trl_selfdistill.studies.markdown import markdown_table
-from trl_selfdistill.studies.results import OKABE_ITO
 from trl_selfdistill.studies.stages import wanted_facts
 
 
@@ -96,6 +96,7 @@ class CheckedFacts(FactsArguments):
     """Of geonames the quickstart's limits, unless others are set: few facts with the same answer."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.facts == "geonames" and self.max_facts_per_relation is self.max_facts_per_answer is None:
             self.max_facts_per_relation, self.max_facts_per_answer = 1000, 14
 
@@ -191,22 +192,19 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 def plot_relations(report: dict[str, Any], path: Path) -> None:
     """A line for each relation from the accuracy before to that after, with its interval; most was lost at the top."""
-    from matplotlib.figure import Figure
-
     relations = sorted(report["relations"].items(), key=lambda item: -item[1]["net_change"])[-MOST_DRAWN:]
-    figure = Figure(figsize=(7, 1.4 + 0.35 * len(relations)), layout="constrained")
-    axis = figure.subplots()
-    for y, (_, scores) in enumerate(relations):
-        before, after = scores["baseline_accuracy"], scores["accuracy"]
-        axis.plot([before, after], [y, y], color="0.7", zorder=1)
-        ends = [[after - scores["accuracy_ci_low"]], [scores["accuracy_ci_high"] - after]]
-        axis.errorbar([after], [y], xerr=ends, fmt="s", color=OKABE_ITO[0], label=None if y else "after")
-        axis.plot([before], [y], "o", color=OKABE_ITO[1], label=None if y else "before")
-    names = [f"{name} ({scores['num_predictions']})".replace("$", r"\$") for name, scores in relations]
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="share of the known facts that are answered right", xlim=(-0.02, 1.02))
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
+    with page_figure(path, 1 + 0.25 * len(relations)) as figure:
+        axis = figure.subplots()
+        for y, (_, scores) in enumerate(relations):
+            before, after = scores["baseline_accuracy"], scores["accuracy"]
+            axis.plot([before, after], [y, y], color="0.7", marker="", zorder=1)
+            ends = [[after - scores["accuracy_ci_low"]], [scores["accuracy_ci_high"] - after]]
+            axis.errorbar([after], [y], xerr=ends, fmt="s", color="C4", label=None if y else "after")
+            axis.plot([before], [y], "o", color="C0", label=None if y else "before")
+        names = [f"{name} ({scores['num_predictions']})" for name, scores in relations]
+        axis.set_yticks(range(len(names)), names)
+        axis.set(xlabel="share of the known facts that are answered right", xlim=(-0.02, 1.02))
+        figure.legend(loc="outside upper right", ncols=2)
 
 
 if __name__ == "__main__":

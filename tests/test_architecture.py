@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -110,11 +111,8 @@ def foreign_private_names(text: str) -> set[str]:
     found = {name for name in imported if re.search(r"^trl\.\w+\.|\b_[A-Za-z]", name)}
     text = re.sub(r"\btorch(\.\w+)+", "torch", text)
     found |= set(re.findall(r"\.(_[a-z]\w*)", text)) - OWN_NAMES - {*dir(NamedTuple("T", []))}
-    return found | {name for name in re.findall(r"\b_[a-z]\w*", text) if is_foreign(name)}
-
-
-def is_foreign(name: str) -> bool:
-    return any(hasattr(cls, name) for cls in FOREIGN_CLASSES)
+    named = re.findall(r"\b_[a-z]\w*", text)
+    return found | {name for name in named if any(hasattr(cls, name) for cls in FOREIGN_CLASSES)}
 
 
 def names_defined_in(path: Path) -> set[str]:
@@ -175,9 +173,12 @@ def test_importing_does_not_import_torch(module):
     assert module in loaded and not {*loaded} & {*HEAVY, "datasets"}
 
 
-def test_every_name_of_the_package_is_there():
-    for name in trl_selfdistill.__all__:
-        assert getattr(trl_selfdistill, name) is not None
+@pytest.mark.parametrize("package", ["", ".hallucination", ".losses", ".studies.drift", ".trainers"])
+def test_every_public_name_is_there_and_in_the_reference(package):
+    module, reference = import_module(f"trl_selfdistill{package}"), (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert name == "__version__" or re.search(rf"^::: [\w.]+\.{name}$", reference, re.MULTILINE), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         trl_selfdistill.nothing  # noqa: B018
 

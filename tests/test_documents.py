@@ -19,7 +19,7 @@ from trl_selfdistill import cli
 
 ROOT = SCRIPTS.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("evaluate_metrics/**/*.md")]
-DOCUMENTS += [ROOT / "model_cards/README.md"]
+DOCUMENTS += [ROOT / "model_cards/README.md", *ROOT.glob("docs/**/*.ipynb")]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]

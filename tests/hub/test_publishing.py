@@ -153,9 +153,6 @@ def test_a_name_that_the_hub_would_refuse_is_refused(checkpoint, name):
         plan_model(checkpoint, name, "mit")
 
 
-# The facts
-
-
 def test_facts_have_a_card_that_nothing_in_them_breaks(tmp_path):
     hostile = "x: [y]\n---\n<script>alert(1)</script> ](http://evil)"
     rows = [dict(slick_category="HighlyKnown", subject=hostile), dict(slick_category="Unknown", subject="a\u2028b")]
@@ -175,9 +172,6 @@ def test_facts_have_a_card_that_nothing_in_them_breaks(tmp_path):
         plan_dataset("alice/facts", "mit")
     with pytest.raises(PublishError, match="`mix` is .* which holds no known.jsonl"):
         plan_dataset("alice/facts", "mit", mix=tmp_path)
-
-
-# The script
 
 
 def test_a_dry_run_shows_every_file_and_opens_no_connection(checkpoint, tmp_path, capsys, monkeypatch):

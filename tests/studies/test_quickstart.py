@@ -80,6 +80,8 @@ def test_report_and_results_are_of_the_variants_and_their_figure_is_beside_each(
         heldout = [record.accuracy("heldout") for record in result.records]
         assert name == result.name and summary["heldout_curve"] == heldout
         assert summary["forgetting"]["value"] == pytest.approx(max(heldout) - heldout[-1])
+    folders = " ".join(str(toy_study.output / name) for name in VARIANTS)
+    assert f"trl-selfdistill publish --checkpoints {folders} --repo_id YOUR_NAME/" in toy_study.stdout
     figure = (toy_study.output / "curves.png").read_bytes()
     assert Image.open(toy_study.output / "curves.png").format == "PNG"
     assert all((toy_study.output / name / "curves.png").read_bytes() == figure for name in VARIANTS)
@@ -98,11 +100,6 @@ def test_each_checkpoint_has_a_card(toy_study, name):
         assert ("difference from plain SFT" in card.text) == (name != "sft")
         composition = read_json(toy_study.output / name / "training.json")["composition"]
         assert composition == {"known": {"HighlyKnown": 10}, "new": {"Unknown": 20}}
-
-
-def test_the_study_ends_with_the_command_that_publishes(toy_study):
-    folders = " ".join(str(toy_study.output / name) for name in VARIANTS)
-    assert f"trl-selfdistill publish --checkpoints {folders} --repo_id YOUR_NAME/" in toy_study.stdout
 
 
 def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_study, caplog):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+from itertools import combinations
 
 import pytest
 from PIL import Image
 from study_records import fading_outcomes, make_records, write_result
 
 from trl_selfdistill.hallucination import score_hallucinations
+from trl_selfdistill.studies.figures import label_ends, page_figure
 from trl_selfdistill.studies.markdown import format_interval
 from trl_selfdistill.studies.results import plot_curves, read_result, render_findings, render_table
 from trl_selfdistill.studies.stages import report_stage
@@ -104,4 +106,16 @@ def test_no_name_breaks_the_table_or_the_figure(folders, tmp_path):
     assert len(render_findings(results).splitlines()) == 2
     plot_curves(results, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.format == "PNG" and image.size == (1500, 600)
+        assert image.format == "PNG" and image.size == (1400, 560)  # 7 inches wide
+
+
+def test_lines_have_names_of_their_colours_which_do_not_overlap(tmp_path):
+    with page_figure(tmp_path / "figure.png") as figure:
+        axis = figure.subplots()
+        for name, end in {"a": 0.9, "b": 0.89, "c": 0.88, "_": 0.7}.items():
+            axis.plot([0, 1], [0.5, end], label=name)
+        label_ends(axis)
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axis.texts]
+    assert len(boxes) == 3 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(text.get_color() == line.get_color() for text, line in zip(axis.texts, axis.get_lines(), strict=False))

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
-import json
 import os
 import shlex
 import shutil
@@ -9,6 +8,7 @@ from importlib.metadata import version
 import pytest
 from trl import ModelConfig
 
+from trl_selfdistill.files import read_json
 from trl_selfdistill.studies.models import model_identity
 from trl_selfdistill.studies.stage import fingerprint, run_arguments, run_stage
 
@@ -40,10 +40,6 @@ def table(tmp_path):
     path = tmp_path / "table.jsonl"
     path.write_text("{}\n")
     return path
-
-
-def run_bytes(folder):
-    return (folder / "run.json").read_bytes()
 
 
 def test_a_stage_runs_again_only_if_an_argument_or_the_content_of_an_input_has_changed(tmp_path, table, work):
@@ -117,11 +113,11 @@ ERRORS = [ValueError("bad row"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_what_is_done_stays_and_the_next_run_goes_on(tmp_path, table, work, error):
     old = run_stage(tmp_path / "out", {"seed": 0}, [table], work)
-    before = run_bytes(old)
+    before = (old / "run.json").read_bytes()
     work.error = error
     with pytest.raises(type(error)):
         run_stage(tmp_path / "out", {"seed": 1}, [table], work)
-    assert run_bytes(old) == before and (old / "result").read_text() == "1"
+    assert (old / "run.json").read_bytes() == before and (old / "result").read_text() == "1"
     work.error = None
     run_stage(tmp_path / "out", {"seed": 1}, [table], work)
     assert "started" in work.found[-1]  # its own unfinished work
@@ -164,7 +160,7 @@ def test_a_stage_does_not_replace_its_own_input(tmp_path, table, work, as_folder
 def test_run_file_tells_how_the_result_was_made(tmp_path, table, work, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scripts/a.py", "--facts", str(tmp_path / "my facts.csv")])
-    run = json.loads(run_bytes(run_stage("out", {"seed": 0}, ["table.jsonl"], work)))
+    run = read_json(run_stage("out", {"seed": 0}, ["table.jsonl"], work) / "run.json")
     assert shlex.split(run["command"]) == ["scripts/a.py", "--facts", "my facts.csv"]
     assert run["arguments"] == {"seed": 0} and run["inputs"] == {"table.jsonl": fingerprint(table)}
     assert run["seconds"] >= 0 and run["versions"]["torch"] == version("torch")

@@ -22,8 +22,8 @@ class SlickCategory(StrEnum):
     UNKNOWN = "Unknown"
 
 
-# The rate of each outcome
 RATES = {"hallucination_rate": "hallucinated", "accuracy": "correct", "abstention_rate": "abstained"}
+"""The rate of each outcome."""
 # Names of columns in an example
 _SINGULAR = {"predictions": "prediction", "baseline_predictions": "baseline_prediction", "questions": "question"}
 _SINGULAR |= {"references": "references", "categories": "category", "relations": "relation"}

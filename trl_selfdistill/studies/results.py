@@ -8,6 +8,7 @@ from ..files import read_json, read_jsonl
 from ..hallucination.intervals import Interval, mean_interval
 from ..hub.model_card import escape_markdown
 from .fact_accuracy import AccuracyRecord, forgetting, read_records
+from .figures import label_ends, page_figure
 from .markdown import format_interval, markdown_table
 
 
@@ -15,7 +16,6 @@ RECORDS_FILE = "accuracy.jsonl"
 TRAINING_FILE = "training.json"
 DRIFT_FILE = "drift.jsonl"
 BASE_FILE = "base.jsonl"
-OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # colours that colour-blind readers can tell apart
 LEGEND = """\
 Held-out facts were known and are never trained on: forgetting is the peak of their accuracy minus its end,
 hallucinated and abstained are shares of them at the end. Known facts were known and are trained on.
@@ -161,20 +161,16 @@ def render_findings(results: list[VariantResult]) -> str:
 
 def plot_curves(results: list[VariantResult], path: Path) -> None:
     """Draws two panels over epochs: accuracy on the held-out facts, and on the new facts, a line for each variant."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    panels = (("heldout", "Known facts never trained on"), ("new", "New facts trained on"))
-    for axis, (name, heading) in zip(axes, panels, strict=True):
-        axis.set_prop_cycle(color=OKABE_ITO, marker=list("os^Dv"))
-        for result in results:
-            label = result.title.replace("$", r"\$")  # between dollars, matplotlib sets formulas
-            values = [record.accuracy(name) for record in result.records]
-            axis.plot([record.epoch for record in result.records], values, label=label)
-        num_facts = len(results[0].records[-1].answers[name])
-        axis.set(title=f"{heading} (n = {num_facts})", xlabel="epochs", ylabel="accuracy (exact match)")
-    axes[0].legend(frameon=False)
-    model = (results[0].training["origin"] or "A local model").split("/")[-1]
-    figure.suptitle(f"{model}: training on known and {results[0].training['mix']['mix']['new_facts']} new facts")
-    figure.savefig(path, dpi=150)
+    panels = {"heldout": "Known facts never trained on", "new": "New facts trained on"}
+    with page_figure(path) as figure:
+        axes = figure.subplots(1, 2)
+        for axis, (name, heading) in zip(axes, panels.items(), strict=True):
+            for result in results:
+                values = [record.accuracy(name) for record in result.records]
+                axis.plot([record.epoch for record in result.records], values, label=result.title)
+            axis.set(title=f"{heading} (n = {len(results[0].records[-1].answers[name])})", xlabel="epochs")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].set_ylabel("accuracy (exact match)")
+        label_ends(axes[0])
+        model = (results[0].training["origin"] or "A local model").split("/")[-1]
+        figure.suptitle(f"{model}: training on known and {results[0].training['mix']['mix']['new_facts']} new facts")

@@ -67,6 +67,8 @@ class FrozenGroupsSFTConfig(SFTConfig):
         if getattr(self, "warmup_ratio", None) == 0.0 and 0 < self.warmup_steps < 1:
             # A share of the steps has another name in transformers 4
             self.warmup_ratio, self.warmup_steps = self.warmup_steps, 0
+        if getattr(self, "activation_checkpointing", True) is None:  # transformers 5.23 warns of the old name
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         check_options(self, FrozenGroupsSFTConfig)
         selection = self.group_selection  # an entry that cannot be read is an error before a model is loaded

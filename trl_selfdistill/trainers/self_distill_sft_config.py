@@ -12,8 +12,8 @@ import torch
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help_from_docstring
 
 
-# Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults learn more and keep as much
 PAPER_SETTING = {"kl_weight": 1.0, "temperature": 0.5}
+"""Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults learn more and keep as much."""
 ANCHOR_KINDS = ("own_answers", "kl", "self")
 CACHE_DTYPES = ("bfloat16", "float32")
 _CHOICES = {

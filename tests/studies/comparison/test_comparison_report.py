@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from trl_selfdistill.studies.comparison.report import (
-    _STYLES,
+    _COLOURS,
     Outcome,
     dominators,
     plot_comparison,
@@ -70,7 +70,7 @@ def test_who_reaches_the_aim(before, sft, old, new, sentence):
 
 
 def test_table_and_figure_have_the_methods_of_a_group_together(before, sft, tmp_path):
-    names = [*_STYLES, "another"]
+    names = [*_COLOURS, "another"]
     others = [outcome(f"{group} {i}", 60 + i, 90 - i, group, 60.0) for i, group in enumerate(names)]
     outcomes = [sft, *others, outcome("stopped", 100, 0, "SFT")]
     report = render_comparison(outcomes, before, "a model")

