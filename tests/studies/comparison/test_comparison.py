@@ -112,8 +112,9 @@ def test_wise_ft_goes_from_the_start_to_sft(finished):
 
 def test_other_mixing_weights_l2_weights_and_ranks_train_nothing_else_again(toy_study, finished, tmp_path):
     output = Path(shutil.copytree(finished, tmp_path / "study"))
-    before, rank = runs_of(output / "runs"), ["--variants", "sft", "l2", "lora", "--lora_rank", "2"]
-    compare(toy_study, output, *rank, "--mixing_weights", "0.25", "--l2_weights", "1e6", "--save_strategy", "no")
+    before, flags = runs_of(output / "runs"), ["--variants", "sft", "l2", "lora", "--lora_rank", "2"]
+    flags += ["--mixing_weights", "0.25", "--l2_weights", "1e6", "--save_strategy", "no"]
+    compare(toy_study, output, *flags)
     changed = {name for name, content in runs_of(output / "runs").items() if before.get(name) != content}
     assert changed == {f"{name}-seed{seed}" for seed in range(3) for name in ("wise_ft-sft", "l2-weight1e+06", "lora")}
     labels = {point["label"] for point in read_json(output / "methods.json")}
