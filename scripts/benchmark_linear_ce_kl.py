@@ -26,6 +26,7 @@ import torch
 from torch.nn import functional as F
 
 from trl_selfdistill import LMHead, linear_ce_kl
+from trl_selfdistill.studies.figures import page_figure
 
 
 # Hidden size and vocabulary
@@ -233,26 +234,21 @@ def machine(device: str) -> str:
 
 
 def plot(results: list[dict], args) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     names = args.implementations[::-1]
-    colors = ["tab:blue" if name.startswith("linear_ce_kl") else "tab:gray" for name in names]
-    size = (10, (0.35 * len(names) + 1.2) * len(results))
-    figure, axes = plt.subplots(len(results), 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for (left, right), result in zip(axes, results, strict=True):
-        limit, measured = statistics.median(result["limit"]), [result["implementations"][name] for name in names]
-        shares = [limit / statistics.median(x["seconds"]) if x["seconds"] else 0.0 for x in measured]
-        left.barh(names, shares, color=colors)
-        left.axvline(1.0, color="black", linestyle="--", linewidth=1)
-        left.set(title=f"{result['shape']}, {result['num_tokens']} tokens, {args.dtype}", xlim=(0, 1.05))
-        right.barh(names, [(x["peak_mib"] or 0.0) / 1024 for x in measured], color=colors)
-    axes[-1][0].set(xlabel="share of the four-product limit (1 is the limit)")
-    axes[-1][1].set(xlabel="peak memory of a step, GiB")
-    figure.savefig(f"{args.output}.png", dpi=120)
-    plt.close(figure)
+    colors = ["C1" if name.startswith("linear_ce_kl") else "0.6" for name in names]
+    with page_figure(f"{args.output}.png", (0.2 * len(names) + 0.4) * len(results) + 0.4) as figure:
+        axes = figure.subplots(len(results), 2, sharey=True, sharex="col", squeeze=False)
+        for (left, right), result in zip(axes, results, strict=True):
+            limit, measured = statistics.median(result["limit"]), [result["implementations"][name] for name in names]
+            shares = [limit / statistics.median(x["seconds"]) if x["seconds"] else 0.0 for x in measured]
+            left.barh(names, shares, color=colors)
+            left.axvline(1.0, color="black", linestyle=":", linewidth=1, marker="")
+            left.set(title=f"{result['shape']}, {result['num_tokens']:,} tokens, {args.dtype}", xlim=(0, 1.05))
+            right.scatter([x["peak_mib"] or math.nan for x in measured], names, color=colors)
+            right.grid(axis="y", alpha=0.3)
+        axes[-1][0].set(xlabel="share of the four-product limit (dotted)")
+        axes[-1][1].set(xlabel="peak memory of a step, MiB", xscale="log")
+        axes[-1][1].xaxis.set_major_formatter("{x:,.0f}")
 
 
 def main() -> None:
