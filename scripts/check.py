@@ -9,7 +9,7 @@ Exit status: 0 if the loss is within --tolerance, 2 if it is beyond, 3 if the fa
     trl-selfdistill check --before outputs/quickstart/model --after outputs/quickstart/sft
 
     trl-selfdistill check --before Qwen/Qwen2.5-1.5B-Instruct --after your-name/my-adapter \\
-        --facts my_facts.jsonl --tolerance 0.05 --load_in_4bit
+        --facts known_facts.jsonl --tolerance 0.05 --load_in_4bit
 """
 
 import logging

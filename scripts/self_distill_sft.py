@@ -39,7 +39,8 @@ def main(data: TrainingDataArguments, model_args: ModelArguments, config: SelfDi
     folder = train_as_asked(SelfDistillSFTTrainer, config, data, model_args)
     if PartialState().is_main_process:
         models = f"--before {model_args.model_name_or_path} --after {folder}"
-        print(f"Model: {folder}   card: {folder / 'README.md'}\nWhat it forgot: trl-selfdistill check {models}")
+        print(f"Model: {folder}   card: {folder / 'README.md'}")
+        print(f"What it forgot: trl-selfdistill check {models}   (with --chat false if its prompts are texts)")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ same loss with one forward pass of the student instead of two, without the logit
 and takes an adapter, a cache or a snapshot for the teacher.
 
     accelerate launch docs/examples/sft_self_distill.py \\
-        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_facts.jsonl --kl_weight 0.3 \\
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_examples.jsonl --kl_weight 0.3 \\
         --learning_rate 5e-5 --report_to trackio --output_dir Qwen2.5-0.5B-new-facts
 """
 
