@@ -13,10 +13,10 @@ import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import trl_selfdistill.losses
-from trl_selfdistill.files import write_json, written_whole
+from trl_selfdistill.files import read_json, write_json, written_whole
 
 
 NAME, VERSION, LICENSE, BACKENDS = "linear-ce-kl", 1, "Apache-2.0", ("cpu", "cuda")
@@ -52,6 +52,10 @@ loss = kernel.linear_ce_kl(hidden, head, teacher_hidden, teacher_head, shift_lab
 """
 
 
+def kernel_id(backend: str) -> str:
+    return f"trl_selfdistill_{NAME.replace('-', '_')}_{backend}_{VERSION}"
+
+
 def write_kernel(folder: Path, repo_id: str) -> None:
     """Writes the sources and what is built from them, which for Python is a copy for each backend."""
     losses = Path(trl_selfdistill.losses.__file__).parent
@@ -64,7 +68,7 @@ def write_kernel(folder: Path, repo_id: str) -> None:
     for backend in BACKENDS:
         built = folder / "build" / f"torch-{backend}"
         shutil.copytree(losses, built, ignore=ignored)
-        about = {"name": NAME, "id": f"{NAME.replace('-', '_')}_{backend}_{VERSION}", "version": VERSION}
+        about = {"name": NAME, "id": kernel_id(backend), "version": VERSION}
         about |= {"license": LICENSE, "python-depends": [], "backend": {"type": backend}}
         write_json(built / "metadata.json", about)
 
@@ -75,10 +79,20 @@ def main() -> None:
     parser.add_argument("--repo_id", default=f"your-name/{NAME}", help="where it will be published")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/hub_kernel"))
     args = parser.parse_args()
-    validate_repo_id(args.repo_id)
-    if args.output_dir.exists() and not (args.output_dir / "build.toml").is_file():
-        parser.error(f"--output_dir {args.output_dir} exists, and holds no kernel. Name another folder.")
-    with written_whole(args.output_dir) as folder:
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        parser.error(f"--repo_id: {error}")
+    if "/" not in args.repo_id:
+        parser.error(f"--repo_id must name its owner, as your-name/{NAME}, got {args.repo_id}.")
+    output = args.output_dir.resolve()
+    # Only what it wrote itself gives way
+    own = output / "build" / f"torch-{BACKENDS[0]}" / "metadata.json"
+    if output.exists() and not (own.is_file() and read_json(own).get("id") == kernel_id(BACKENDS[0])):
+        parser.error(f"--output_dir {args.output_dir} exists, and is no kernel of this script. Name another folder.")
+    if output.is_relative_to(Path(trl_selfdistill.__file__).parent):
+        parser.error(f"--output_dir {args.output_dir} is inside of the package. Name another folder.")
+    with written_whole(output) as folder:
         folder.mkdir()
         write_kernel(folder, args.repo_id)
     print(f"Kernel: {args.output_dir}   publish it with: kernel-builder build-and-upload {args.output_dir}")

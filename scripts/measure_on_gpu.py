@@ -13,6 +13,7 @@ missed. `--small` runs all parts in small, also without a GPU.
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 OURS, LEAN, TRL = "linear_ce_kl", "linear_ce_kl, 192 MiB", "TRL's pair"
+PROCESSES: list[subprocess.Popen] = []  # of the parts, as far as they were started
 SHAPES = ("llama-3.1-8b", "smollm2", "qwen2.5-1.5b", "gemma-3-1b")
 
 
@@ -85,7 +87,9 @@ def timings(folder: Path, small: bool) -> list[Part]:
 
 
 def last_line(log: Path) -> list[tuple]:
-    return [(line, True) for line in log.read_text(encoding="utf-8").splitlines()[-1:]]
+    """What pytest counted; tests that were all skipped tell nothing."""
+    lines = log.read_text(encoding="utf-8").splitlines()[-1:]
+    return [(line, True if "passed" in line or "failed" in line else None) for line in lines]
 
 
 def check_findings(log: Path) -> list[tuple]:
@@ -145,12 +149,28 @@ def study_findings(log: Path) -> list[tuple]:
     return [("; ".join(f"{name} keeps {old:.3f} and learns {new:.3f}" for name, old, new in found), kept[1] > kept[0])]
 
 
+def kill(process: subprocess.Popen) -> None:
+    """Ends a process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop(signum: int, _) -> None:
+    """On Ctrl-C, or ended from outside: the parts have sessions of their own, and nobody else would end them."""
+    for process in PROCESSES:
+        kill(process)
+    os._exit(128 + signum)
+
+
 def run(part: Part, folder: Path, end: float) -> list[tuple]:
     """Runs a part, until `end` of `time.monotonic` at most; its rows of the table."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if torch.cuda.is_available():
         environment |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    # Of an earlier call, whose numbers would be taken for this one's
+    (folder / f"{part.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / part.name, ignore_errors=True)
     start, status = time.monotonic(), "ended"
     end = min(end, start + part.seconds)
     log = folder / f"{part.name}.log"
@@ -159,15 +179,15 @@ def run(part: Part, folder: Path, end: float) -> list[tuple]:
             options = dict(cwd=ROOT, env=environment, stdout=output, stderr=output)
             # A session of its own: a launcher that is killed leaves its processes to the GPU
             process = subprocess.Popen([sys.executable, *command], start_new_session=True, **options)
+            PROCESSES.append(process)
             try:
                 if returncode := process.wait(timeout=max(0, end - time.monotonic())):
                     status = f"FAILED, exit status {returncode}"
             except subprocess.TimeoutExpired:
-                status = "cut off"
+                status = "cut off" if status == "ended" else f"{status}, then cut off"
                 break
             finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
                 process.wait()
     try:
         rows = part.findings(log) or [("no output", False)]
@@ -192,10 +212,13 @@ def main() -> int:
     folder = args.output_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     end, table = time.monotonic() + args.seconds, []
-    side_by_side, in_turn = (
-        [part for part in parts if not args.parts or part.name in args.parts]
-        for parts in (checks(folder), timings(folder, args.small))
-    )
+    parts = checks(folder), timings(folder, args.small)
+    names = [part.name for part in (*parts[0], *parts[1])]
+    if unknown := {*(args.parts or names)} - {*names}:
+        parser.error(f"--parts may be {', '.join(names)}, got {', '.join(unknown)}.")
+    side_by_side, in_turn = ([part for part in kind if part.name in (args.parts or names)] for kind in parts)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     with ThreadPoolExecutor() as pool:
         for rows in pool.map(lambda part: run(part, folder, end), side_by_side):
             table += rows

@@ -29,9 +29,16 @@ def test_a_hub_kernel_runs_without_this_package(tmp_path, library):
         kernels = pytest.importorskip("kernels")
         kernels._rust.Build.open(folder)  # checks build.toml
         kernel = kernels.get_local_kernel(folder, backend="cpu")
-    assert not kernel.linear_ce_kl.__module__.startswith("trl_selfdistill")
+    assert not kernel.linear_ce_kl.__module__.startswith("trl_selfdistill.")
     hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True), torch.tensor([0, 4, -100])
     inputs = (hidden, kernel.LMHead(weight)) * 2
     expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)  # the KL to itself is 0
     for impl in ("torch", "triton"):
         torch.testing.assert_close(kernel.linear_ce_kl(*inputs, labels, kl_weight=0.3, impl=impl).loss, expected)
+
+
+def test_a_folder_of_somebody_else_stays(tmp_path, capsys):
+    (tmp_path / "build.toml").write_text("[general]")
+    with pytest.raises(SystemExit):
+        run_script("build_hub_kernel.py", "--output_dir", tmp_path)
+    assert [*tmp_path.iterdir()] == [tmp_path / "build.toml"] and "no kernel of this script" in capsys.readouterr().err

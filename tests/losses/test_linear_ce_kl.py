@@ -75,6 +75,7 @@ def errors(results, exact):
         (dict(logit_scale=3.0, logit_softcap=5.0, bias=True), {}),  # the order of the three matters
         (dict(teacher_size=5), {}),
         (dict(tied=True), {}),
+        (dict(logit_scale=0.05), dict(temperature=0.02)),  # powers of flat probabilities are below what fp32 holds
         (dict(vocab=507), {}),  # a size that divides into nothing
     ],
     ids=str,
@@ -228,6 +229,11 @@ HIDDEN, HEAD, LABELS = torch.zeros(4, 3), LMHead(torch.zeros(6, 3)), torch.tenso
         ({}, dict(logits_dtype=torch.bfloat16), "`logits_dtype` must be None or torch.float32, got torch.bfloat16"),
         ({}, dict(kl_weight=math.nan), "`kl_weight` .* got 1.0, nan and 1.0"),
         ({}, dict(temperature=0.0), "`temperature` > 0, got 1.0, 1.0 and 0.0"),
+        ({}, dict(memory_budget_mib=0), "`memory_budget_mib` .* got 0"),
+        ({}, dict(num_items_in_batch=math.nan), "`num_items_in_batch` .* got nan"),
+        ({1: LMHead(torch.zeros(6, 3), torch.zeros(1))}, {}, r"`student_lm_head.bias` .*\(6,\), got \(1,\)"),
+        ({3: LMHead(torch.zeros(6, 3), logit_softcap=0.0)}, {}, "`teacher_lm_head.logit_softcap` .* got 0.0"),
+        ({4: LABELS.float()}, {}, "`shift_labels` must be integers, got torch.float32"),
         ({0: HIDDEN[None]}, {}, r"`student_hidden_states` must have shape .*Got \(1, 4, 3\)"),
         ({1: LMHead(torch.zeros(0))}, {}, "`student_lm_head.weight`.*GatheredParameters"),
         ({2: None}, {}, "teacher's hidden states and head are needed, or `kl_weight=0`"),

@@ -130,7 +130,7 @@ def ce_kl_rows(
     tl.store(losses + row * 4 + 2, entropy)
     tl.store(losses + row * 4 + 3, is_top.to(tl.float32))
     if WITH_GRAD:
-        # exp(logit / τ) is a power of the probability, times this
+        # exp(logit / τ) is a power of the probability, times this: at most the number of columns where it is used
         power_factor = tl.exp(log_sum_exp * INVERSE_TEMPERATURE - power_log_sum_exp)
         for start in range(0, vocab_size, LANES * WIDTH):
             columns = start + first_columns
@@ -140,7 +140,10 @@ def ce_kl_rows(
             if HAS_TEACHER:
                 teacher_logits = load_logits(teacher_row, columns, vocab_size, TEACHER_SCALE, TEACHER_SOFTCAP)
                 teacher_probs = tl.exp(teacher_logits * INVERSE_TEMPERATURE - teacher_log_sum_exp)
-                powers = power(probs, logits - log_sum_exp, INVERSE_TEMPERATURE) * power_factor
+                if INVERSE_TEMPERATURE == 1.0 or INVERSE_TEMPERATURE == 2.0:
+                    powers = power(probs, logits, INVERSE_TEMPERATURE) * power_factor
+                else:
+                    powers = tl.exp(logits * INVERSE_TEMPERATURE - power_log_sum_exp)
                 grad += kl_scale * (powers - teacher_probs)
             if STUDENT_SOFTCAP is not None:
                 capped = logits / STUDENT_SOFTCAP

@@ -111,6 +111,12 @@ def linear_ce_kl(
     if impl == "auto":
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
+    if not 0 < memory_budget_mib < inf:
+        raise ValueError(f"`memory_budget_mib` must be finite and > 0, got {memory_budget_mib}.")
+    if num_items_in_batch is not None and not 0 <= float(num_items_in_batch) < inf:
+        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items_in_batch}.")
+    if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
+        raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
     if logits_dtype not in (None, torch.float32):
         raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
     kept = shift_labels != IGNORE_INDEX
@@ -155,9 +161,9 @@ def _reference_losses(student, teacher, labels, objective, logits_dtype):
         with torch.no_grad():
             teacher_logits = logits_of(teacher)
         # Of a masked token, -inf - (-inf) would be nan
-        lowest = torch.finfo(logits.dtype).min
         log_q, log_p = (
-            (x / objective.temperature).log_softmax(-1).clamp(min=lowest) for x in (logits, teacher_logits)
+            (x / objective.temperature).log_softmax(-1).clamp(min=torch.finfo(x.dtype).min)
+            for x in (logits, teacher_logits)
         )
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
@@ -178,4 +184,8 @@ def _checked_side(name: str, hidden_states: torch.Tensor, lm_head: LMHead, label
             f"{tuple(hidden_states.shape)}, {tuple(lm_head.weight.shape)} and {tuple(labels.shape)}. Weights that "
             "DeepSpeed ZeRO-3 has partitioned need `deepspeed.zero.GatheredParameters` around this call."
         )
+    if lm_head.bias is not None and lm_head.bias.shape != (vocab_size,):
+        raise ValueError(f"`{name}_lm_head.bias` must have shape ({vocab_size},), got {tuple(lm_head.bias.shape)}.")
+    if lm_head.logit_softcap is not None and not lm_head.logit_softcap > 0:
+        raise ValueError(f"`{name}_lm_head.logit_softcap` must be > 0 or None, got {lm_head.logit_softcap}.")
     return ModelSide(hidden_states, lm_head)
