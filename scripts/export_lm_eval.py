@@ -74,6 +74,8 @@ def main(args: ExportArguments, facts_args: FactsArguments) -> None:
         code = "\n\n".join(map(inspect.getsource, sources))
         (folder / f"{args.task}.py").write_text(code, encoding="utf-8")
 
+    if others := {path.stem for path in Path(args.output_dir).glob("*.yaml")} - {args.task}:
+        raise ValueError(f"`output_dir`: {args.output_dir} holds the task {min(others)}. Name another folder.")
     inputs = [facts_args.facts] if Path(facts_args.facts).exists() else []
     folder = run_stage(args.output_dir, asdict(args) | asdict(facts_args), inputs, export)
     if PartialState().is_main_process:
@@ -83,8 +85,16 @@ def main(args: ExportArguments, facts_args: FactsArguments) -> None:
 def exemplars_and_rest(facts: Dataset, args: ExportArguments) -> tuple[dict, list[int]]:
     """Exemplars of as many relations as are needed, of those that can spare them, and the rows of all other facts."""
     sizes = Counter(facts["relation"])
-    per_relation = -(-args.num_fewshot // len(sizes))
-    giving = [relation for relation, size in sizes.items() if size > per_relation][: args.num_fewshot]
+    for per_relation in range(1, args.num_fewshot + 1):
+        giving = [relation for relation, size in sizes.items() if size > per_relation]
+        if len(giving) * per_relation >= args.num_fewshot:
+            break
+    else:
+        raise ValueError(
+            f"`num_fewshot={args.num_fewshot}`: {len(facts)} facts of {len(sizes)} relations cannot spare so many "
+            "exemplars. Lower it, or give more facts of a relation."
+        )
+    giving = giving[: -(-args.num_fewshot // per_relation)]
     own = [row for row, relation in enumerate(facts["relation"]) if relation in giving]
     exemplars, left = reserve_exemplars(facts.select(own), 1, per_relation, args.seed)
     reserved = {*own} - {own[row] for row in left}

@@ -61,6 +61,14 @@ def test_only_the_exemplars_that_are_used_are_left_out(tmp_path):
     run_script("export_lm_eval.py", "--facts", tmp_path / "facts.jsonl", "--output_dir", tmp_path / "task")
     questions, exemplars = (read_jsonl(tmp_path / f"task/{name}.jsonl") for name in ("questions", "exemplars"))
     assert len(exemplars) == 4 and len(questions) == 62 - 4
+    for flags, message in (
+        (["--num_fewshot", 99], "cannot spare so many"),
+        (["--task", "other"], "holds the task facts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_script(
+                "export_lm_eval.py", "--facts", tmp_path / "facts.jsonl", "--output_dir", tmp_path / "task", *flags
+            )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra `lm-eval`")

@@ -21,6 +21,7 @@ if is_peft_available():
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype"}
 _WITHOUT_EFFECT |= {"inference_mode", "init_lora_weights", "peft_version", "revision", "task_type", "torch_dtype"}
 _WITHOUT_EFFECT |= {"transformers_version", "use_cache"}
+_WITHOUT_EFFECT |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # Trainer sets them to those of the tokenizer
 
 
 def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:

@@ -4,7 +4,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +110,7 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
         asked, tokenizer = facts.select(rows), base.tokenizer
         with how.loaded(base) as (model, weights):
             content = checksum(arguments | {"version": weights})
-            kept = [path.parent for path in root.glob("*/known/base.json") if read_json(path)["content"] == content]
+            kept = [path.parent for path in root.glob("*/known/base.json") if _content_of(path) == content]
             if kept and PartialState().is_main_process:
                 shutil.copytree(kept[0], folder, dirs_exist_ok=True)
             if kept:
@@ -138,6 +138,11 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
 
     folder = root / f"{Path(base.name).name}-{checksum(arguments)[:8]}" / "known"
     return run_stage(folder, arguments, [], work, every_process=True)
+
+
+def _content_of(path: Path) -> str | None:
+    with suppress(ValueError):  # a damaged one, of another base
+        return read_json(path).get("content")
 
 
 def answers_stage(model: CheckedModel, known: Path, how: HowAsked) -> list[str]:
