@@ -29,7 +29,7 @@ ROWS = [{"prompt": f"Q: {i}\nA:", "completion": " Norway"} for i in range(8)]
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, tokenizer, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_jsonl("my_facts.jsonl", ROWS)
+    write_jsonl("my_examples.jsonl", ROWS)
     write_jsonl("prompts.jsonl", [{"prompt": row["prompt"]} for row in ROWS])
     facts = [
         {"fact_id": question, "relation": "P17", "question": question, "answer": answer, "aliases": []}

@@ -111,14 +111,7 @@ def linear_ce_kl(
     if impl == "auto":
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
-    if not 0 < memory_budget_mib < inf:
-        raise ValueError(f"`memory_budget_mib` must be finite and > 0, got {memory_budget_mib}.")
-    if num_items_in_batch is not None and not 0 <= float(num_items_in_batch) < inf:
-        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items_in_batch}.")
-    if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
-        raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
-    if logits_dtype not in (None, torch.float32):
-        raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
+    _check_options(shift_labels, num_items_in_batch, logits_dtype, memory_budget_mib)
     kept = shift_labels != IGNORE_INDEX
     outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
     # Once: each look at a GPU's values waits for all that it has to do
@@ -170,6 +163,17 @@ def _reference_losses(student, teacher, labels, objective, logits_dtype):
     top1 = logits.argmax(-1) == labels
     sums = torch.stack([ce, kl, entropy, top1.to(ce.dtype)], dim=-1).sum(0)
     return objective.total(sums), sums
+
+
+def _check_options(shift_labels, num_items_in_batch, logits_dtype, memory_budget_mib) -> None:
+    if not 0 < memory_budget_mib < inf:
+        raise ValueError(f"`memory_budget_mib` must be finite and > 0, got {memory_budget_mib}.")
+    if num_items_in_batch is not None and not 0 <= float(num_items_in_batch) < inf:
+        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items_in_batch}.")
+    if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
+        raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
 
 
 def _checked_side(name: str, hidden_states: torch.Tensor, lm_head: LMHead, labels: torch.Tensor, vocab_size: int):
