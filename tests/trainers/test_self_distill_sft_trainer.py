@@ -190,8 +190,8 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
     ],
 )
 def test_config_refuses_what_no_model_can_do(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):  # before transformers says that there is no GPU
+        config(tmp_path, use_cpu=False, bf16=True, **options)
 
 
 def test_numbers_of_numpy_and_paths_are_made_plain(tmp_path, monkeypatch):
