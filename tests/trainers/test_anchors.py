@@ -217,7 +217,6 @@ REFUSED = [
     (dict(anchors="kl"), given([]), "`anchor_dataset` must be a `Dataset` with rows and a column"),
     (dict(anchors="kl"), given(["a"], "question"), r"a column \('prompt', .* got Dataset\({"),
     (dict(anchors="kl"), given([["a"], ["b"]]), r"row 1: `prompt` must be .* got \['a'\]"),
-    (dict(anchors="kl", anchor_weight=float("nan")), given(), "`anchor_weight` must be"),
     (dict(anchors="kl"), dict(anchor_dataset=["a"]), r"must be a `Dataset` .* got \['a'\]"),
     (dict(anchors="kl"), given(["a b", " "]), "row 2: `prompt` must be a text or a conversation, got ' '"),
     (dict(anchors="own_answers"), given(["a b", None]), "row 2: `prompt` must be a text .* got None"),

@@ -90,13 +90,12 @@ def test_adapters(tmp_path, name):
         torch.testing.assert_close(reloaded.eval()(input_ids=ids).logits, expected)
 
 
-EMPTY = Dataset.from_dict({"text": []})
-PROMPTS = Dataset.from_list([{"prompt": "Q", "text": "A"}]).to_iterable_dataset()
+PROMPTS = Dataset.from_list([{"prompt": "Q", "text": "A"}])
 WRONG = [
-    ({"train_dataset": EMPTY}, "`train_dataset` has no rows"),
-    ({"train_dataset": Dataset.from_list([{"question": "Q", "answer": "A"}])}, "the columns answer, question: give"),
-    ({"train_dataset": PROMPTS}, "the columns prompt, text: give prompt and completion"),
-    ({"eval_dataset": {"one": DATA, "two": EMPTY}}, "`eval_dataset` has no rows"),
+    ({"train_dataset": PROMPTS.select([])}, "`train_dataset` has no rows"),
+    ({"train_dataset": PROMPTS.rename_column("text", "answer")}, "the columns answer, prompt: give"),
+    ({"train_dataset": PROMPTS.to_iterable_dataset()}, "the columns prompt, text: give prompt and completion"),
+    ({"eval_dataset": {"one": DATA, "two": DATA.select([])}}, "`eval_dataset` has no rows"),
 ]
 
 

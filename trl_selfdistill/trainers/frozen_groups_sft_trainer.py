@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
-from trl import SFTTrainer
 
 from ..files import warn_without, write_json
 from ..parameters.groups import GroupTable, freeze_selection
@@ -64,7 +63,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         selection = args.group_selection
         self.group_table: GroupTable | None = None
         self._frozen_check: _FrozenCheck | None = None
-        given = signature(SFTTrainer).bind(model, args, *positional, **kwargs).arguments
+        given = signature(super().__init__).bind(model, args, *positional, **kwargs).arguments
         for name in ("train_dataset", "eval_dataset") if given.get("formatting_func") is None else ():
             data = given.get(name)
             for part in data.values() if isinstance(data, dict) else [data]:

@@ -14,12 +14,10 @@ def check_rows(args: SFTConfig, name: str, data: Any) -> None:
     """
     if isinstance(data, Dataset) and not len(data):
         raise ValueError(f"{name} has no rows: add some.")
-    columns = {*(getattr(data, "column_names", None) or ())}
+    columns, text = {*(getattr(data, "column_names", None) or ())}, args.dataset_text_field
     is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or columns & {"input_ids", "image", "images"}
     # With a prompt, TRL asks for a completion, whatever else there is
-    accepted = {"completion"} if "prompt" in columns else {"messages", "conversations", args.dataset_text_field}
+    accepted = {"completion"} if "prompt" in columns else {"messages", "conversations", text}
     if columns and not is_prepared and not columns & accepted:
-        raise ValueError(
-            f"{name} has the columns {', '.join(sorted(columns))}: give prompt and completion, messages, or "
-            f"{args.dataset_text_field}."
-        )
+        found = ", ".join(sorted(columns))
+        raise ValueError(f"{name} has the columns {found}: give prompt and completion, messages, or {text}.")
