@@ -154,12 +154,15 @@ def check_trained(model, folder) -> set[str]:
         ("--mix a --splits heldout", "`splits` may hold known and new.*heldout is for evaluation only"),
         ("--dataset_name data --dataset_train_split sft", r"data: no split 'sft'; there are \['train'\]"),
         ("--dataset_name holes.jsonl", r"holes.jsonl` \(split 'train'\), row 2: there is no completion; fill it in"),
+        ("--dataset_name qa.jsonl", "qa.jsonl` .*'train'.* has the columns answer, prompt: give prompt and"),
+        ("--dataset_name qa.jsonl --model_name_or_path no/model", "`model_name_or_path`: 'no/model' is neither a fo"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypatch, capsys, flags, error):
     monkeypatch.chdir(tmp_path)
     Dataset.from_list(TEXT).save_to_disk("data")
     write_jsonl("holes.jsonl", [TEXT[0], {"prompt": "Q"}])
+    write_jsonl("qa.jsonl", [{"prompt": "Q", "answer": "A"}])
     model = ("--model_name_or_path", toy_study.model, "--output_dir", "out")
     with pytest.raises((SystemExit, ValueError)) as ended:
         run_script("self_distill_sft.py", *model, *flags.split(), *OWN_FLAGS)

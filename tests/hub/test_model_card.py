@@ -59,7 +59,7 @@ def test_whatever_a_trainer_saves_has_its_card(tmp_path, model_dir, kind):
         assert "A local model fine-tuned" in text and "Not measured for this checkpoint" in text
         assert str(model_dir) not in card.content and str(tmp_path) not in card.content and "None" not in text
         assert "2604.15574" in text
-        assert ("loss = CE + λ τ² KL(teacher ‖ student)" in text) != is_frozen
+        assert ("loss = CE + λ τ² KL(teacher ‖ student)" in text) != is_frozen and "\n- Unknown means" in text
         assert ("SHA-256 of its parameters: " in text) != is_frozen and ("they did not" in text) == is_frozen
         rows = ["".join(line.split()) for line in text.splitlines()]
         assert "|train|1|0|0|2|" in rows and "|lr_scheduler_type|linear|" in rows
@@ -148,7 +148,8 @@ def test_nothing_that_only_describes_a_run_ends_it(tmp_path, model_dir, kind, ca
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
         assert (folder / f"{'adapter_' if kind == 'adapter' else ''}model.safetensors").is_file()
     assert all(f"Going on without {tmp_path / 'run' / name}: IsADirectoryError" in caplog.text for name in files)
-    assert "categories (which facts the base model knew) were not" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "categories (which facts the base model knew) were not" in text and "Unknown means" not in text
 
 
 def test_the_weights_of_an_adapter_with_a_name_count(tmp_path):

@@ -182,7 +182,7 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
         ("--after out/../none", "'out/../none' is neither a folder with a model nor one on the Hub"),
         ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
         ("--before instruct", "noisy has no chat template, and both models are asked alike"),
-        ("--facts french.jsonl", r"base HighlyKnows 0 of 92 .* 50.* 'Which .*\?', expected 'la .*', answered '[A-Z]"),
+        ("--facts french.jsonl", r"base HighlyKnows 0 of 84 .* 50.* 'Which .*\?', expected 'la .*', answered '[A-Z]"),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
         ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
         ("--dtype foo", "`dtype` one of auto, .*foo"),

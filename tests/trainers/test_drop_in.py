@@ -90,6 +90,21 @@ def test_adapters(tmp_path, name):
         torch.testing.assert_close(reloaded.eval()(input_ids=ids).logits, expected)
 
 
+PROMPTS = Dataset.from_list([{"prompt": "Q", "text": "A"}])
+WRONG = [
+    ({"train_dataset": PROMPTS.select([])}, "`train_dataset` has no rows"),
+    ({"train_dataset": PROMPTS.rename_column("text", "answer")}, "the columns answer, prompt: give"),
+    ({"train_dataset": PROMPTS.to_iterable_dataset()}, "the columns prompt, text: give prompt and completion"),
+    ({"eval_dataset": {"one": DATA, "two": DATA.select([])}}, "`eval_dataset` has no rows"),
+]
+
+
+@pytest.mark.parametrize("data, message", WRONG)
+def test_rows_that_trl_cannot_read_are_refused(build, data, message):
+    with pytest.raises(ValueError, match=message):
+        build(None, data)
+
+
 def test_several_evaluation_sets_and_the_best_checkpoint(build):
     sets = DatasetDict(a=Dataset.from_list(FACTS[:2]), b=Dataset.from_list(FACTS[2:]))
     options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1)

@@ -165,11 +165,9 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
         (dict(kl_weight=-0.1), "`kl_weight` must be .* got -0.1"),
         (dict(kl_weight=float("nan")), "`kl_weight` .* got nan"),
         (dict(kl_weight="1.0"), "`kl_weight` must be a finite number, got '1.0'"),
-        (dict(kl_weight=None), "`kl_weight` .* got None"),
         (dict(kl_weight=True), "`kl_weight` .* got True"),
         (dict(temperature=torch.tensor(1.0)), "`temperature` .* got tensor"),
         (dict(teacher_snapshot_steps=2.5), "`teacher_snapshot_steps` must be a whole number, got 2.5"),
-        (dict(teacher_snapshot_epochs="1"), "`teacher_snapshot_epochs` must be a finite number, got '1'"),
         (dict(precompute_teacher="yes"), "`precompute_teacher` must be True or False, got 'yes'"),
         (dict(verify_frozen=0), "`verify_frozen` must be True or False, got 0"),
         (dict(teacher_model_name_or_path=3), "`teacher_model_name_or_path` must be a text, got 3"),
@@ -179,7 +177,6 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
         (dict(trainable_groups={"mlp": True}), "`trainable_groups` must be a list of texts, got {"),
         (dict(frozen_groups=False), "`frozen_groups` must be a list of texts, got False"),
         (dict(temperature=0.0), "`temperature` must be .* got 0.0"),
-        (dict(temperature=float("inf")), "`temperature` .* got inf"),
         (dict(teacher_snapshot_steps=0), "`teacher_snapshot_steps` must be > 0, got 0"),
         (dict(teacher_snapshot_epochs=-1.0), "`teacher_snapshot_epochs` must be > 0"),
         (dict(teacher_snapshot_steps=1, teacher_snapshot_epochs=1.0), "Set one of them"),
@@ -190,8 +187,8 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
     ],
 )
 def test_config_refuses_what_no_model_can_do(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):  # before transformers says that there is no GPU
+        config(tmp_path, use_cpu=False, bf16=True, **options)
 
 
 def test_numbers_of_numpy_and_paths_are_made_plain(tmp_path, monkeypatch):

@@ -123,16 +123,16 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
             options = {"batch_size": how.batch_size, "progress_file": folder / "slick.jsonl"}
             options["prompt_function"] = few_shot_messages if how.chat else few_shot_prompt
             known = annotate_facts(asked, model, tokenizer, settings, **options)
+            _, tried = reserve_exemplars(asked, settings.num_prompts, settings.num_shots, settings.seed)
             if len(known) < LEAST_KNOWN:
                 raise ValueError(
-                    f"`before`: {base.path} HighlyKnows {len(known)} of {len(asked)} facts, and a check needs "
+                    f"`before`: {base.path} HighlyKnows {len(known)} of {len(tried)} facts, and a check needs "
                     f"{LEAST_KNOWN}. Pass more `facts`, in a language and about things that it knows"
                     f"{', or `--chat false`' if how.chat else ''}. For example: {examples}."
                 )
             answers = _ask(model, base, known, exemplars, how, folder)
         if PartialState().is_main_process:
             save_facts(known.add_column("base_answer", answers), folder / "facts.jsonl")
-            _, tried = reserve_exemplars(asked, settings.num_prompts, settings.num_shots, settings.seed)
             about = {"exemplars": exemplars, "num_asked": len(tried), "weights": weights, "content": content}
             write_json(folder / "base.json", about)
 

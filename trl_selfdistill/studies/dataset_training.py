@@ -8,8 +8,9 @@ from transformers import Trainer
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from ..parameters.structure import keep_trainable
+from ..trainers.training_rows import check_rows
 from .arguments import TrainingDataArguments
-from .models import load_model_and_tokenizer, loading_options
+from .models import check_model_is_there, load_model_and_tokenizer, loading_options
 from .runs import StudySetup, Variant, train_variant
 from .stages import facts_of_mix
 from .tables import load_table
@@ -37,13 +38,15 @@ def train_as_asked(
 
     def load(split: str) -> Dataset:
         table = load_table(data.dataset_name, split, data.dataset_config)
+        source = f"`dataset_name={data.dataset_name}` (split {split!r})"
+        check_rows(config, source, table)
         for name in {"prompt", "completion", "text", "messages"} & {*table.column_names}:
             if (row := table.data.column(name).is_null().index(True).as_py()) >= 0:
-                place = f"`dataset_name={data.dataset_name}` (split {split!r}), row {row + 1}"
-                raise ValueError(f"{place}: there is no {name}; fill it in or leave the row out")
+                raise ValueError(f"{source}, row {row + 1}: there is no {name}; fill it in or leave the row out")
         return table
 
     model, options = model_args.model_name_or_path, {"peft_config": get_peft_config(model_args)}
+    check_model_is_there(model, model_args.model_revision)
     if (Path(model) / "adapter_config.json").is_file():  # an adapter that is trained further
         init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None
         model, tokenizer = load_model_and_tokenizer(model, model_args, config.trust_remote_code, init_kwargs)

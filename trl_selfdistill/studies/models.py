@@ -68,6 +68,7 @@ def load_model_and_tokenizer(
         The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).
     """
     config = ModelConfig() if config is None else config
+    check_model_is_there(name_or_path, config.model_revision)
     tokenizer = load_tokenizer(name_or_path, config.model_revision, trust_remote_code)
     options = {"trust_remote_code": trust_remote_code, **loading_options(config), **(init_kwargs or {})}
     loader = AutoModelForCausalLM
@@ -111,7 +112,16 @@ def model_to_ask(
         yield model, tokenizer
 
 
-def model_version(name_or_path: str) -> str:
+def check_model_is_there(name_or_path: str | os.PathLike, revision: str = "main") -> None:
+    """A `ValueError` that names a model which is no folder and not on the Hub."""
+    if not Path(name_or_path).is_dir():
+        try:
+            model_version(os.fspath(name_or_path), revision)
+        except ValueError as error:
+            raise ValueError(f"`model_name_or_path`: {error}") from error
+
+
+def model_version(name_or_path: str, revision: str = "main") -> str:
     """What tells two versions of a model apart: SHA-256 of weights and configurations, or the commit on the Hub."""
     folder, configs = Path(name_or_path), ("config.json", "adapter_config.json")
     if any((folder / name).is_file() for name in configs):
@@ -121,7 +131,7 @@ def model_version(name_or_path: str) -> str:
         return checksum([weights_sha256(folder), *found]) if any(folder.glob("*.safetensors")) else fingerprint(folder)
     for name in configs if hub_id(name_or_path) else ():
         with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(name_or_path, name)).parent.name
+            return Path(hf_hub_download(name_or_path, name, revision=revision)).parent.name
     raise ValueError(
         f"{name_or_path!r} is neither a folder with a model nor one on the Hub that can be reached or is cached."
     )

@@ -113,11 +113,13 @@ def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
 def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
     """The trainer's `anchor_dataset`, or that of its configuration. A `ValueError` if `anchors` takes not as many."""
     name, is_needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
-    if (anchor_dataset is not None) + (name is not None) != is_needed:
-        raise ValueError(
-            f"`anchors={args.anchors!r}` takes {'one' if is_needed else 'none'} of `anchor_dataset` and "
-            f"`anchor_dataset_name`, got {type(anchor_dataset).__name__} and {name!r}. Own answers and 'kl' take one."
-        )
+    if (num_given := (anchor_dataset is not None) + (name is not None)) != is_needed:
+        reason = "takes no prompts: unset `anchor_dataset` and `anchor_dataset_name`, or set 'own_answers' or 'kl'"
+        if is_needed and num_given:
+            reason = f"got both `anchor_dataset` and `anchor_dataset_name={name!r}`: unset one"
+        elif is_needed:
+            reason = "needs prompts: set `anchor_dataset_name` to a file or a Hub id, or pass `anchor_dataset`"
+        raise ValueError(f"`anchors={args.anchors!r}` {reason}.")
     if name is None:
         return anchor_dataset
     if (file_format := _FORMATS.get(Path(name).suffix.lower())) and Path(name).is_file():

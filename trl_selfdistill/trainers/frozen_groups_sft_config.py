@@ -69,11 +69,11 @@ class FrozenGroupsSFTConfig(SFTConfig):
             self.warmup_ratio, self.warmup_steps = self.warmup_steps, 0
         if getattr(self, "activation_checkpointing", True) is None:  # transformers 5.23 warns of the old name
             self.activation_checkpointing = self.gradient_checkpointing
-        super().__post_init__()
         check_options(self, FrozenGroupsSFTConfig)
         selection = self.group_selection  # an entry that cannot be read is an error before a model is loaded
         if selection is not None:
             setattr(self, selection.option, selection.entries)  # YAML may hold a lone string
+        super().__post_init__()  # last: what it says of the machine would come before a mistake in an option
 
     @property
     def group_selection(self) -> GroupSelection | None:

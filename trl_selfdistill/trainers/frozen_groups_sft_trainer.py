@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .frozen_groups_sft_config import FrozenGroupsSFTConfig, config_from
 from .resume import ExactResumeMixin
 from .sft_internals import HookedSFTTrainer, name_experts, peft_configs_made_by
 from .trainer_card import ModelCardMixin
+from .training_rows import check_rows
 
 
 class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer):
@@ -38,7 +40,8 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
 
     Raises:
         ValueError: If the groups cannot be frozen in this model (see
-            [`~trl_selfdistill.parameters.groups.freeze_selection`]), or adapters would train frozen groups.
+            [`~trl_selfdistill.parameters.groups.freeze_selection`]), adapters would train frozen groups, or the data
+            have no rows or not the columns of a format of TRL.
 
     Example:
 
@@ -60,6 +63,11 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         selection = args.group_selection
         self.group_table: GroupTable | None = None
         self._frozen_check: _FrozenCheck | None = None
+        given = signature(super().__init__).bind(model, args, *positional, **kwargs).arguments
+        for name in ("train_dataset", "eval_dataset") if given.get("formatting_func") is None else ():
+            data = given.get(name)
+            for part in data.values() if isinstance(data, dict) else [data]:
+                check_rows(args, f"`{name}`", part)
         # The model as `SFTTrainer` has loaded it: by name, with remote code, quantised, for images
         with peft_configs_made_by(partial(restrict_peft_config, selection=selection)):
             super().__init__(model, args, *positional, **kwargs)

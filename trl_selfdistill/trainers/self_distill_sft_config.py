@@ -115,7 +115,6 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     teacher_cache_dtype: str = "bfloat16"
 
     def __post_init__(self):
-        super().__post_init__()
         check_options(self, SelfDistillSFTConfig)
         if isinstance(self.teacher_model_init_kwargs, str):  # from the command line
             with suppress(ValueError):  # no JSON: refused below, as what it is
@@ -145,6 +144,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
                 f"`load_best_model_at_end=True`: after the snapshot of `{given[0]}`, {metric!r} is another loss. Set "
                 "`metric_for_best_model` to 'eval_mean_token_accuracy', for example."
             )
+        super().__post_init__()
 
     def choose_teacher(self, teacher_model: Any) -> Any:
         """

@@ -61,7 +61,7 @@ def test_the_share_of_forgetting_is_paired_by_fact(before, sft):
         (90, 99, "- KL, cost 1.50\n"),
         (89, 100, "- none; the nearest is KL, cost 1.50\n"),
         (100, 94, "- none; the nearest is KL, cost 1.50\n"),
-        (40, 0, "- none; the nearest is SFT, cost 1.00\n"),
+        (50, 100, "- none; nothing forgets less than SFT\n"),
     ],
 )
 def test_who_reaches_the_aim(before, sft, old, new, sentence):

@@ -96,9 +96,12 @@ def render_comparison(outcomes: list[Outcome], before: Outcome, model: str) -> s
         target = before.old - MOST_FORGETTING * (before.old - sft.old)
         ahead = [mean_interval(outcome.old - target), mean_interval(outcome.new - LEAST_NEW * sft.new)]
         clear = " (clearly)" if min(interval.low for interval in ahead) > 0 else ""
-        margins.append((min(interval.value for interval in ahead), f"{outcome.label}{clear}, cost {cost}"))
-    reached = [f"- {text}" for margin, text in margins if margin > -1e-9]
-    verdict = "\n".join(reached) or f"- none; the nearest is {max(margins)[1]}"
+        margin, forgets_less = min(interval.value for interval in ahead), outcome.old.mean() > sft.old.mean()
+        margins.append((forgets_less, margin, f"{outcome.label}{clear}, cost {cost}"))
+    reached = [f"- {text}" for _, margin, text in margins if margin > -1e-9]
+    forgets_less, _, nearest = max(margins)
+    nearest = f"the nearest is {nearest}" if forgets_less else "nothing forgets less than SFT"
+    verdict = "\n".join(reached) or f"- none; {nearest}"
     intro = (
         f"{len(before.old)} seeds each, on the same facts. Before: {before.old.mean():.3f} of the old facts, which "
         f"are not trained on, {before.new.mean():.3f} of the new ones.\nIntervals are over seeds and facts, cost is "
