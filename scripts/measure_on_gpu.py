@@ -89,7 +89,7 @@ def timings(folder: Path, small: bool) -> list[Part]:
 def last_line(log: Path) -> list[tuple]:
     """What pytest counted; tests that were all skipped tell nothing."""
     lines = log.read_text(encoding="utf-8").splitlines()[-1:]
-    return [(line, True if "passed" in line or "failed" in line else None) for line in lines]
+    return [(line, None if "skipped" in line and "passed" not in line else True) for line in lines]
 
 
 def check_findings(log: Path) -> list[tuple]:
@@ -217,8 +217,6 @@ def main() -> int:
     if unknown := {*(args.parts or names)} - {*names}:
         parser.error(f"--parts may be {', '.join(names)}, got {', '.join(unknown)}.")
     side_by_side, in_turn = ([part for part in kind if part.name in (args.parts or names)] for kind in parts)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
     with ThreadPoolExecutor() as pool:
         for rows in pool.map(lambda part: run(part, folder, end), side_by_side):
             table += rows
@@ -237,4 +235,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     sys.exit(main())
