@@ -8,7 +8,13 @@ export TOKENIZERS_PARALLELISM = false
 TORCH_OLDEST ?= 2.6.0
 TORCH_NEWEST ?= 2.13.0
 
-.PHONY: quickstart test test-oldest test-newest always gpu quality style docs release-check clean
+.PHONY: help quickstart test test-oldest test-newest always gpu quality style docs release-check clean
+
+help:
+	@echo "make quickstart   the study on the embedded model and facts, 6 to 13 minutes (ARGS=\"--seed 1\" for flags)"
+	@echo "make test         the tests; test-oldest and test-newest with the lowest and the newest versions"
+	@echo "make quality      what CI checks of the style; make style mends it"
+	@echo "make docs         the site; make gpu what only a GPU shows; make release-check the wheel; make clean"
 
 quickstart: $(VENV)/.installed
 	$(BIN)/trl-selfdistill study --config quickstart --num_processes 1 $(ARGS)
