@@ -97,7 +97,7 @@ def run_script(main: Callable, dataclass_types: Iterable[type], description: str
     try:
         status = main(*arguments)
         state.destroy_process_group()  # its threads may outlive the interpreter, which then aborts
-        if status:
+        if status and state.is_main_process:  # of the others the launcher would say that they failed, too
             sys.exit(status)
     except KeyboardInterrupt:
         parser.exit(130, "\nInterrupted. What is done stays: run the same command again to go on.\n")
