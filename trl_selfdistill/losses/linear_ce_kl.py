@@ -111,7 +111,8 @@ def linear_ce_kl(
     if impl == "auto":
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
-    _check_options(shift_labels, num_items_in_batch, logits_dtype, memory_budget_mib)
+    num_items = None if num_items_in_batch is None else float(num_items_in_batch)  # one look, if it is on a GPU
+    _check_options(shift_labels, num_items, logits_dtype, memory_budget_mib)
     kept = shift_labels != IGNORE_INDEX
     outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
     # Once: each look at a GPU's values waits for all that it has to do
@@ -127,7 +128,7 @@ def linear_ce_kl(
         labels = labels[index]
         student = student._replace(hidden_states=student.hidden_states[index])
         teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[index])
-    denominator = max(1.0, float(num_labels if num_items_in_batch is None else num_items_in_batch))
+    denominator = max(1.0, num_labels if num_items is None else num_items)
     objective = TileObjective(ce_weight, kl_weight, temperature, grad_scale=1 / denominator)
     if impl == "reference":
         loss, sums = _reference_losses(student, teacher, labels, objective, logits_dtype)
@@ -165,11 +166,11 @@ def _reference_losses(student, teacher, labels, objective, logits_dtype):
     return objective.total(sums), sums
 
 
-def _check_options(shift_labels, num_items_in_batch, logits_dtype, memory_budget_mib) -> None:
+def _check_options(shift_labels, num_items, logits_dtype, memory_budget_mib) -> None:
     if not 0 < memory_budget_mib < inf:
         raise ValueError(f"`memory_budget_mib` must be finite and > 0, got {memory_budget_mib}.")
-    if num_items_in_batch is not None and not 0 <= float(num_items_in_batch) < inf:
-        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items_in_batch}.")
+    if num_items is not None and not 0 <= num_items < inf:
+        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items}.")
     if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
         raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
     if logits_dtype not in (None, torch.float32):
