@@ -52,7 +52,7 @@ class ComparisonArguments:
     num_own_answers: int = field(default=400, metadata={"help": "Own answers: prompts that the start model answers."})
     anchor_facts: str | None = field(
         default=None,
-        metadata={"help": "Facts whose questions are further prompts, after those of the facts that are in no split."},
+        metadata={"help": "Facts whose questions are the prompts, instead of those of the facts in no split."},
     )
     self_anchor_tokens: int = field(default=16, metadata={"help": "Self-samples: longest text, in tokens."})
     mixed: list[str] = field(

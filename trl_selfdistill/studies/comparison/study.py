@@ -175,20 +175,17 @@ def _facts(mix: Path) -> RunFacts:
 
 def _prompts(args: ComparisonArguments, asked: dict[str, Dataset], setup: StudySetup) -> list[str]:
     """
-    Questions about other subjects than the asked ones: those of their relations first, then those of `anchor_facts`,
-    each drawn at random but always the same. Neither are their answers looked at, nor whether the model knows them.
+    Questions about other subjects than the asked ones: those of their relations, or of `anchor_facts`, drawn at random
+    but always the same. Neither are their answers looked at, nor whether the model knows them.
     """
     used = {fold_name(subject) for facts in asked.values() for subject in facts["subject"]}
-    relations = {relation for facts in asked.values() for relation in facts["relation"]}
-    annotated = read_facts(setup.annotated)
-    tables = [[fact for fact in annotated if fact["relation"] in relations]]
-    if args.anchor_facts is not None:
-        tables.append(load_facts(args.anchor_facts))
-    questions = []
-    for table in tables:
-        left = [fact["question"] for fact in table if fold_name(fact["subject"]) not in used]
-        questions += random.Random(0).sample(left, len(left))
-        used |= {fold_name(subject) for subject in annotated["subject"]}
+    if args.anchor_facts is None:
+        relations = {relation for facts in asked.values() for relation in facts["relation"]}
+        facts = [fact for fact in read_facts(setup.annotated) if fact["relation"] in relations]
+    else:
+        facts = load_facts(args.anchor_facts)
+    left = [fact["question"] for fact in facts if fold_name(fact["subject"]) not in used]
+    questions = random.Random(0).sample(left, len(left))
     needed = {"num_own_answers": args.num_own_answers} if "own_answers" in args.variants else {}
     needed |= {"num_anchors": max(args.num_anchors)} if "kl_anchors" in args.variants else {}
     for name, number in needed.items():
