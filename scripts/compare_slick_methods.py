@@ -4,6 +4,7 @@
     python scripts/compare_slick_methods.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output slick_methods.json
 
 The methods take turns, so that other load meets both. Only some facts are sampled; that time is scaled to 16 samples.
+The limit of scoring is the time of its products (and of attention) at the rate of a large one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,6 +67,7 @@ def ask_both(args, model, tokenizer, facts, exemplars) -> tuple[list[dict], dict
         return result
 
     sampled_rows = set(np.random.default_rng(args.seed).permutation(len(facts))[: args.num_sampled_facts].tolist())
+    square, operations = torch.ones(2048, 2048), 0
     rows_of = {name: [i for i, other in enumerate(facts["relation"]) if other == name] for name in exemplars}
     pieces = [(rows, prompt) for name, rows in rows_of.items() for prompt in exemplars[name]]
     records, cut = [], {"max_new_tokens": args.max_new_tokens}
@@ -72,6 +75,10 @@ def ask_both(args, model, tokenizer, facts, exemplars) -> tuple[list[dict], dict
         texts = [few_shot_prompt(facts[row]["question"], prompt) for row in rows]
         forms = [[facts[row]["answer"], *facts[row]["aliases"]] for row in rows]
         scores = timed("score", len(rows), score_answers, texts, forms, batch_size=args.batch_size, **SAMPLING)
+        with FlopCounterMode(display=False) as counter:
+            score_answers(model, tokenizer, texts, forms, batch_size=args.batch_size, **SAMPLING)
+        operations += counter.get_total_flops()
+        timed("product", 2 * 2048**3, lambda *_: square @ square)
         greedy = timed("greedy", len(rows), predict_answers, texts, batch_size=args.batch_size, **cut)
         drawn = [i for i, row in enumerate(rows) if row in sampled_rows]
         how = {"num_samples": args.num_samples, "seed": seed, "batch_size": 2 * args.batch_size, **SAMPLING, **cut}
@@ -83,6 +90,9 @@ def ask_both(args, model, tokenizer, facts, exemplars) -> tuple[list[dict], dict
             record |= {"greedy": greedy[i][0], "is_right": exact_match(greedy[i][0], forms[i]), **scores[i]._asdict()}
             record["frequency"] = float(np.mean([exact_match(s, forms[i]) for s in samples.get(i, [""])]))
             records.append(record)
+    # How long the operations of the scores would take at the rate of the large product
+    count, *totals = seconds.pop("product")
+    seconds["limit of a score"] = [len(records), *(operations / count * total for total in totals)]
     return records, seconds
 
 
@@ -126,7 +136,9 @@ def summarize(args, records: list[dict], seconds: dict, model, tokenizer) -> dic
         "mean difference and its standard error": [gaps.mean(), gaps.std(ddof=1) / len(gaps) ** 0.5],
         "right samples in a form that is not scored": 1 - np.mean(scored),
         "seconds a question or sample (wall, CPU)": per,
-        "1 greedy + 16 samples : score": [(g + 16 * s) / t for t, g, s in zip(*per.values(), strict=True)],
+        "1 greedy + 16 samples : score": [
+            (g + 16 * s) / t for t, g, s in zip(*(per[name] for name in ("score", "greedy", "sampled")), strict=True)
+        ],
     }
 
 
