@@ -95,13 +95,10 @@ def normalize_answer(
     return _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
 
 
-# Beginnings of the names of characters whose scripts put no spaces between words
-_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-_UNSPACED += ("JAVANESE", "BALINESE", "TAI ", "NEW TAI", "YI ")
+# Letters of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, hiragana, Chinese characters
+_UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3005-\u309f\u3400-\u9fff\U00020000-\U0003ffff]+")
 # What follows a Korean noun without a space
-_PARTICLES = re.compile(
-    "(은|는|이|가|을|를|의|에서?|으?로|와|과|도|만)?(이?(다|고|며|[었였].*)|입니다|이?에요|예요)?( |$)"
-)
+_PARTICLES = "(은|는|이|가|을|를|의|에서?|으?로|와|과|도|만)?(이?(다|고|며|[었였].*)|입니다|이?에요|예요)?"
 
 
 def part_words(text: str) -> str:
@@ -111,23 +108,13 @@ def part_words(text: str) -> str:
 
 def contains_words(text: str, words: str) -> bool:
     """
-    Whether normalized `words` are among those of a normalized `text`, as whole words. Beside a letter of a script
-    without spaces (Chinese, Japanese, Thai ...) any word may end, but within katakana, and before a Korean particle.
+    Whether normalized `words` are among those of a normalized `text`, as whole words or before a Korean particle.
+    Letters of a script without spaces (Chinese, Japanese, Thai ...) may stand anywhere among others of it.
     """
-    ends = ((match.start(), match.start() + len(words)) for match in re.finditer(f"(?={re.escape(words)})", text))
-    return any(_may_part(text, a) and (_may_part(text, b) or bool(_PARTICLES.match(text, b))) for a, b in ends)
-
-
-def _may_part(text: str, position: int) -> bool:
-    if position in (0, len(text)) or " " in text[position - 1 : position + 1]:
-        return True
-    before, after = text[position - 1 : position + 1]
-    scripts = [unicodedata.name(character, "") for character in (before, after)]
-    is_katakana, is_korean = ([script.startswith(name) for script in scripts] for name in ("KATAKANA", "HANGUL"))
-    # A mark on the character before it, one number, or one foreign name
-    if unicodedata.category(after)[0] == "M" or (before.isnumeric() and after.isnumeric()) or all(is_katakana):
-        return False
-    return any(script.startswith(_UNSPACED) for script in scripts) or is_korean == [False, True]
+    if _UNSPACED.search(words):
+        return words in text
+    parted = _UNSPACED.sub(r" \g<0> ", f" {text} ")
+    return re.search(f" {re.escape(words)}{_PARTICLES} ", parted) is not None
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:
