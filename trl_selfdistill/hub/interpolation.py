@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Weights between those of a model before and after fine-tuning, as a checkpoint (WiSE-FT, Wortsman et al., arXiv
-2109.01903): the less of the fine-tuning, the less is forgotten, and the less is learnt.
-"""
+"""Weights between those before and after fine-tuning, as a checkpoint (WiSE-FT, Wortsman et al., arXiv 2109.01903)."""
 
 import os
 import shutil
@@ -21,6 +18,9 @@ from .publishing import MODEL_FILES
 _ADAPTER_CONFIG = "adapter_config.json"
 _FILES = {*MODEL_FILES, "*.py"} - {"README.md", "model_card.json", "curves.png", "accuracy.json*"}
 _FILES -= {"base_accuracy.jsonl", "parameter_groups.json"}  # of the fine-tuned weights
+# Settings of a LoRA that adds `lora_alpha / r` times B A to its base model, and does nothing else
+_PLAIN_LORA = {"peft_type": ["LORA"], "bias": ["none", None], "use_dora": [False, None], "modules_to_save": [None, []]}
+_PLAIN_LORA |= {"trainable_token_indices": [None], "init_lora_weights": [True, False, "gaussian"]}
 
 
 def interpolate(
@@ -66,7 +66,10 @@ def interpolate(
             write_json(partial / _ADAPTER_CONFIG, _scaled(adapter, alpha))
         else:
             _write_weights(names, _names(first), float(alpha), partial)
-        training = read_record(folder).get("training") or {"is_adapter": bool(adapter), **base_model_of(os.fspath(end))}
+        training = read_record(folder).get("training") or {
+            "is_adapter": bool(adapter),
+            **base_model_of(os.fspath(end)),
+        }
         training["interpolation"] = {"alpha": float(alpha), "start": hub_id(start)}
         update_model_card(partial, training=training)
     return output
@@ -119,13 +122,9 @@ def _between(name: str, before: torch.Tensor, after: torch.Tensor, alpha: float)
 
 def _scaled(config: dict, alpha: float) -> dict:
     """The configuration of a LoRA adapter that adds `alpha` times as much to its base model."""
-    more = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(name)]
-    if config.get("bias", "none") != "none":
-        more.append("bias")
-    if config.get("init_lora_weights") not in (True, False, "gaussian"):  # PiSSA and its like change the base model
-        more.append("init_lora_weights")
-    if config["peft_type"] != "LORA" or more:
-        kind = f"{config['peft_type']} {f'with {more}' if more else ''}".strip()
-        raise ValueError(f"`end` is an adapter of type {kind}; plain LoRA alone can be interpolated. Merge it.")
+    for name, plain in _PLAIN_LORA.items():
+        if config.get(name) not in plain:
+            value = f"`{name}` = {config.get(name)!r}"
+            raise ValueError(f"`end` is an adapter with {value}; plain LoRA alone can be interpolated. Merge it.")
     patterns = {name: alpha * value for name, value in (config.get("alpha_pattern") or {}).items()}
     return {**config, "lora_alpha": alpha * config["lora_alpha"], "alpha_pattern": patterns}
