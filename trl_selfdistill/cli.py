@@ -86,10 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         text = f"{what}: a YAML file, or one of {', '.join(_configs(folder))}"
         start.add_argument(*names, type=partial(_config_path, folder), metavar="NAME|FILE", help=text)
-    for name in ("num_processes", "num_machines", "num_cpu_threads_per_process"):
-        start.add_argument(f"--{name}", type=int, metavar="N")
-    for name in ("machine_rank", "main_process_ip", "main_process_port", "gpu_ids"):
-        start.add_argument(f"--{name}", metavar="X")
+    numbers = ("num_processes", "num_machines", "num_cpu_threads_per_process", "machine_rank", "main_process_port")
+    for name in (*numbers, "main_process_ip", "gpu_ids"):
+        start.add_argument(f"--{name}", type=int if name in numbers else None, metavar="N" if name in numbers else "X")
     parser = _Parser(
         "trl-selfdistill",
         usage="%(prog)s COMMAND [flags]\n       %(prog)s COMMAND --help",

@@ -161,14 +161,15 @@ def test_interrupted_run_goes_on(settings, tmp_path, monkeypatch):
 
 def test_progress_file_cut_off_anywhere(tmp_path):
     path, identity = tmp_path / "p.jsonl", {"a": (1, 2)}
-    ProgressFile(path, identity).append("é", [True, 0.1])
+    work = (lambda name, items: [True, 0.1]), {"é": [0]}, None
+    ProgressFile(path, identity).do(*work)
     assert ProgressFile(path, identity).results == {"é": [True, 0.1]}
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
         again = ProgressFile(path, identity)
         assert again.results == {}
-        again.append("é", [True, 0.1])
+        again.do(*work)
         assert path.read_bytes() == whole
     path.write_text("something else")
     with pytest.raises(ValueError, match="is of other work, something else, and not"):

@@ -92,7 +92,15 @@ def score_hallucinations(
     if others := {*columns.get("categories", [])} - {*SlickCategory}:
         names = ", ".join(SlickCategory)
         raise ValueError(f"`categories` has {min(others)!r}; use {names}, and `relations` for other groups")
-    answers = _judge(AnswerJudge(**answer_rules), columns)
+    judge, references = AnswerJudge(**answer_rules), columns["references"]
+    for i, aliases in enumerate(references):
+        if not any(map(judge.normalize, aliases)):
+            raise ValueError(f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing; add an alias")
+    predictions = columns["predictions"]
+    judged = {"outcome": map(judge.outcome, predictions, references), "f1": map(judge.f1, predictions, references)}
+    if baseline_predictions is not None:
+        judged["baseline_outcome"] = map(judge.outcome, columns["baseline_predictions"], references)
+    answers = {name: np.array([*values]) for name, values in judged.items()}
     result = _rates(answers)
     if categories is not None:
         labels, right = np.array(columns["categories"]), answers["outcome"] == "correct"
@@ -135,18 +143,6 @@ def _rows(values: Any, name: str) -> list:
     if not rows:
         raise ValueError(f"`{name}` is empty; there is nothing to score")
     return rows
-
-
-def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray]:
-    """How each prediction was judged: arrays of shape `(num_predictions,)`."""
-    predictions, references = columns["predictions"], columns["references"]
-    for i, aliases in enumerate(references):
-        if not any(map(judge.normalize, aliases)):
-            raise ValueError(f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing; add an alias")
-    answers = {"outcome": map(judge.outcome, predictions, references), "f1": map(judge.f1, predictions, references)}
-    if "baseline_predictions" in columns:
-        answers["baseline_outcome"] = map(judge.outcome, columns["baseline_predictions"], references)
-    return {name: np.array([*values]) for name, values in answers.items()}
 
 
 def _rates(answers: dict[str, np.ndarray]) -> dict:
