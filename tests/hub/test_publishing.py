@@ -54,18 +54,14 @@ def test_only_the_model_its_card_and_its_evaluation_are_published_with_the_base_
 
 
 NAMED = {
-    "config.json": {
-        "auto_map": {"AutoModelForCausalLM": "modeling_tiny.Tiny", "AutoConfig": "org/code--config_tiny.C"}
-    },
-    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tokenization_tiny.Slow", None]}},
+    "config.json": {"auto_map": {"AutoModelForCausalLM": "modeling_tiny.Tiny", "AutoConfig": "o/r--config_tiny.C"}},
     "processor_config.json": {"image_processor": {"auto_map": {"AutoImageProcessor": "image_tiny.Images"}}},
     "generation_config.json": {"custom_pipelines": {"my-task": {"impl": "pipeline_tiny.Pipeline", "pt": ["Auto"]}}},
     "model.safetensors.index.json": {"weight_map": {"a": "model-1-of-1.safetensors"}},
 }
 CODE = {"modeling_tiny.py": "try:\n    from .layers import x\nexcept ImportError:\n    x = None"}
-CODE |= {"layers.py": "from .ops import y"}
-CODE |= {"ops.py": "from .layers import x", "tokenization_tiny.py": "", "image_tiny.py": "", "pipeline_tiny.py": ""}
-CODE |= {"custom_generate/generate.py": "from .helper import z", "custom_generate/helper.py": ""}
+CODE |= {"layers.py": "from .ops import y", "ops.py": "from .layers import x"}
+CODE |= dict.fromkeys(["image_tiny.py", "pipeline_tiny.py", "custom_generate/generate.py"], "")
 
 
 def write_files(folder: Path, texts: dict) -> None:
