@@ -42,9 +42,7 @@ class FolderHub:
 
     def create_commit(self, api, repo_id, operations, *, repo_type=None, create_pr=None, **options):
         if self.refusals:
-            error = OSError(f"{self.refusals} for a request of Bearer {TOKEN}")  # a client may show all of a request
-            error.response = SimpleNamespace(status_code=self.refusals.pop())
-            raise error
+            raise OSError(f"{self.refusals.pop()} for a request of Bearer {TOKEN}")  # a client may show all of it
         self.commits.append(repo_id)
         for operation in operations:
             with operation.as_file() as file:
@@ -160,11 +158,10 @@ def test_the_trainers_push_the_card_that_they_save(hub, tmp_path, model_dir):
     assert ModelCard(card).data.datasets == ["alice/data"]
 
 
-@pytest.mark.parametrize("status, advice", [(401, "hf auth login"), (403, "--create_pr"), (500, "no file twice")])
-def test_a_refusal_is_explained_and_the_next_run_completes_it(hub, checkpoint, capsys, status, advice):
-    hub.refusals = [status]
+def test_a_refusal_is_explained_and_the_next_run_completes_it(hub, checkpoint, capsys):
+    hub.refusals = [403]
     flags = ("--checkpoints", checkpoint, "--repo_id", "alice/m")
-    with pytest.raises(SystemExit, match=f"alice/m was not published.*{advice}") as refused:
+    with pytest.raises(SystemExit, match="alice/m was not published: 403 .*`hf auth login`") as refused:
         publish(*flags)
     assert TOKEN not in str(refused.value) and not hub.commits
     publish(*flags, "--create-pr")

@@ -28,10 +28,6 @@ MODEL_FILES = (
 )
 _CLASS = re.compile(r'"(\w+)\.[A-Z_]\w*"')  # `repository--module.Class` is elsewhere
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)  # as transformers' loader finds them
-_ADVICE = {
-    401: "Log in with `hf auth login`, with a token that may write.",
-    403: "The token may not write there: take one that may, or propose the files with `--create_pr`.",
-}
 
 
 class PublishError(RuntimeError):
@@ -138,8 +134,7 @@ def publish(plan: Publication, private: bool = True, create_pr: bool = False) ->
         api.create_repo(**repo, private=private, exist_ok=True, space_sdk=space_sdk)
         commit = api.create_commit(**repo, operations=files, commit_message="Publish", create_pr=create_pr)
     except Exception as error:  # of any library below: a traceback may show the token of the request
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        advice = _ADVICE.get(status, "Nothing was committed, and the same command sends no file twice.")
         cause = " ".join(hide_tokens(str(error)).split())
-        raise PublishError(f"{plan.repo_id} was not published. {advice} The cause: {cause}") from None
+        advice = "Log in by `hf auth login` with a token that may write, or pass --create_pr; no file is sent twice."
+        raise PublishError(f"{plan.repo_id} was not published: {cause} {advice}") from None
     return commit.pr_url or commit.commit_url
