@@ -105,7 +105,7 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
         (end, 1.1, start, r"`alpha` .* in \[0, 1\], got 1.1"),
         (end, float("nan"), start, "`alpha`"),
         (end, 0.5, None, "`start` must be a full model, as `end` is, got None"),
-        (lora, 0.5, start, "`end` is an adapter, .* leave `start` out"),
+        (lora, 0.5, start, "`start` must be left out, as `end` is an adapter"),
         (end, 0.5, lora, "`start` must be a full model"),
         (end, 0.5, changed("fewer", lambda tensors: tensors.pop(first)), f"1 tensors are .* only, such as {first}"),
         (end, 0.5, changed("wide", lambda t: t.update({first: t[first].repeat(1, 2)})), f"{first} is of shape"),

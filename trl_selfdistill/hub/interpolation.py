@@ -52,10 +52,9 @@ def interpolate(
     names = _names(folder)
     adapter = read_json(folder / _ADAPTER_CONFIG) if (folder / _ADAPTER_CONFIG).is_file() else None
     first = None if start is None else _folder(start)
-    if adapter and first:
-        raise ValueError("`end` is an adapter, which starts from nothing: leave `start` out, or merge adapters first.")
-    if not adapter and (first is None or (first / _ADAPTER_CONFIG).is_file()):
-        raise ValueError(f"`start` must be a full model, as `end` is, got {start!r}. Merge the adapter first.")
+    if bool(adapter) == bool(first) or (first and (first / _ADAPTER_CONFIG).is_file()):
+        kind = "left out, as `end` is an adapter" if adapter else "a full model, as `end` is"
+        raise ValueError(f"`start` must be {kind}, got {start!r}. Merge adapters first.")
     with written_whole(output) as partial:
         partial.mkdir()
         for path in {path for pattern in _FILES for path in folder.glob(pattern)}:
