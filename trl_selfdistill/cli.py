@@ -57,8 +57,7 @@ def main() -> int:
     options = vars(options)
     command, config = options.pop("command"), options.pop("config", None)
     script = str(shipped("scripts") / PROGRAMS[command])
-    missing = [name for name in STUDY_PACKAGES if command in NEED_STUDY and find_spec(name) is None]
-    if missing:
+    if missing := [name for name in STUDY_PACKAGES if command in NEED_STUDY and find_spec(name) is None]:
         parser.error(f"{command} needs {', '.join(missing)}. Run: pip install {' '.join(missing)}")
     words = sys.argv[1:]
     words.remove(command)

@@ -33,16 +33,6 @@ def squad_normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def squad_f1(prediction: str, reference: str) -> float:
-    """Token F1 of SQuAD's evaluation script."""
-    ours, theirs = squad_normalized(prediction).split(), squad_normalized(reference).split()
-    num_same = sum(min(ours.count(word), theirs.count(word)) for word in {*ours})
-    if not num_same:
-        return 0.0
-    precision, recall = num_same / len(ours), num_same / len(theirs)
-    return 2 * precision * recall / (precision + recall)
-
-
 @given(st.text(), st.text(), st.lists(st.text()))
 def test_laws_of_exact_match(first, second, forms):
     assert normalize_answer(first, squad=True) == squad_normalized(first)
@@ -72,8 +62,6 @@ NFD, NFC = (unicodedata.normalize(form, "São Tomé") for form in ("NFD", "NFC")
         ("10⁶", ["10^6"], {"exact_numbers": True}, "correct"),
         ("5½", ["5 1/2"], {"exact_numbers": True}, "correct"),
         ("½", ["12"], {"exact_numbers": True}, "hallucinated"),
-        ("Sao Tome", ["São Tomé"], {"strip_accents": True}, "correct"),
-        ("か", ["が"], {"strip_accents": True}, "hallucinated"),  # another letter, not an accent
         ("Ｊａｐａｎ", ["Japan"], {}, "correct"),
         ("Ｊａｐａｎ", ["Japan"], {"squad": True}, "hallucinated"),
         ("A", ["A"], {}, "correct"),  # a blood type, of which SQuAD's script leaves nothing
@@ -108,7 +96,7 @@ C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι|1 0000=10000|O-=O|I ran=Iran|�
 def test_what_a_person_takes_for_the_same_answer_is_right(pair):
     first, second = pair.split("=")
     assert exact_match(first, [second]) and exact_match(second, [first])
-    assert AnswerJudge().outcome(first, [second]) == "correct" and AnswerJudge().f1(first, [second]) == 1
+    assert AnswerJudge().outcome(first, [second]) == "correct"
 
 
 def test_letters_and_marks_tell_answers_apart():
@@ -195,17 +183,16 @@ def test_rates_are_counts(rows):
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS)
-def test_accuracy_and_f1_are_those_of_squad_and_no_alias_harms(rows):
+def test_accuracy_is_that_of_squad_and_no_alias_harms(rows):
     # Where SQuAD's script leaves nothing of an answer, this package differs on purpose
     rows = [row for row in rows if all(map(squad_normalized, [row[0], *row[1]]))] or [("Oslo", ["Oslo"], "Oslo")]
     predictions, references, others = zip(*rows, strict=True)
     scores = score_hallucinations(predictions, references, squad=True)
     right = [squad_normalized(p) in map(squad_normalized, forms) for p, forms, _ in rows]
-    f1 = [max(squad_f1(p, form) for form in forms) for p, forms, _ in rows]
-    assert (scores["accuracy"], scores["f1"]) == pytest.approx((np.mean(right), np.mean(f1)))
+    assert scores["accuracy"] == pytest.approx(np.mean(right))
     more = [[*forms, other] for forms, other in zip(references, others, strict=True)]
     with_aliases = score_hallucinations(predictions, more, squad=True)
-    assert all(with_aliases[name] >= scores[name] - 1e-9 for name in ("accuracy", "f1"))
+    assert with_aliases["accuracy"] >= scores["accuracy"]
 
 
 def test_groups_are_the_scores_of_their_rows():
@@ -225,7 +212,7 @@ def test_groups_are_the_scores_of_their_rows():
             assert table == score_hallucinations(**part)
             assert scores[f"{name}/{group}/hallucination_rate"] == table["hallucination_rate"]
     assert scores["examples"][3] == {
-        "question": "4", "prediction": "d1", "references": ["x", "d1"], "outcome": "correct", "f1": 1.0,
+        "question": "4", "prediction": "d1", "references": ["x", "d1"], "outcome": "correct",
         "baseline_prediction": "y", "baseline_outcome": "hallucinated", "category": "Unknown", "relation": "s",
     }  # fmt: skip
     flat = score_hallucinations(**data)
@@ -233,16 +220,11 @@ def test_groups_are_the_scores_of_their_rows():
     assert all(isinstance(value, int | float | None) for value in flat.values())
 
 
-def test_what_no_fact_or_one_fact_cannot_tell_is_none_and_intervals_stay_in_range():
+def test_what_no_fact_can_tell_is_none():
     scores = score_hallucinations(["the b"], ["b"], baseline_predictions=["c"], categories=["MaybeKnown"])
     for name in ("forgetting_rate", "induced_hallucination_rate", "factual_stability", "factual_plasticity"):
         assert scores[name] is scores[f"{name}_ci_low"] is scores[f"{name}_ci_high"] is None
-    assert scores["f1"] == 1.0 and scores["accuracy"] == 1.0 and scores["accuracy_ci_low"] > 0
-    scores = score_hallucinations(["b c"], ["b"])
-    assert scores["f1"] == pytest.approx(2 / 3) and scores["f1_ci_low"] is scores["f1_ci_high"] is None
-    scores = score_hallucinations(["a", "b"], ["a", "c"], baseline_predictions=["x", "c"])
-    assert (scores["f1_ci_low"], scores["f1"], scores["f1_ci_high"]) == (0, 0.5, 1)
-    assert -1 < scores["net_change_ci_low"] < scores["net_change"] == 0 < scores["net_change_ci_high"] < 1
+    assert scores["accuracy"] == 1.0 and 0 < scores["accuracy_ci_low"] < 1
 
 
 @pytest.mark.parametrize(("gained", "lost", "total"), [(12, 2, 50), (0, 3, 40), (5, 0, 9), (1, 1, 2)])

@@ -24,7 +24,6 @@ _UNSEEN = "\ufe00-\ufe0f\U000e0100-\U000e01ef\u034f\u115f\u1160\u3164\uffa0\u280
 _UNSEEN += "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u0652\u0670\u06d6-\u06ed"
 _STRESS = re.compile("(?<=[аеиоуыэюяієαεηιουω])\u0301+")  # of Cyrillic in dictionaries, of Greek not in capitals
 _TONES = re.compile("([ou])([\u0300\u0301\u0303\u0309\u0323])([aey])(?!\\w)")  # Vietnamese, on either vowel
-_ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
 _ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
 _SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
@@ -59,9 +58,7 @@ def as_seen(text: str) -> str:
     return re.sub(r"(?<=\d) - (?=\d)", "-", unicodedata.normalize("NFKC", "".join(map(_as_seen, text))))
 
 
-def normalize_answer(
-    text: str, *, squad: bool = False, strip_accents: bool = False, exact_numbers: bool = False
-) -> str:
+def normalize_answer(text: str, *, squad: bool = False, exact_numbers: bool = False) -> str:
     """
     Returns the form in which answers are compared: without case, punctuation, English articles and invisible
     characters, with single spaces. What differs in Unicode alone (full-width letters, composed accents, kinds of
@@ -71,9 +68,6 @@ def normalize_answer(
         text (`str`): An answer.
         squad (`bool`, *optional*, defaults to `False`):
             Whether to do what SQuAD's script does and no more: lower case, no ASCII punctuation, no English articles.
-        strip_accents (`bool`, *optional*, defaults to `False`):
-            Whether Latin, Greek and Cyrillic letters lose their accents ("São Tomé" is "sao tome"). Letters of their
-            own, such as the first of "Łódź", stay.
         exact_numbers (`bool`, *optional*, defaults to `False`):
             Whether numbers keep their signs, decimal points and the separators of dates. SQuAD's script drops them, so
             that "17.89" is "1789". A comma goes either way: "1,789" is "1789".
@@ -82,8 +76,6 @@ def normalize_answer(
         text = as_seen(as_seen(text).casefold()).replace("i\u0307", "i")  # what is left of a dotted capital
         text = text.replace("\u0565\u0582", "\u0565\u057e")  # Armenian "and", as a ligature and in two letters
         text = unicodedata.normalize("NFC", _STRESS.sub("", unicodedata.normalize("NFD", text)))
-    if strip_accents:
-        text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
     kept = [pattern for pattern, is_kept in ((_IN_NUMBERS, exact_numbers), (_IN_NAMES, not squad)) if is_kept]
     parts = re.split(f"({'|'.join(kept)})", text.lower()) if kept else [text.lower()]
     for i in range(0, len(parts), 2):  # the others are in numbers and names

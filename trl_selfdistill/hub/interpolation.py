@@ -36,8 +36,7 @@ def interpolate(
         end (`str` or `os.PathLike`): Folder or Hub id of the fine-tuned model or adapter.
         alpha (`float`): Share of the fine-tuned weights, in [0, 1].
         output_dir (`str` or `os.PathLike`): Folder of the checkpoint; a new or an empty one.
-        start (`str` or `os.PathLike`, *optional*): Folder or Hub id of the model before fine-tuning; `None` for an
-            adapter.
+        start (`str` or `os.PathLike`, *optional*): The same of the model before fine-tuning; `None` for an adapter.
 
     Raises:
         ValueError: If `alpha` is not in [0, 1], `output_dir` is not empty, an adapter meets a full model, weights
