@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.hallucination.answer_outcome import ABSTENTION_PATTERNS, AnswerJudge
 from trl_selfdistill.hallucination.exact_match import exact_match, normalize_answer, spellings
-from trl_selfdistill.hallucination.intervals import balance_interval, mean_interval
+from trl_selfdistill.hallucination.intervals import balance_interval, judge_loss, mean_interval
 from trl_selfdistill.hallucination.metric import SlickCategory
-from trl_selfdistill.hallucination.verdict import judge_loss
 
 
 WORDS = st.sampled_from(["the", "Hague", "New", "York", "U.S.A.", "a", "17", "1,789", "don't know", "none", "Ｏslo"])

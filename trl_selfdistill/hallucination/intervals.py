@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 95 % intervals of this package: of a mean over facts, or over seeds and facts, and of a balance of outcomes."""
+"""95 % intervals: of a mean over facts, or over seeds and facts, and of a balance of outcomes; and what they tell."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student_t
+
+
+_MOST_FACTS = 1_000_000  # to ask for
 
 
 class Interval(NamedTuple):
@@ -15,6 +18,14 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Verdict(NamedTuple):
+    """Whether the loss of accuracy is tolerated."""
+
+    outcome: Literal["within", "beyond", "undecided"]  # too few facts to tell
+    loss: Interval  # the accuracy before minus that after, on the same facts, in [-1, 1]
+    num_needed: int | None  # facts that would tell, lost and gained in the same shares; None if a million would not
 
 
 def mean_interval(values: np.ndarray) -> Interval:
@@ -78,6 +89,36 @@ def balance_interval(num_gained: float, num_lost: float, num_facts: float) -> In
 
     value = (num_gained - num_lost) / num_facts
     return Interval(value, low(num_gained, num_lost), -low(num_lost, num_gained))
+
+
+def judge_loss(num_lost: int, num_gained: int, num_facts: int, tolerance: float) -> Verdict:
+    """
+    Holds the 95 % interval of the loss ([`balance_interval`]) against a tolerance: within it if the whole interval is,
+    beyond it if no part of the interval is within.
+
+    Args:
+        num_lost, num_gained (`int`): Facts that were right before and are not now, and the other way round.
+        num_facts (`int`): All facts that were asked.
+        tolerance (`float`): The largest loss that is tolerated, a fraction in [0, 1).
+
+    ```python
+    >>> judge_loss(0, 0, 100, 0.02).outcome, judge_loss(0, 0, 100, 0.02).num_needed
+    ('undecided', 190)
+    >>> judge_loss(12, 2, 100, 0.02).outcome
+    'beyond'
+    ```
+    """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"`tolerance` is {tolerance}; it must be a fraction in [0, 1), such as 0.02")
+
+    def judged(num: int) -> tuple[str, Interval]:
+        loss = balance_interval(num_lost * num / num_facts, num_gained * num / num_facts, num)
+        return "within" if loss.high <= tolerance else "beyond" if loss.low > tolerance else "undecided", loss
+
+    num_needed = num_facts
+    while num_needed <= _MOST_FACTS and judged(num_needed)[0] == "undecided":
+        num_needed = int(num_needed * 1.01) + 1
+    return Verdict(*judged(num_facts), num_needed if num_needed <= _MOST_FACTS else None)
 
 
 def _random_effects(values: np.ndarray) -> tuple[float, float]:

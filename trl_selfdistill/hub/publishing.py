@@ -57,11 +57,9 @@ class Publication:
                 raise PublishError(f"{name} holds an access token of the Hub. Remove it, and revoke the token.")
 
     def __str__(self) -> str:
-        lines = [f"{self.repo_type} {self.repo_id}, bytes of each file:"]
-        for name, content in sorted(self.contents.items()):
-            size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            lines.append(f"{size:>16,}  {name}")
-        return "\n".join(lines)
+        sizes = {n: len(c) if isinstance(c, bytes) else c.stat().st_size for n, c in sorted(self.contents.items())}
+        lines = [f"{size:>16,}  {name}" for name, size in sizes.items()]
+        return "\n".join([f"{self.repo_type} {self.repo_id}, bytes of each file:", *lines])
 
 
 def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
