@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trl-selfdistill COMMAND`: a program of scripts/, started by `accelerate launch`, with configurations by name.
-
-Only the standard library is imported until a program starts.
-"""
+"""`trl-selfdistill COMMAND`: a program of scripts/ by `accelerate launch`. The standard library alone until then."""
 
 import argparse
 import ast

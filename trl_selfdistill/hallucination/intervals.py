@@ -9,9 +9,6 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student_t
 
 
-_MOST_FACTS = 1_000_000  # to ask for
-
-
 class Interval(NamedTuple):
     """An estimate with its 95 % interval."""
 
@@ -116,9 +113,9 @@ def judge_loss(num_lost: int, num_gained: int, num_facts: int, tolerance: float)
         return "within" if loss.high <= tolerance else "beyond" if loss.low > tolerance else "undecided", loss
 
     num_needed = num_facts
-    while num_needed <= _MOST_FACTS and judged(num_needed)[0] == "undecided":
+    while num_needed <= 1_000_000 and judged(num_needed)[0] == "undecided":
         num_needed = int(num_needed * 1.01) + 1
-    return Verdict(*judged(num_facts), num_needed if num_needed <= _MOST_FACTS else None)
+    return Verdict(*judged(num_facts), num_needed if num_needed <= 1_000_000 else None)
 
 
 def _random_effects(values: np.ndarray) -> tuple[float, float]:

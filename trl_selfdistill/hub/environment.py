@@ -25,7 +25,6 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _FLAG_FOLDER_REST = re.compile(r"([\w.-]+=)?(?:(?:/|~|\.\.)(?:.*/)?)?(.*)")
-_HIDDEN = "HIDDEN"
 _NO_PROGRAM = re.compile(r"^(-c?)?$|kernel_launcher\.py$")  # an interactive session, a notebook
 
 
@@ -45,8 +44,8 @@ def describe_environment() -> dict[str, Any]:
 
 def hide_tokens(text: str) -> str:
     """`text` without access tokens of the Hub, the one of `hf auth login` among them."""
-    text, token = _TOKEN.sub(_HIDDEN, text), get_token()
-    return text.replace(token, _HIDDEN) if token else text
+    text, token = _TOKEN.sub("HIDDEN", text), get_token()
+    return text.replace(token, "HIDDEN") if token else text
 
 
 def portable_command(words: Sequence[str]) -> str:
@@ -54,4 +53,4 @@ def portable_command(words: Sequence[str]) -> str:
     parts = (_FLAG_FOLDER_REST.fullmatch(" ".join(word.split())).groups("") for word in words)
     line = " ".join(flag + shlex.quote(rest) for flag, rest in parts)
     line = line.encode(errors="replace").decode()  # names of files may hold bytes that are no text
-    return hide_tokens(_SECRET.sub(rf"\g<1>{_HIDDEN}", line))
+    return hide_tokens(_SECRET.sub(r"\g<1>HIDDEN", line))

@@ -21,7 +21,6 @@ from ..hallucination.metric import SlickCategory
 
 CARD_FILE = "README.md"
 RECORD_FILE = "model_card.json"
-_CHECK_MARKS = ("<!-- trl-selfdistill check -->", "<!-- end of the check -->")
 TAGS = ["trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574", "arxiv:2405.05904"]
 
 
@@ -45,7 +44,7 @@ def add_check(folder: Path, section: str) -> Path:
     """
     if (folder / RECORD_FILE).is_file():
         return update_model_card(folder, check={"weights_sha256": weights_sha256(folder), "section": section})
-    card, (begin, end) = folder / CARD_FILE, _CHECK_MARKS
+    card, begin, end = folder / CARD_FILE, "<!-- trl-selfdistill check -->", "<!-- end of the check -->"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     others = re.sub(f"{begin}(.*?{end})?", "", text, flags=re.DOTALL).strip()
     with written_whole(card) as partial:

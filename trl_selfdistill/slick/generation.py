@@ -158,8 +158,7 @@ def generate_tokens(
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     # `generate` takes from the model's own config what `config` leaves out; a PEFT model may have one, too
-    having = [module for module in (model, base_causal_lm(model)) if "generation_config" in vars(module)]
-    own = {module: module.generation_config for module in having}
+    own = {m: m.generation_config for m in (model, base_causal_lm(model)) if "generation_config" in vars(m)}
     for module in own:
         module.generation_config = GenerationConfig()
     try:
