@@ -64,10 +64,8 @@ def interpolate(
             write_json(partial / _ADAPTER_CONFIG, _scaled(adapter, alpha))
         else:
             _write_weights(names, _names(first), float(alpha), partial)
-        training = read_record(folder).get("training") or {
-            "is_adapter": bool(adapter),
-            **base_model_of(os.fspath(end)),
-        }
+        bare = {"is_adapter": bool(adapter), **base_model_of(os.fspath(end))}
+        training = read_record(folder).get("training") or bare
         training["interpolation"] = {"alpha": float(alpha), "start": hub_id(start)}
         update_model_card(partial, training=training)
     return output
