@@ -48,14 +48,15 @@ class AnswerJudge:
     match: Literal["exact", "contains"] = "exact"
     squad: bool = False
     exact_numbers: bool = False
-    abstention_patterns: Iterable[str] = ABSTENTION_PATTERNS
+    abstention_patterns: Iterable[str] | None = None
 
     def __post_init__(self):
         if self.match not in ("exact", "contains"):
             raise ValueError(f"`match` is {self.match!r}; it must be 'exact' or 'contains'")
         if isinstance(self.abstention_patterns, str):
             raise TypeError(f"`abstention_patterns` is the text {self.abstention_patterns!r}; pass a list of patterns")
-        self._abstentions = [re.compile(pattern) for pattern in self.abstention_patterns]
+        patterns = ABSTENTION_PATTERNS if self.abstention_patterns is None else self.abstention_patterns
+        self._abstentions = [re.compile(pattern) for pattern in patterns]
 
     def normalize(self, text: str) -> str:
         """The form in which `text` is compared. An answer of nothing but articles (blood type "A") keeps them."""
