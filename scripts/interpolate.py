@@ -31,7 +31,7 @@ class InterpolationArguments:
     output_dir: str = field(metadata={"help": "Folder of the checkpoint, a new or an empty one."})
     start: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of the model before fine-tuning. None for an adapter that began as zero."},
+        metadata={"help": "Folder or Hub id of the model before fine-tuning. None for an adapter."},
     )
 
 

@@ -17,8 +17,7 @@ from two_processes import FSDP2_ON_CPU, needs_fsdp2_on_cpu, run_in_two_processes
 from trl_selfdistill import HallucinationEvalCallback
 from trl_selfdistill.files import read_json, read_jsonl, write_json
 from trl_selfdistill.slick import generation
-from trl_selfdistill.slick.answering import answer_prompts
-from trl_selfdistill.slick.generation import predict_answers
+from trl_selfdistill.slick.generation import answer_prompts, predict_answers
 from trl_selfdistill.slick.prompts import question_prompt
 from trl_selfdistill.studies.drift import DriftProbeCallback
 from trl_selfdistill.studies.drift.prompt_states import prompt_states

@@ -46,10 +46,6 @@ def test_the_blocks_of_a_page_run(page, tokenizer, model_dir, tmp_path, monkeypa
         exec(compile(code.replace('output_dir="out"', OFFLINE), page, "exec"), names)
 
 
-def test_pages_have_blocks():
-    assert {"docs/index.md", "docs/trainers.md", "docs/adapters.md", "docs/slick.md"} <= {*PAGES}
-
-
 def test_the_example_trains_as_the_library_does(model_dir, tmp_path, monkeypatch):
     """Its few lines on TRL alone say what the loss is: the weights after three steps are the same."""
     rows = [{"prompt": f"Q: {i}\nA:", "completion": " Norway" * (1 + i % 3)} for i in range(6)]

@@ -7,7 +7,6 @@ from importlib import import_module
 
 import pytest
 import tomllib
-import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 from test_scripts import parser_of
@@ -61,12 +60,6 @@ def test_commands_are_taken(command, monkeypatch, capsys):
         return
     parser = parser_of(name, monkeypatch)
     parser.parse_args_and_config(flags)
-
-
-def test_examples_of_workflows_are_yaml():
-    blocks = [block for text in TEXTS.values() for block in re.findall("```yaml\n(.*?)```", text, re.DOTALL)]
-    jobs = [job for block in blocks for job in yaml.safe_load(block)["jobs"].values()]
-    assert jobs and all({*step} & {"uses", "run"} for job in jobs for step in job["steps"])
 
 
 @pytest.mark.parametrize("document", TEXTS)

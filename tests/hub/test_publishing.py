@@ -38,16 +38,13 @@ def checkpoint(tmp_path, tokenizer) -> Path:
     return folder
 
 
-def test_only_the_model_its_card_and_its_evaluation_are_published(checkpoint):
+def test_only_the_model_its_card_and_its_evaluation_are_published_with_the_base_model_that_is_given(checkpoint):
     plan = plan_model(checkpoint, "alice/m", "mit", dataset_id="alice/facts")
     assert {*plan.contents} == MODEL_FILES
     data = ModelCard(plan.contents["README.md"].decode()).data
     assert data.license == "mit" and data.base_model == "org/model" and data.datasets == ["alice/facts"]
     assert {result.dataset_type for result in data.eval_results} == {"alice/facts"}
     assert ModelCard.load(checkpoint / "README.md").data.license is None  # the folder is not changed
-
-
-def test_the_card_names_the_base_model_that_is_given(checkpoint):
     training = read_json(checkpoint / "model_card.json")["training"] | {"base_model": None}
     assert "A local model fine-tuned" in update_model_card(checkpoint, training=training).read_text()
     plan = plan_model(checkpoint, "alice/m", "mit", base_model="alice/stage1")
@@ -57,18 +54,14 @@ def test_the_card_names_the_base_model_that_is_given(checkpoint):
 
 
 NAMED = {
-    "config.json": {
-        "auto_map": {"AutoModelForCausalLM": "modeling_tiny.Tiny", "AutoConfig": "org/code--config_tiny.C"}
-    },
-    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tokenization_tiny.Slow", None]}},
+    "config.json": {"auto_map": {"AutoModelForCausalLM": "modeling_tiny.Tiny", "AutoConfig": "o/r--config_tiny.C"}},
     "processor_config.json": {"image_processor": {"auto_map": {"AutoImageProcessor": "image_tiny.Images"}}},
     "generation_config.json": {"custom_pipelines": {"my-task": {"impl": "pipeline_tiny.Pipeline", "pt": ["Auto"]}}},
     "model.safetensors.index.json": {"weight_map": {"a": "model-1-of-1.safetensors"}},
 }
 CODE = {"modeling_tiny.py": "try:\n    from .layers import x\nexcept ImportError:\n    x = None"}
-CODE |= {"layers.py": "from .ops import y"}
-CODE |= {"ops.py": "from .layers import x", "tokenization_tiny.py": "", "image_tiny.py": "", "pipeline_tiny.py": ""}
-CODE |= {"custom_generate/generate.py": "from .helper import z", "custom_generate/helper.py": ""}
+CODE |= {"layers.py": "from .ops import y", "ops.py": "from .layers import x"}
+CODE |= dict.fromkeys(["image_tiny.py", "pipeline_tiny.py", "custom_generate/generate.py"], "")
 
 
 def write_files(folder: Path, texts: dict) -> None:
@@ -80,32 +73,24 @@ def write_files(folder: Path, texts: dict) -> None:
 def test_what_the_files_name_is_published(checkpoint):
     others = ("additional_chat_templates/rag.jinja", "custom_generate/requirements.txt", "model-1-of-1.safetensors")
     others += ("spiece.model", "source.spm", "qwen.tiktoken", "tekken.json", "merges.txt", "vocab.txt", "emoji.json")
-    others += ("preprocessor_config.json", "qformer_tokenizer/tokenizer.json", "mine/adapter_model.safetensors")
-    others += ("v[1]/adapter_model.safetensors", "checkpoint-best/adapter_model.safetensors")
-    adapter = [name.replace("model.safetensors", "config.json") for name in others if "/adapter_model" in name]
-    adapter = dict.fromkeys(adapter, {"base_model_name_or_path": "org/model"})
-    write_files(checkpoint, NAMED | CODE | adapter | dict.fromkeys(others, "{}"))
-    for folder in ("checkpoint-1", "_teacher"):
-        write_files(checkpoint, {f"{folder}/adapter_config.json": "{}", f"{folder}/adapter_model.safetensors": ""})
-    assert {*plan_model(checkpoint, "alice/m", "mit").contents} == MODEL_FILES | {*NAMED, *CODE, *adapter, *others}
+    others += ("preprocessor_config.json", "qformer_tokenizer/tokenizer.json")
+    write_files(checkpoint, NAMED | CODE | dict.fromkeys(others, "{}"))
+    assert {*plan_model(checkpoint, "alice/m", "mit").contents} == MODEL_FILES | {*NAMED, *CODE, *others}
 
 
 @pytest.mark.parametrize(
-    "named, source",
+    "named, lost",
     [
-        ({"config.json": {"auto_map": {"AutoModel": "modeling_tiny.Tiny"}}}, "config.json names modeling_tiny.py"),
-        ({"config.json": {"auto_map": {"AutoModel": "../secret.Tiny"}}}, "config.json names ../secret.py"),
-        ({"config.json": {"auto_map": {"AutoModel": "/etc/a*.Tiny"}}}, r"config.json names /etc/a\*.py"),
-        ({"config.json": {"auto_map": {"AutoModel": "link.Tiny"}}}, "config.json names link.py"),
-        ({"custom_generate/generate.py": "from .lost import x"}, "generate.py names custom_generate/lost.py"),
-        ({**NAMED, **CODE}, "index.json names model-1-of-1.safetensors"),
+        ({"config.json": {"auto_map": {"AutoModel": "modeling_tiny.Tiny"}}}, "modeling_tiny.py"),
+        ({"config.json": {"auto_map": {"AutoModel": "link.Tiny"}}}, "link.py"),
+        ({**NAMED, **CODE}, "model-1-of-1.safetensors"),
     ],
 )
-def test_a_file_that_is_named_has_to_be_in_the_folder(checkpoint, named, source):
+def test_a_file_that_is_named_has_to_be_in_the_folder(checkpoint, named, lost):
     (checkpoint.parent / "secret.py").write_text("")
     (checkpoint / "link.py").symlink_to(checkpoint.parent / "secret.py")
     write_files(checkpoint, named)
-    with pytest.raises(PublishError, match=f"{source}, which is no file of its own in .*sft. Copy it there"):
+    with pytest.raises(PublishError, match=f"sft names {lost}, which is no file of its own in it. Copy it there"):
         plan_model(checkpoint, "alice/m", "mit")
 
 
@@ -144,10 +129,7 @@ def test_what_is_missing_is_named(checkpoint, missing, license, message):
         plan_model(checkpoint if missing != "" else checkpoint / "nothing", "alice/m", license)
 
 
-NAMES = ["m", "", "/m", "alice/", "alice/my--model", "alice/my run", "alice/m..n", "alice/m.git", "alice/m.", "a/b/c"]
-
-
-@pytest.mark.parametrize("name", [*NAMES, "alice/modèle", "alice/" + "m" * 99])
+@pytest.mark.parametrize("name", ["m", "", "alice/", "alice/my--model", "a/b/c"])
 def test_a_name_that_the_hub_would_refuse_is_refused(checkpoint, name):
     with pytest.raises(PublishError, match="lacks its owner" if name == "m" else "takes no model called"):
         plan_model(checkpoint, name, "mit")

@@ -44,18 +44,9 @@ def metaspace():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def word_pieces():
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<|endoftext|>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
 TOKENIZERS = {added: lambda added=added: adding(build_tokenizer(), added) for added in ADDED}
 TOKENIZERS |= {f"{added}, template": lambda added=added: adding(build_tokenizer(), added, True) for added in ADDED}
 TOKENIZERS["metaspace"] = lambda: adding(metaspace(), "{bos} $A")
-TOKENIZERS["word pieces"] = lambda: adding(word_pieces(), "{bos} $A {eos}")
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

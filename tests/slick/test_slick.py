@@ -16,9 +16,8 @@ from two_processes import run_in_two_processes
 
 from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.hallucination.exact_match import exact_match
-from trl_selfdistill.slick import answering, slick
-from trl_selfdistill.slick.answering import answer_prompts
-from trl_selfdistill.slick.generation import predict_answers
+from trl_selfdistill.slick import generation, slick
+from trl_selfdistill.slick.generation import answer_prompts, predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.process_sharding import ProgressFile
 from trl_selfdistill.slick.prompts import few_shot_prompt
@@ -123,7 +122,7 @@ def test_only_highly_known_facts(settings, monkeypatch):
     assert len(whole) < asked.total() < num_questions
 
 
-@pytest.mark.parametrize("settings", [SCORE, GENERATE, HIGHLY_KNOWN], ids=["score", "generate", "highly known"])
+@pytest.mark.parametrize("settings", SHARED.values(), ids=SHARED)
 def test_interrupted_run_goes_on(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(slick, "_CHUNK_SIZE", {"score": 4, "generate": 4})
     expected = annotate(settings, tmp_path / "whole.jsonl")
@@ -162,14 +161,15 @@ def test_interrupted_run_goes_on(settings, tmp_path, monkeypatch):
 
 def test_progress_file_cut_off_anywhere(tmp_path):
     path, identity = tmp_path / "p.jsonl", {"a": (1, 2)}
-    ProgressFile(path, identity).append("é", [True, 0.1])
+    work = (lambda name, items: [True, 0.1]), {"é": [0]}, None
+    ProgressFile(path, identity).do(*work)
     assert ProgressFile(path, identity).results == {"é": [True, 0.1]}
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
         again = ProgressFile(path, identity)
         assert again.results == {}
-        again.append("é", [True, 0.1])
+        again.do(*work)
         assert path.read_bytes() == whole
     path.write_text("something else")
     with pytest.raises(ValueError, match="is of other work, something else, and not"):
@@ -191,7 +191,7 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     whole, cut = (tmp_path / "alone.jsonl").read_bytes(), tmp_path / "answers.jsonl"
     assert cut.read_bytes() == whole
     with monkeypatch.context() as patch:  # what is in the file is not asked again
-        patch.setattr(answering, "predict_answers", lambda model, tokenizer, prompts, **_: [["?"] for _ in prompts])
+        patch.setattr(generation, "predict_answers", lambda model, tokenizer, prompts, **_: [["?"] for _ in prompts])
         cut.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
         assert answer(cut) == [*expected[:10], *["?"] * (len(expected) - 10)]
     for name, settings in SHARED.items():
@@ -215,17 +215,11 @@ def annotate_on_this_process(folder: Path) -> None:
     write_json(folder / f"answers-{rank}.json", answer(folder / "answers.jsonl"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"facts": build_facts().remove_columns("aliases")}, "lacks the columns .*'aliases'"),
-        ({"facts": build_facts().select([])}, "has 0 rows"),
-        ({"facts": build_facts().select(range(5))}, r"relation 'P495' has 2 facts, and `num_shots` = 2"),
-    ],
-)
-def test_wrong_arguments(change, message):
-    with pytest.raises(ValueError, match=message):
-        annotate(**{"settings": SCORE, **change})
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="relation 'P495' has 2 facts, and `num_shots` = 2"):
+        annotate(SCORE, facts=build_facts().select(range(5)))
+    with pytest.raises(ValueError, match="aliases"):
+        annotate(SCORE, facts=build_facts().remove_columns("aliases"))
     for wrong in ({"num_prompts": 0}, {"method": "guess"}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
             SlickSettings(**wrong)

@@ -3,8 +3,8 @@
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
@@ -26,6 +26,7 @@ def fold_answer(text: str) -> str:
     return " ".join(text[kept[0] : kept[-1] + 1].split()) if kept else ""
 
 
+@dataclass(kw_only=True)
 class AnswerJudge:
     """
     Judges answers by one set of rules.
@@ -34,44 +35,38 @@ class AnswerJudge:
         match (`str`, *optional*, defaults to `"exact"`):
             `"exact"`: the whole answer is one of the accepted forms. `"contains"`: an accepted form is among the words
             of the answer, whole words only ("17" is not in "1789"), for models that answer in sentences.
-        squad, strip_accents, exact_numbers: See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
+        squad, exact_numbers: See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
         abstention_patterns (`Iterable[str]`, *optional*, defaults to `ABSTENTION_PATTERNS`):
             Regular expressions in lower case, searched for in [`fold_answer`] of an answer. They replace the list;
             `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.
 
     Raises:
-        ValueError: If `match` is another word, or a pattern is not a regular expression.
+        ValueError: If `match` is another word.
         TypeError: If `abstention_patterns` is a single string.
     """
 
-    def __init__(
-        self,
-        *,
-        match: Literal["exact", "contains"] = "exact",
-        squad: bool = False,
-        strip_accents: bool = False,
-        exact_numbers: bool = False,
-        abstention_patterns: Iterable[str] | None = None,
-    ):
-        if match not in ("exact", "contains"):
-            raise ValueError(f"`match` is {match!r}; it must be 'exact' or 'contains'")
-        if isinstance(abstention_patterns, str):
-            raise TypeError(f"`abstention_patterns` is the string {abstention_patterns!r}; pass a list of patterns")
-        self.match = match
-        self._options = {"squad": squad, "strip_accents": strip_accents, "exact_numbers": exact_numbers}
-        patterns = ABSTENTION_PATTERNS if abstention_patterns is None else abstention_patterns
-        try:
-            self._abstentions = [re.compile(pattern) for pattern in patterns]
-        except re.error as error:
-            raise ValueError(f"`abstention_patterns` has {error.pattern!r}, no regular expression: {error}") from error
+    match: Literal["exact", "contains"] = "exact"
+    squad: bool = False
+    exact_numbers: bool = False
+    abstention_patterns: Iterable[str] | None = None
+
+    def __post_init__(self):
+        if self.match not in ("exact", "contains"):
+            raise ValueError(f"`match` is {self.match!r}; it must be 'exact' or 'contains'")
+        if isinstance(self.abstention_patterns, str):
+            raise TypeError(f"`abstention_patterns` is the text {self.abstention_patterns!r}; pass a list of patterns")
+        patterns = ABSTENTION_PATTERNS if self.abstention_patterns is None else self.abstention_patterns
+        self._abstentions = [re.compile(pattern) for pattern in patterns]
 
     def normalize(self, text: str) -> str:
         """The form in which `text` is compared. An answer of nothing but articles (blood type "A") keeps them."""
-        return normalize_answer(text, **self._options) or fold_answer(text)
+        return normalize_answer(text, squad=self.squad, exact_numbers=self.exact_numbers) or fold_answer(text)
 
     def outcome(self, prediction: str, accepted: Sequence[str]) -> Outcome:
         """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
-        if self._is_form(prediction, accepted):
+        parted = (lambda text: {text}) if self.squad else with_parted
+        answers = {self.normalize(text) for text in parted(prediction)} - {""}
+        if any(self.normalize(text) in answers for form in accepted for text in parted(form)):
             return "correct"  # before the patterns, as "Unknown" may be the answer
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
@@ -82,17 +77,3 @@ class AnswerJudge:
                 if any(form and contains_words(answer, form) for form in forms):
                     return "correct"
         return "hallucinated"
-
-    def _is_form(self, prediction: str, accepted: Sequence[str]) -> bool:
-        parted = (lambda text: {text}) if self._options["squad"] else with_parted
-        answers = {self.normalize(text) for text in parted(prediction)} - {""}
-        return any(self.normalize(text) in answers for form in accepted for text in parted(form))
-
-    def f1(self, prediction: str, accepted: Sequence[str]) -> float:
-        """SQuAD's token F1 of `prediction` with the nearest of the `accepted` forms, in [0, 1]."""
-        if self._is_form(prediction, accepted):
-            return 1.0
-        words = Counter(self.normalize(prediction).split())
-        forms = [Counter(self.normalize(form).split()) for form in accepted]
-        # Without a word on either side there is no F1
-        return max((2 * (words & form).total() / max(1, (words + form).total()) for form in forms), default=0.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 95 % intervals of this package: of a mean over facts, or over seeds and facts, and of a balance of outcomes."""
+"""95 % intervals: of a mean over facts, or over seeds and facts, and of a balance of outcomes; and what they tell."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
@@ -17,16 +17,23 @@ class Interval(NamedTuple):
     high: float
 
 
+class Verdict(NamedTuple):
+    """Whether the loss of accuracy is tolerated."""
+
+    outcome: Literal["within", "beyond", "undecided"]  # too few facts to tell
+    loss: Interval  # the accuracy before minus that after, on the same facts, in [-1, 1]
+    num_needed: int | None  # facts that would tell, lost and gained in the same shares; None if a million would not
+
+
 def mean_interval(values: np.ndarray) -> Interval:
     """
     The mean with a 95 % interval that holds for other facts, and with several seeds for other seeds too.
 
     With one seed it is Student's t interval. With more it follows the two-way random-effects model: for S seeds, F
-    facts and the mean squares MS of the two-way analysis of variance, the variance of the mean is
-    (MS_seeds + MS_facts - MS_error) / (S F), at least MS_facts / (S F). Its degrees of freedom are Satterthwaite's
-    (1946), at least S - 1 or F - 1, whichever is smaller. In simulations of right and wrong answers, 0.91 to 0.99 of
-    these intervals held the mean at 3 seeds and more, 0.87 to 0.98 at 2. The interval of outcomes is cut off at 0 and
-    1, and where fewer than ten facts have one of the two, too few for it, it also holds Wilson's interval (1927).
+    facts and the mean squares MS of the analysis of variance, the variance of the mean is
+    (MS_seeds + MS_facts - MS_error) / (S F), at least MS_facts / (S F), with Satterthwaite's degrees of freedom
+    (1946), at least min(S, F) - 1. In simulations 0.91 to 0.99 of these intervals held the mean at 3 seeds and more,
+    0.87 to 0.98 at 2. That of outcomes ends at 0 and 1, and holds Wilson's (1927) if under ten facts have one.
 
     Args:
         values (`np.ndarray` of shape `(num_facts,)` or `(num_seeds, num_facts)`):
@@ -79,6 +86,36 @@ def balance_interval(num_gained: float, num_lost: float, num_facts: float) -> In
 
     value = (num_gained - num_lost) / num_facts
     return Interval(value, low(num_gained, num_lost), -low(num_lost, num_gained))
+
+
+def judge_loss(num_lost: int, num_gained: int, num_facts: int, tolerance: float) -> Verdict:
+    """
+    Holds the 95 % interval of the loss ([`balance_interval`]) against a tolerance: within it if the whole interval is,
+    beyond it if no part of the interval is within.
+
+    Args:
+        num_lost, num_gained (`int`): Facts that were right before and are not now, and the other way round.
+        num_facts (`int`): All facts that were asked.
+        tolerance (`float`): The largest loss that is tolerated, a fraction in [0, 1).
+
+    ```python
+    >>> judge_loss(0, 0, 100, 0.02).outcome, judge_loss(0, 0, 100, 0.02).num_needed
+    ('undecided', 190)
+    >>> judge_loss(12, 2, 100, 0.02).outcome
+    'beyond'
+    ```
+    """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"`tolerance` is {tolerance}; it must be a fraction in [0, 1), such as 0.02")
+
+    def judged(num: int) -> tuple[str, Interval]:
+        loss = balance_interval(num_lost * num / num_facts, num_gained * num / num_facts, num)
+        return "within" if loss.high <= tolerance else "beyond" if loss.low > tolerance else "undecided", loss
+
+    num_needed = num_facts
+    while num_needed <= 1_000_000 and judged(num_needed)[0] == "undecided":
+        num_needed = int(num_needed * 1.01) + 1
+    return Verdict(*judged(num_facts), num_needed if num_needed <= 1_000_000 else None)
 
 
 def _random_effects(values: np.ndarray) -> tuple[float, float]:

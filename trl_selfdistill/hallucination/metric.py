@@ -55,11 +55,10 @@ def score_hallucinations(
 
     Returns:
         `dict`: Fractions in [0, 1], each with the ends of its 95 % interval over facts under `<name>_ci_low` and
-        `<name>_ci_high` ([`~trl_selfdistill.hallucination.intervals.mean_interval`], for a number in [-1, 1]
-        [`~trl_selfdistill.hallucination.intervals.balance_interval`]); `None` for no facts and
-        for an interval of one.
+        `<name>_ci_high` (`mean_interval`, for a number in [-1, 1] `balance_interval`, in
+        trl_selfdistill/hallucination/intervals.py); `None` for no facts.
 
-        - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `f1`, `num_predictions`.
+        - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `num_predictions`.
         - `omniscience_index`, correct minus hallucinated, in [-1, 1] (AA-Omniscience, arXiv 2511.13029);
           `correct_given_attempted`, of the answers that are no abstentions the share that is correct, and `f_score`,
           the harmonic mean of it and the accuracy, without an interval (SimpleQA, arXiv 2411.04368).
@@ -90,25 +89,28 @@ def score_hallucinations(
     for name, rows in columns.items():
         if len(rows) != num_rows:
             raise ValueError(f"`{name}` has {len(rows)} rows and `predictions` {num_rows}; they must be as many")
-    for i, category in enumerate(columns.get("categories", [])):
-        if category not in list(SlickCategory):
-            names = ", ".join(SlickCategory)
-            raise ValueError(f"`categories[{i}]` is {category!r}; use {names}, and `relations` for other groups")
-    answers = _judge(AnswerJudge(**answer_rules), columns)
+    if others := {*columns.get("categories", [])} - {*SlickCategory}:
+        names = ", ".join(SlickCategory)
+        raise ValueError(f"`categories` has {min(others)!r}; use {names}, and `relations` for other groups")
+    judge, references = AnswerJudge(**answer_rules), columns["references"]
+    for i, aliases in enumerate(references):
+        if not any(map(judge.normalize, aliases)):
+            raise ValueError(f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing; add an alias")
+    answers = {"outcome": np.array([*map(judge.outcome, columns["predictions"], references)])}
+    if baseline_predictions is not None:
+        answers["baseline_outcome"] = np.array([*map(judge.outcome, columns["baseline_predictions"], references)])
     result = _rates(answers)
     if categories is not None:
         labels, right = np.array(columns["categories"]), answers["outcome"] == "correct"
-        result |= _with_interval("factual_stability", right[labels == SlickCategory.HIGHLY_KNOWN])
-        result |= _with_interval("factual_plasticity", right[labels == SlickCategory.UNKNOWN])
+        known, unknown = (right[labels == name] for name in (SlickCategory.HIGHLY_KNOWN, SlickCategory.UNKNOWN))
+        result |= _flat({"factual_stability": _mean(known), "factual_plasticity": _mean(unknown)})
     tables: dict[str, dict[str, dict]] = {}
     for name in [name for name in ("categories", "relations") if name in columns]:
         column, labels = _SINGULAR[name], np.array(columns[name])
         tables[column] = {}
         for group in np.unique(labels).tolist():
-            rates = _rates({key: values[labels == group] for key, values in answers.items()})
-            tables[column][group] = rates
-            means = {key: value for key, value in rates.items() if not key.endswith(("_ci_low", "_ci_high"))}
-            result |= {f"{column}/{group}/{key}": value for key, value in means.items()}
+            rates = tables[column][group] = _rates({key: values[labels == group] for key, values in answers.items()})
+            result |= {f"{column}/{group}/{key}": value for key, value in rates.items() if "_ci_" not in key}
     if detailed:
         result["tables"] = tables
         examples = {_SINGULAR[name]: column for name, column in columns.items()}
@@ -141,47 +143,31 @@ def _rows(values: Any, name: str) -> list:
     return rows
 
 
-def _judge(judge: AnswerJudge, columns: dict[str, list]) -> dict[str, np.ndarray]:
-    """How each prediction was judged: arrays of shape `(num_predictions,)`."""
-    predictions, references = columns["predictions"], columns["references"]
-    for i, aliases in enumerate(references):
-        if not any(map(judge.normalize, aliases)):
-            raise ValueError(
-                f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing. Drop it, or add an alias."
-            )
-    answers = {"outcome": map(judge.outcome, predictions, references), "f1": map(judge.f1, predictions, references)}
-    if "baseline_predictions" in columns:
-        answers["baseline_outcome"] = map(judge.outcome, columns["baseline_predictions"], references)
-    return {name: np.array([*values]) for name, values in answers.items()}
-
-
-def _rates(answers: dict[str, np.ndarray]) -> dict:
+def _rates(answers: dict[str, np.ndarray]) -> dict[str, float | None]:
     right, wrong = answers["outcome"] == "correct", answers["outcome"] == "hallucinated"
-    means = {name: answers["outcome"] == outcome for name, outcome in RATES.items()} | {"f1": answers["f1"]}
-    means["correct_given_attempted"] = right[right | wrong]
-    balances = {"omniscience_index": (right, wrong)}
+    rates = {name: _mean(answers["outcome"] == outcome) for name, outcome in RATES.items()}
+    rates["correct_given_attempted"] = _mean(right[right | wrong])
+    rates["omniscience_index"] = balance_interval(int(right.sum()), int(wrong.sum()), len(right))
     result: dict[str, float | None] = {"num_predictions": len(right)}
     result["f_score"] = 2 * float(right.sum()) / float(len(right) + right.sum() + wrong.sum())
     if "baseline_outcome" in answers:
         before = answers["baseline_outcome"] == "correct"
-        means["baseline_accuracy"] = before
-        means["forgetting_rate"] = ~right[before]
-        means["induced_hallucination_rate"] = wrong[before]
-        means["acquisition_rate"] = right[~before]
-        balances["net_change"] = right & ~before, before & ~right
-        # McNemar's exact test (1947): the facts that changed sides against a fair coin
+        rates["baseline_accuracy"] = _mean(before)
+        rates["forgetting_rate"] = _mean(~right[before])
+        rates["induced_hallucination_rate"] = _mean(wrong[before])
+        rates["acquisition_rate"] = _mean(right[~before])
         changed = right[before != right]
-        result["mcnemar_p_value"] = float(binomtest(int(changed.sum()), len(changed)).pvalue) if len(changed) else 1.0
-    for name, values in means.items():
-        result |= _with_interval(name, values)
-    for name, (gained, lost) in balances.items():
-        interval = balance_interval(int(gained.sum()), int(lost.sum()), len(right))
-        result |= {name: interval.value, f"{name}_ci_low": interval.low, f"{name}_ci_high": interval.high}
-    return result
+        gained = int(changed.sum())
+        rates["net_change"] = balance_interval(gained, len(changed) - gained, len(right))
+        # McNemar's exact test (1947): the facts that changed sides against a fair coin
+        result["mcnemar_p_value"] = float(binomtest(gained, len(changed)).pvalue) if len(changed) else 1.0
+    return result | _flat(rates)
 
 
-def _with_interval(name: str, values: np.ndarray) -> dict[str, float | None]:
-    """The mean of `values` under `name`, and the ends of its interval; `None` where there is no such number."""
-    numbers = np.clip(mean_interval(values), 0.0, 1.0).tolist() if len(values) else [np.nan] * 3
-    names = (name, f"{name}_ci_low", f"{name}_ci_high")
-    return {key: None if np.isnan(number) else number for key, number in zip(names, numbers, strict=True)}
+def _mean(outcomes: np.ndarray) -> tuple[float | None, ...]:
+    return mean_interval(outcomes) if len(outcomes) else (None, None, None)
+
+
+def _flat(intervals: dict[str, tuple]) -> dict[str, float | None]:
+    ends = ("", "_ci_low", "_ci_high")
+    return {f"{name}{end}": number for name, row in intervals.items() for end, number in zip(ends, row, strict=True)}

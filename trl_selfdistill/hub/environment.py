@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +18,13 @@ from huggingface_hub import get_token
 
 _PACKAGES = ("trl-selfdistill", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _TOKEN = re.compile(r"hf_oauth_[\w.-]{20,}|hf_[A-Za-z0-9]{20,}")
-_SECRET = r"[\w-]*(?<!eos_)(?<!pad_)(?:token|passw(?:or)?d|secret|(?:api|access)[_-]?key)"
-_SECRET_FLAG = re.compile(f"--?{_SECRET}", re.IGNORECASE)
-_SECRET_WITHIN = re.compile(rf'(://)[^/@\s]+(?=@)|("{_SECRET}"\s*:\s*")[^"]+', re.IGNORECASE)  # in URLs and JSON
-_FLAG_AND_VALUE = re.compile(r"([\w.-]+=|)(.*)", re.DOTALL)
-_HIDDEN = "HIDDEN"
+# The value after the name of a secret, of a flag, in the environment or in JSON; and who logs in by a URL
+_SECRET = re.compile(
+    r"""(\w*(?<!eos_)(?<!pad_)(?:token|passw(?:or)?d|secret|(?:api|access)[_-]?key)"?(?:\s*[=:]\s*|\s+))(?!--)"""
+    r"""(?:'[^']*'|"[^"]*"|[^\s'"])+|(?<=://)[^/@\s]+(?=@)""",
+    re.IGNORECASE,
+)
+_FLAG_FOLDER_REST = re.compile(r"([\w.-]+=)?(?:(?:/|~|\.\.)(?:.*/)?)?(.*)")
 _NO_PROGRAM = re.compile(r"^(-c?)?$|kernel_launcher\.py$")  # an interactive session, a notebook
 
 
@@ -44,21 +44,13 @@ def describe_environment() -> dict[str, Any]:
 
 def hide_tokens(text: str) -> str:
     """`text` without access tokens of the Hub, the one of `hf auth login` among them."""
-    text, token = _TOKEN.sub(_HIDDEN, text), get_token()
-    return text.replace(token, _HIDDEN) if token else text
+    text, token = _TOKEN.sub("HIDDEN", text), get_token()
+    return text.replace(token, "HIDDEN") if token else text
 
 
 def portable_command(words: Sequence[str]) -> str:
     """A command line to show to others: without secrets, and of paths that are not relative the last part alone."""
-    shown = []
-    for previous, word in pairwise(["", *words]):
-        flag, value = _FLAG_AND_VALUE.fullmatch(word).groups()
-        if _SECRET_FLAG.fullmatch(previous) and not word.startswith("--"):
-            flag, value = "", _HIDDEN
-        elif _SECRET_FLAG.fullmatch("--" + flag.strip("-=")):
-            value = _HIDDEN
-        elif value.startswith(("/", "~", "..")):
-            value = Path(value).name
-        word = _SECRET_WITHIN.sub(lambda found: f"{found[1] or found[2]}{_HIDDEN}", hide_tokens(flag + value))
-        shown.append(" ".join(word.split()))
-    return shlex.join(shown).encode(errors="replace").decode()  # names of files may hold bytes that are no text
+    parts = (_FLAG_FOLDER_REST.fullmatch(" ".join(word.split())).groups("") for word in words)
+    line = " ".join(flag + shlex.quote(rest) for flag, rest in parts)
+    line = line.encode(errors="replace").decode()  # names of files may hold bytes that are no text
+    return hide_tokens(_SECRET.sub(r"\g<1>HIDDEN", line))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a checkpoint, rendered from a record beside it.
-
-All that a card says is in `model_card.json`: `training`, which the trainers write whenever they save, and `results`,
-which a study adds, and `check`, of the weights that they were measured on.
+"""
+The card of a checkpoint, rendered from `model_card.json` beside it: `training`, which the trainers write whenever they
+save, and `results` of a study and `check`, for as long as the weights are those that they were measured on.
 """
 
 import hashlib
 import html
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ..hallucination.metric import SlickCategory
 
 CARD_FILE = "README.md"
 RECORD_FILE = "model_card.json"
-_CHECK_MARKS = ("<!-- trl-selfdistill check -->", "<!-- end of the check -->")
 TAGS = ["trl-selfdistill", "hallucination", "factual-forgetting", "arxiv:2604.15574", "arxiv:2405.05904"]
 
 
@@ -45,16 +44,12 @@ def add_check(folder: Path, section: str) -> Path:
     """
     if (folder / RECORD_FILE).is_file():
         return update_model_card(folder, check={"weights_sha256": weights_sha256(folder), "section": section})
-    card, (begin, end) = folder / CARD_FILE, _CHECK_MARKS
+    card, begin, end = folder / CARD_FILE, "<!-- trl-selfdistill check -->", "<!-- end of the check -->"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    before, _, rest = text.partition(begin)
-    parts = [
-        before.rstrip(),
-        f"{begin}\n{section.strip()}\n{end}",
-        (rest.partition(end)[2] if end in rest else rest).strip(),
-    ]
+    others = re.sub(f"{begin}(.*?{end})?", "", text, flags=re.DOTALL).strip()
     with written_whole(card) as partial:
-        partial.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8", newline="\n")
+        text = f"{others}\n\n{begin}\n{section.strip()}\n{end}\n".lstrip()
+        partial.write_text(text, encoding="utf-8", newline="\n")
     return card
 
 
@@ -67,16 +62,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def adapter_folders(folder: Path) -> list[Path]:
-    """The sub-folders in which PEFT keeps adapters that are not called `default`."""
-    paths = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-    return [path for path in paths if not (path.name.startswith((".", "_")) or path.match("checkpoint-[0-9]*"))]
-
-
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the weights (`*.safetensors`) in `folder`, those of adapters with a name among them."""
+    """SHA-256 of the weights (`*.safetensors`) in `folder`, or else of PEFT adapters with names."""
     digest = hashlib.sha256()
-    for path in sorted(path for part in (folder, *adapter_folders(folder)) for path in part.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*/adapter_model.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

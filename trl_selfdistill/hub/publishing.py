@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a folder goes to the Hub, and the push. Only files whose names are on a list are published, and no links."""
 
-import glob
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
@@ -15,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..files import read_json
 from .environment import hide_tokens
-from .model_card import CARD_FILE, RECORD_FILE, adapter_folders, hub_id, read_record, render_model_card
+from .model_card import CARD_FILE, RECORD_FILE, hub_id, read_record, render_model_card
 
 
 # Vocabularies have the names that transformers' tokenizers give them
@@ -28,11 +26,8 @@ MODEL_FILES = (
     + ("normalizer.json", "word_*.json", "*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
     + ("custom_generate/*.py", "custom_generate/requirements.txt", "*_tokenizer/*.json", "LICENSE*", "NOTICE*")
 )
+_CLASS = re.compile(r'"(\w+)\.[A-Z_]\w*"')  # `repository--module.Class` is elsewhere
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)  # as transformers' loader finds them
-_ADVICE = {
-    401: "Log in with `hf auth login`, with a token that may write.",
-    403: "The token may not write there: take one that may, or propose the files with `--create_pr`.",
-}
 
 
 class PublishError(RuntimeError):
@@ -50,8 +45,6 @@ class Publication:
     def __post_init__(self):
         try:
             validate_repo_id(self.repo_id)
-            if not self.repo_id.isascii():  # huggingface_hub 0.34 takes any letter, the Hub does not
-                raise HFValidationError("Use letters of ASCII.")
         except HFValidationError as error:
             raise PublishError(f"The Hub takes no {self.repo_type} called {self.repo_id!r}. {error}") from None
         if "/" not in self.repo_id:
@@ -64,11 +57,9 @@ class Publication:
                 raise PublishError(f"{name} holds an access token of the Hub. Remove it, and revoke the token.")
 
     def __str__(self) -> str:
-        lines = [f"{self.repo_type} {self.repo_id}, bytes of each file:"]
-        for name, content in sorted(self.contents.items()):
-            size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            lines.append(f"{size:>16,}  {name}")
-        return "\n".join(lines)
+        sizes = {n: len(c) if isinstance(c, bytes) else c.stat().st_size for n, c in sorted(self.contents.items())}
+        lines = [f"{size:>16,}  {name}" for name, size in sizes.items()]
+        return "\n".join([f"{self.repo_type} {self.repo_id}, bytes of each file:", *lines])
 
 
 def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
@@ -80,41 +71,20 @@ def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
     return {name.as_posix(): path for name, path in paths.items() if path.is_file() and path.resolve() == root / name}
 
 
-def _code_named_in(config: Any, is_reference: bool = False) -> Iterator[str]:
-    """The files of the classes under `auto_map` and, of a pipeline, `impl`, wherever in a configuration."""
-    if isinstance(config, str) and is_reference and "--" not in config:  # `repository--module.Class` is elsewhere
-        yield f"{config.rpartition('.')[0]}.py"
-    items = config.items() if isinstance(config, dict) else enumerate(config if isinstance(config, list) else ())
-    for name, item in items:
-        yield from _code_named_in(item, is_reference or name in ("auto_map", "impl"))
-
-
-def _with_named_files(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
-    """`files`, and those that they name in turn: shards of weights, code, and the modules that it imports."""
-    found = select_files(folder, ["*", "*/*"])
-    for source, path in (seen := [*files.items()]):
-        names: Iterable[str] = ()
-        if source.endswith(".index.json"):
-            names = read_json(path)["weight_map"].values()
-        elif source.endswith("config.json"):
-            names = _code_named_in(read_json(path))
-        elif source.endswith(".py"):
-            modules = _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8"))
-            names = [(Path(source).parent / f"{module}.py").as_posix() for module in modules]
-        for name in {*names} - files.keys():
-            if name not in found:
-                raise PublishError(f"{source} names {name}, which is no file of its own in {folder}. Copy it there.")
-            files[name] = found[name]
-            seen.append((name, found[name]))
-    return files
+def _named_in(folder: Path) -> set[str]:
+    """The files that others name: shards of weights, modules of configurations, and what these import in turn."""
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*config.json")]
+    modules = [name for text in texts if re.search('"(auto_map|impl)"', text) for name in _CLASS.findall(text)]
+    for name in modules:
+        path = folder / f"{name}.py"
+        imported = _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8")) if path.is_file() else []
+        modules += {*imported} - {*modules}
+    shards = [read_json(path)["weight_map"].values() for path in folder.glob("*.safetensors.index.json")]
+    return {f"{name}.py" for name in modules}.union(*shards)
 
 
 def plan_model(
-    folder: Path,
-    repo_id: str,
-    license: str | None = None,
-    base_model: str | None = None,
-    dataset_id: str | None = None,
+    folder: Path, repo_id: str, license: str | None, base_model: str | None = None, dataset_id: str | None = None
 ) -> Publication:
     """
     What of the checkpoint in `folder`, which is not changed, goes to the repository `repo_id`, with a card that says
@@ -122,9 +92,10 @@ def plan_model(
     of the facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is
     missing.
     """
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    adapters = [f"{glob.escape(path.name)}/{name}" for path in adapter_folders(folder) for name in names]
-    files = _with_named_files(folder, select_files(folder, [*MODEL_FILES, *adapters]))
+    named = _named_in(folder)
+    files = select_files(folder, [*MODEL_FILES, *named])
+    if lost := named - files.keys():
+        raise PublishError(f"{folder} names {min(lost)}, which is no file of its own in it. Copy it there.")
     record, given = read_record(folder), {"license": license, "base_model": base_model}
     if "training" not in record or not any(name.endswith(".safetensors") for name in files):
         raise PublishError(f"{folder} holds no weights (.safetensors) or no {RECORD_FILE}. Pass what a trainer saved.")
@@ -138,13 +109,13 @@ def plan_model(
         for result in card.data.eval_results or []:
             result.dataset_type = dataset_id
     texts = {CARD_FILE: str(card), RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False)}
-    for name in (name for name in files if name.endswith("adapter_config.json")):
-        config = read_json(folder / name)
+    if "adapter_config.json" in files:
+        config = read_json(files["adapter_config.json"])
         config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
         if config["base_model_name_or_path"] is None:
             advice = "Publish that one first and pass its id, as `--base_model your-name/stage1`."
             raise PublishError(f"The adapter in {folder.name} was trained on a local model. {advice}")
-        texts[name] = json.dumps(config, indent=2)
+        texts["adapter_config.json"] = json.dumps(config, indent=2)
     return Publication(repo_id, "model", files | {name: text.encode() for name, text in texts.items()})
 
 
@@ -161,8 +132,7 @@ def publish(plan: Publication, private: bool = True, create_pr: bool = False) ->
         api.create_repo(**repo, private=private, exist_ok=True, space_sdk=space_sdk)
         commit = api.create_commit(**repo, operations=files, commit_message="Publish", create_pr=create_pr)
     except Exception as error:  # of any library below: a traceback may show the token of the request
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        advice = _ADVICE.get(status, "Nothing was committed, and the same command sends no file twice.")
         cause = " ".join(hide_tokens(str(error)).split())
-        raise PublishError(f"{plan.repo_id} was not published. {advice} The cause: {cause}") from None
+        advice = "Log in by `hf auth login` with a token that may write, or pass --create_pr; no file is sent twice."
+        raise PublishError(f"{plan.repo_id} was not published: {cause} {advice}") from None
     return commit.pr_url or commit.commit_url

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers to a prompt: the first line of what it writes, up to a newline or a special token."""
+"""What a model answers to prompts: the first line of what it writes, up to a newline or a special token."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import lru_cache
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,19 +12,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..hallucination.answer_outcome import fold_answer
 from ..hallucination.exact_match import exact_match
 from ..parameters.structure import base_causal_lm
+from .process_sharding import ProgressFile, checksum, weights_checksum
 from .prompt_tokens import text_tokenizer, tokenize_prompts
 from .prompts import answer_from_generation
 
 
-class AnswerEnds(NamedTuple):
-    """Which tokens end an answer."""
-
-    stop_ids: tuple[int, ...]  # special, or with a newline in their text
-    terminator_ids: tuple[int, ...]  # of these, what adds nothing to the answer under `exact_match`: ".\n", not "s\n"
-
-
-def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AnswerEnds:
-    """Returns the tokens that end an answer: those of the tokenizer, and the EOS tokens of the generation config."""
+def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """
+    Returns the tokens that end an answer: special ones, the EOS tokens of the generation config, and those with a
+    newline in their text; and of these, what adds nothing to an answer under `exact_match`: ".\\n", not "s\\n".
+    """
     special = {*tokenizer.all_special_ids}
     special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     special.discard(tokenizer.unk_token_id)
@@ -32,7 +29,7 @@ def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> A
     # An EOS token may be the unknown one as well, as GPT-2's is
     special.update([tokenizer.eos_token_id], model_eos if isinstance(model_eos, list) else [model_eos])
     newline, blank = _newline_ids(tokenizer, len(tokenizer))
-    return AnswerEnds(*(tuple(sorted({*special, *ids} - {None})) for ids in (newline, blank)))
+    return sorted({*special, *newline} - {None}), sorted({*special, *blank} - {None})
 
 
 @lru_cache(maxsize=8)
@@ -87,16 +84,15 @@ def predict_answers(
         top_k (`int`, *optional*): Number of most likely tokens to sample from; `None` for all.
         max_new_tokens (`int`, *optional*, defaults to `32`): Longest answer in tokens, with the one that ends it.
         batch_size (`int`, *optional*, defaults to `64`): Sequences generated at once. Each sample is a sequence.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. The samples also depend on `batch_size` and on the other prompts of the call.
+        seed (`int`, *optional*, defaults to `0`): Samples also depend on `batch_size` and the other prompts.
         synced_gpus (`bool`, *optional*, defaults to `False`):
-            Whether the weights are sharded (FSDP, ZeRO-3): each process, with as many prompts, goes on until all end.
+            Whether the weights are sharded (FSDP2, ZeRO-3): each process, with as many prompts, goes on until all end.
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
-    stop_ids = answer_ends(model, tokenizer).stop_ids
+    stop_ids, _ = answer_ends(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=num_samples is not None)
-    config.update(eos_token_id=list(stop_ids), pad_token_id=min(stop_ids, default=0))
+    config.update(eos_token_id=stop_ids, pad_token_id=min(stop_ids, default=0))
     if config.do_sample:
         config.update(num_return_sequences=num_samples, temperature=float(temperature), top_k=top_k or 0)
     # Similar lengths in a batch: little padding. The longest come first: memory runs out early or never
@@ -117,6 +113,39 @@ def predict_answers(
     return answers
 
 
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[dict]],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
+    progress_file: str | os.PathLike | None = None,
+    title: str | None = "Answers",
+    synced_gpus: bool = False,
+) -> list[str]:
+    """
+    The greedy answer to each prompt, the same on every process. A collective, in which each answers a share.
+
+    Args:
+        model, tokenizer, prompts, max_new_tokens, synced_gpus: As in [`predict_answers`].
+        batch_size (`int`, *optional*, defaults to `64`): Prompts generated at once; what an interruption loses.
+        progress_file (`str` or `os.PathLike`, *optional*): JSON lines of the answers, to continue a stopped run. A
+            `ValueError` if it is of other prompts, settings or weights.
+        title (`str`, *optional*, defaults to `"Answers"`): What the bar is called; `None` for none.
+    """
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    inputs = {"prompts": checksum(prompts), "model": weights_checksum(model)} if progress_file else {}
+    work = ProgressFile(progress_file, settings | inputs)
+    units = {str(begin): prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)}
+
+    def answer(name: str, part: Sequence) -> list[str]:
+        return [text for [text] in predict_answers(model, tokenizer, part, synced_gpus=synced_gpus, **settings)]
+
+    work.do(answer, units, title)
+    return [text for name in units for text in work.results[name]]
+
+
 def generate_tokens(
     model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, synced_gpus: bool = False
 ) -> list[list[int]]:
@@ -128,14 +157,10 @@ def generate_tokens(
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    # `generate` takes from the model's own config what `config` leaves out; a PEFT model may have one, too.
-    # A `generate` of the instance alone is the `custom_generate` of its checkpoint: `functools.partial` of a function
-    own = {module: {**vars(module)} for module in (model, base_causal_lm(model))}
-    for module, attributes in own.items():
-        if isinstance(attributes.get("generate"), partial):
-            del module.generate
-        if "generation_config" in attributes:
-            module.generation_config = GenerationConfig()
+    # `generate` takes from the model's own config what `config` leaves out; a PEFT model may have one, too
+    own = {m: m.generation_config for m in (model, base_causal_lm(model)) if "generation_config" in vars(m)}
+    for module in own:
+        module.generation_config = GenerationConfig()
     try:
         output = model.generate(
             input_ids=input_ids.to(model.device),
@@ -144,8 +169,8 @@ def generate_tokens(
             synced_gpus=synced_gpus or None,  # None: transformers decides
         )
     finally:
-        for module, attributes in own.items():
-            vars(module).update(attributes)
+        for module, own_config in own.items():
+            module.generation_config = own_config
     stop_ids = set(config.eos_token_id)
     written = []
     for ids in output[:, width:].tolist():

@@ -60,13 +60,9 @@ def score_answers(
     scored, and those of its [`~trl_selfdistill.hallucination.exact_match.spellings`].
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Causal language model. Its training mode is restored.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, or its processor.
-        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
-            The prompts, texts or conversations, without their answers.
+        model, tokenizer, prompts, top_k: As in [`~trl_selfdistill.slick.generation.predict_answers`].
         accepted_answers (`Sequence[Sequence[str]]`): For each prompt the forms of the answer that count as right.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature of `p_sampled`.
-        top_k (`int`, *optional*): Number of most likely tokens to sample from; `None` for all.
         greedy_only (`bool`, *optional*, defaults to `False`):
             Whether only `is_greedy` is needed, which takes about half the time. `p_sampled` is then a lower bound.
         batch_size (`int`, *optional*, defaults to `64`): Rows of prompt and answer per forward pass.
@@ -75,10 +71,8 @@ def score_answers(
         `list[AnswerScore]`: A score for each prompt. A `ValueError` if the lists differ in length, or a prompt has no
         accepted answer or one that is not one line.
     """
-    if len(prompts) != len(accepted_answers):
-        raise ValueError(f"`prompts` has {len(prompts)} entries and `accepted_answers` {len(accepted_answers)}")
     rows_of_prompts = _tokenize(tokenizer, prompts, accepted_answers)
-    terminator_ids = answer_ends(model, text_tokenizer(tokenizer)).terminator_ids
+    _, terminator_ids = answer_ends(model, text_tokenizer(tokenizer))
     negligible = math.inf if greedy_only else _NEGLIGIBLE_LOG_PROB
     # transformers' own warpers in the order of `generate`: the probabilities are those that it samples from
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])

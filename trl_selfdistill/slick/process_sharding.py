@@ -55,13 +55,6 @@ class ProgressFile:
         header = json.dumps({"identity": identity}).encode() + b"\n"
         self.results: dict[str, Any] = {} if path is None else on_main_process(lambda: self._read(header))
 
-    def append(self, unit: str, result: Any) -> None:
-        """Adds the result of a unit to the results and to the file."""
-        self.results[unit] = result
-        if self._path is not None and PartialState().is_main_process:
-            with self._path.open("ab") as file:
-                file.write(json.dumps({"unit": unit, "result": result}).encode() + b"\n")
-
     def do(self, function: Callable[[str, Sequence], Any], units: dict[str, Sequence], title: str | None) -> None:
         """
         Adds `function(name, items)` of each unit that has no result yet, with a bar of the items if it has a title. A
@@ -74,7 +67,10 @@ class ProgressFile:
                 together = left[begin : begin + n]
                 results = map_in_parallel(lambda unit: function(*unit), together)
                 for (name, items), result in zip(together, results, strict=True):
-                    self.append(name, result)
+                    self.results[name] = result
+                    if self._path is not None and PartialState().is_main_process:
+                        with self._path.open("ab") as file:
+                            file.write(json.dumps({"unit": name, "result": result}).encode() + b"\n")
                     bar.update(len(items))
 
     def _read(self, header: bytes) -> dict[str, Any]:

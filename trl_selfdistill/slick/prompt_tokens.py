@@ -39,9 +39,7 @@ def tokenize_prompts(
         starts = range(len(whole) - len(text) + 1)
         start = next((i for i in starts if whole[i : i + len(text)] == text), None)
         if start is None:
-            raise ValueError(
-                f"{type(tokenizer).__name__} splits {prompt!r} otherwise where it adds special tokens; take another"
-            )
+            raise ValueError(f"{type(tokenizer).__name__} splits {prompt!r} anew with special tokens; use another")
         before = whole[:start]
         rows.append(text if text[:start] == before else before + text)
     return rows

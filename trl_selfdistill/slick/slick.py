@@ -164,11 +164,8 @@ def annotate_facts(
         `Dataset`: The facts that are not exemplars, in their order, with the new columns, the same on each process.
 
     Raises:
-        `ValueError`: If a column is missing, a relation has too few facts, or the progress file is of other work.
+        `ValueError`: If a relation has too few facts, or the progress file is of other work.
     """
-    missing = [column for column in _REQUIRED_COLUMNS if column not in facts.column_names]
-    if missing or not len(facts):
-        raise ValueError(f"`facts` has {len(facts)} rows and lacks the columns {missing}; add what is missing")
     exemplars, kept = reserve_exemplars(facts, settings.num_prompts, settings.num_shots, settings.seed)
     asked = facts.select(kept)
     relations, questions = asked["relation"][:], asked["question"][:]
@@ -185,8 +182,12 @@ def annotate_facts(
         return _ask(model, tokenizer, prompts, [accepted[row] for row in rows], settings, batch_size, name)
 
     outcomes: dict[int, list] = {row: [] for row in range(len(asked))}  # of each fact, one for each prompt
+    size = _CHUNK_SIZE[settings.method]
     for prompt in range(settings.num_prompts):
-        units = _units(relations, prompt, [*outcomes], _CHUNK_SIZE[settings.method])
+        units = {}  # by name, pieces of one relation each
+        for relation in exemplars:
+            own = [row for row in outcomes if relations[row] == relation]
+            units |= {f"{relation}/{prompt}/{begin}": own[begin : begin + size] for begin in range(0, len(own), size)}
         work.do(partial(ask, prompt), units, f"SLiCK, prompt {prompt + 1} of {settings.num_prompts}")
         for name, rows in units.items():
             for row, result in zip(rows, work.results[name], strict=True):
@@ -196,15 +197,6 @@ def annotate_facts(
     if settings.only_highly_known:
         logger.info(f"SLiCK: {len(outcomes)} of {len(asked)} facts are HighlyKnown, and the others are left out.")
     return _add_columns(asked.select([*outcomes]), [*outcomes.values()], settings)
-
-
-def _units(relations: Sequence[str], prompt: int, rows: list[int], size: int) -> dict[str, list[int]]:
-    """By name, pieces of at most `size` of `rows`, each of one relation."""
-    units = {}
-    for relation in dict.fromkeys(relations):
-        own = [row for row in rows if relations[row] == relation]
-        units |= {f"{relation}/{prompt}/{begin}": own[begin : begin + size] for begin in range(0, len(own), size)}
-    return units
 
 
 def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_size: int, unit: str) -> list:
@@ -218,9 +210,7 @@ def _ask(model, tokenizer, prompts, accepted, settings: SlickSettings, batch_siz
     seed = random.Random(f"{settings.seed}/{unit}").getrandbits(32)
     sampling |= {"num_samples": settings.num_samples, "max_new_tokens": longest, "seed": seed}
     greedy = predict_answers(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=longest)
-    if settings.only_highly_known:
-        return [[exact_match(answer, forms), 0.0] for [answer], forms in zip(greedy, accepted, strict=True)]
-    sampled = predict_answers(model, tokenizer, prompts, **sampling)
+    sampled = greedy if settings.only_highly_known else predict_answers(model, tokenizer, prompts, **sampling)
     return [
         [exact_match(answer, forms), fmean(exact_match(sample, forms) for sample in samples)]
         for [answer], samples, forms in zip(greedy, sampled, accepted, strict=True)

@@ -16,8 +16,7 @@ from trl import ModelConfig
 
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..parameters.hashes import hash_model
-from ..slick.answering import answer_prompts
-from ..slick.generation import predict_answers
+from ..slick.generation import answer_prompts, predict_answers
 from ..slick.process_sharding import checksum, on_main_process
 from ..slick.prompts import few_shot_messages, few_shot_prompt
 from ..slick.slick import PRESETS, annotate_facts, longest_answer, reserve_exemplars

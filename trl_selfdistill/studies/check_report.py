@@ -5,9 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..hallucination.intervals import Interval
+from ..hallucination.intervals import Interval, Verdict, judge_loss
 from ..hallucination.metric import RATES, score_hallucinations
-from ..hallucination.verdict import Verdict, judge_loss
 from ..hub.environment import describe_environment
 from ..hub.model_card import escape_markdown
 from .markdown import format_interval, markdown_table

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..files import read_jsonl, write_jsonl
 from ..hallucination.answer_outcome import Outcome
 from ..hallucination.metric import RATES, score_hallucinations
-from ..slick.answering import answer_prompts
+from ..slick.generation import answer_prompts
 from ..slick.process_sharding import on_main_process
 from ..slick.prompts import question_prompt
 from ..trainers.hallucination_callback import accepted_answers, answers_in_training, log_beside_training

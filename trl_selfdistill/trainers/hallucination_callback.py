@@ -9,8 +9,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from ..hallucination.metric import RATES, check_references, score_hallucinations
-from ..slick.answering import answer_prompts
-from ..slick.generation import evaluation_mode
+from ..slick.generation import answer_prompts, evaluation_mode
 from ..slick.prompts import answer_completion, question_prompt
 
 

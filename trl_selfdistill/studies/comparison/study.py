@@ -202,7 +202,7 @@ def _own_answers(prompts: list[str], setup: StudySetup, folder: Path) -> Dataset
         model, tokenizer = _load_start(setup)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
             # The start may not have learnt to stop after the line that an answer is
-            model.generation_config.eos_token_id = [*answer_ends(model, tokenizer).stop_ids]
+            model.generation_config.eos_token_id = answer_ends(model, tokenizer)[0]
             answers = own_answers(model, tokenizer, prompts, batch_size=64)
         if PartialState().is_main_process:
             write_jsonl(partial / "answers.jsonl", answers.to_list())
