@@ -4,7 +4,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,6 @@ from trl import ModelConfig
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..parameters.hashes import hash_model
 from ..slick.answering import answer_prompts
-from ..slick.generation import predict_answers
 from ..slick.process_sharding import checksum, on_main_process
 from ..slick.prompts import few_shot_messages, few_shot_prompt
 from ..slick.slick import PRESETS, annotate_facts, longest_answer, reserve_exemplars
@@ -110,15 +109,15 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
         asked, tokenizer = facts.select(rows), base.tokenizer
         with how.loaded(base) as (model, weights):
             content = checksum(arguments | {"version": weights})
-            kept = [path.parent for path in root.glob("*/known/base.json") if _content_of(path) == content]
+            kept = [p.parent for p in root.glob("*/known/base.json") if read_json(p).get("content") == content]
             if kept and PartialState().is_main_process:
                 shutil.copytree(kept[0], folder, dirs_exist_ok=True)
             if kept:
                 return
             few = asked.select(range(0, len(asked), -(-len(asked) // 3)))
-            answers = predict_answers(model, tokenizer, few_shot_prompts(few, exemplars, how.chat))
+            answers = ask_few_shot(model, tokenizer, few, exemplars, how.chat, title=None)
             shown = zip(few["question"], few["answer"], answers, strict=True)
-            examples = "; ".join(f"{q!r}, expected {right!r}, answered {given!r}" for q, right, [given] in shown)
+            examples = "; ".join(f"{q!r}, expected {right!r}, answered {given!r}" for q, right, given in shown)
             logger.info(f"{base.name}, for example: {examples}")
             options = {"batch_size": how.batch_size, "progress_file": folder / "slick.jsonl"}
             options["prompt_function"] = few_shot_messages if how.chat else few_shot_prompt
@@ -138,11 +137,6 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
 
     folder = root / f"{Path(base.name).name}-{checksum(arguments)[:8]}" / "known"
     return run_stage(folder, arguments, [], work, every_process=True)
-
-
-def _content_of(path: Path) -> str | None:
-    with suppress(ValueError):  # a damaged one, of another base
-        return read_json(path).get("content")
 
 
 def answers_stage(model: CheckedModel, known: Path, how: HowAsked) -> list[str]:
@@ -167,14 +161,15 @@ def _ask(loaded, model: CheckedModel, facts: Dataset, exemplars: dict, how: HowA
     return ask_few_shot(loaded, model.tokenizer, facts, exemplars, how.chat, **options)
 
 
-def few_shot_prompts(facts: Dataset, exemplars: dict[str, list[tuple[str, str]]], chat: bool) -> list:
-    """Prompts of facts after solved exemplars of their relation, as texts or, for `chat`, as conversations."""
+def ask_few_shot(
+    model, tokenizer, facts: Dataset, exemplars: dict[str, list[tuple[str, str]]], chat: bool, **options
+) -> list[str]:
+    """
+    The answers to facts after solved exemplars of their relation, in one text or, for `chat`, as turns of a
+    conversation; `options` are those of `answer_prompts`. A collective.
+    """
     prompt_function = few_shot_messages if chat else few_shot_prompt
     pairs = zip(facts["question"], facts["relation"], strict=True)
-    return [prompt_function(question, exemplars[relation]) for question, relation in pairs]
-
-
-def ask_few_shot(model, tokenizer, facts: Dataset, exemplars: dict, chat: bool, **options) -> list[str]:
-    """The answers to [`few_shot_prompts`]; `options` are those of `answer_prompts`. A collective."""
+    prompts = [prompt_function(question, exemplars[relation]) for question, relation in pairs]
     options["max_new_tokens"] = longest_answer(tokenizer, accepted_answers(facts, "facts"))
-    return answer_prompts(model, tokenizer, few_shot_prompts(facts, exemplars, chat), **options)
+    return answer_prompts(model, tokenizer, prompts, **options)

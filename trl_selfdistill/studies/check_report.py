@@ -29,8 +29,7 @@ def compare_answers(known: Dataset, answers: list[str], tolerance: float, **abou
         known (`Dataset`): The facts that the base HighlyKnows, with its answers in the column `base_answer`.
         answers (`list[str]`): What the model answered.
         tolerance (`float`): The largest loss that is tolerated, a fraction in [0, 1).
-        about (`dict`): What it also holds: the names `base` and `model`, `num_asked` (the facts that the base was
-            asked), `prompts` and `notes`.
+        about: What it also holds: the names `base` and `model`, `num_asked` (of the base), `prompts` and `notes`.
     """
     accepted = [[answer, *aliases] for answer, aliases in zip(known["answer"], known["aliases"], strict=True)]
     columns = {"relations": known["relation"][:], "questions": known["question"][:], "detailed": True}

@@ -31,7 +31,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 class ScriptParser(TrlParser):
-    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would; and takes old names."""
+    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would."""
 
     precision: tuple[int, str] | None = None  # level and message, for the log
     usage_status = 2  # the exit status for wrong input

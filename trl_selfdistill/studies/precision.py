@@ -14,20 +14,14 @@ from transformers.utils import is_torch_bf16_gpu_available
 from .stage import run_arguments
 
 
-_CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
-
-
 def has_native_bf16(device_type: str) -> bool:
     """
     Whether a device (`"cpu"`, `"cuda"`, ...) multiplies bf16 itself. CUDA does from compute capability 8.0 on; MPS not
     everywhere, so that it counts as none. On a CPU oneDNN says so, but says yes on AVX-512 where it emulates, too.
     """
     if device_type == "cpu":
-        if hasattr(torch.cpu, "get_capabilities"):  # in newer torch
-            has_instructions = any(torch.cpu.get_capabilities().get(name) for name in _CPU_INSTRUCTIONS)
-        else:
-            has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            has_instructions = has_instructions or platform.machine() not in ("x86_64", "AMD64")
+        has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_instructions = has_instructions or platform.machine() not in ("x86_64", "AMD64")
         is_built = torch.backends.mkldnn.is_available()
         return is_built and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_instructions
     if device_type == "cuda":
@@ -39,11 +33,8 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
     """
     Sets `bf16` where it is not set, and `use_cpu` without an accelerator, and returns what to log: level and message.
 
-    A folder of results keeps the precision that it began with, so that what is compared was computed alike, on
+    The folder `output_dir` keeps the precision that it began with, so that what is compared was computed alike, on
     whichever machine the study goes on.
-
-    Args:
-        arguments (`argparse.Namespace`): Parsed flags, with `bf16` (`None` if it is not set) and `output_dir`.
     """
     on_cpu = vars(arguments).get("use_cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
     on_cpu = on_cpu or not torch.accelerator.is_available()

@@ -267,14 +267,7 @@ def _origin(model: str) -> str | None:
 
 
 def training_config(variant: Variant, shared: TrainingArguments, num_steps: int | None = None) -> TrainingArguments:
-    """
-    The configuration of a variant's trainer.
-
-    Args:
-        variant ([`Variant`]): Its changes are made.
-        shared (`TrainingArguments`): The configuration of all runs.
-        num_steps (`int`, *optional*): Optimizer steps, in place of the epochs.
-    """
+    """The `shared` configuration with the changes of a variant, and `num_steps` of SFT in place of its epochs."""
     changes = dict(variant.changes)
     if num_steps is not None:
         changes["max_steps"] = max(1, round(num_steps * variant.steps))

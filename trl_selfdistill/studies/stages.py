@@ -58,11 +58,7 @@ def prepare_study(
 ) -> StudySetup:
     """
     The stages before the runs of a study, in folders below `config.output_dir`: what the model knows, what it is
-    trained on, and the format that it learns first.
-
-    Args:
-        model_args, facts_args, slick_args, mix_settings, small_llama, stage1_args, config:
-            One of each of [`STUDY_ARGUMENTS`].
+    trained on, and the format that it learns first. The arguments are one of each of [`STUDY_ARGUMENTS`].
 
     Raises:
         ValueError: If the model is quantised and no adapter is trained, or the mix needs facts that SLiCK leaves out.
@@ -86,13 +82,8 @@ def model_stage(
     name_or_path: str, folder: Path, facts: Path, small_llama: SmallLlamaSettings | None = None
 ) -> tuple[str, str]:
     """
-    The model to load by, and its name for readers.
-
-    Args:
-        name_or_path (`str`): Hub id, folder, `embedded`, or `small_llama` for one that is trained on the facts first.
-        folder (`Path`): Where the last two are written.
-        facts (`Path`): The facts.
-        small_llama ([`SmallLlamaSettings`], *optional*): Size and training of the small Llama.
+    What to load a model by, and its name for readers. `embedded`, and `small_llama`, which is trained on the facts
+    first, are written to `folder`; what else `name_or_path` is, is loaded by it.
     """
 
     def pretrain(partial: Path) -> None:
@@ -151,15 +142,8 @@ def annotate_stage(
     model: str, model_args: ModelConfig, facts: Path, slick: SlickArguments, folder: Path, run: SFTConfig
 ) -> Path:
     """
-    Asks a model the facts and writes them with their SLiCK category to `folder/facts.jsonl`, which is returned.
-
-    Args:
-        model (`str`): Hub id or folder.
-        model_args ([`~trl.ModelConfig`]): How it is loaded.
-        facts (`Path`): File of the facts.
-        slick ([`SlickArguments`]): How it is asked.
-        folder (`Path`): Where the result goes.
-        run ([`~trl.SFTConfig`]): Its `bf16`, `seed`, `trust_remote_code` and `model_init_kwargs` (if any) are used.
+    Asks a model, by Hub id or folder, the facts and writes them with their SLiCK category to `folder/facts.jsonl`,
+    which is returned. Of `run` its `bf16`, `seed`, `trust_remote_code` and `model_init_kwargs` (if any) are used.
     """
     settings, init_kwargs = slick.settings(run.seed), getattr(run, "model_init_kwargs", None)
 
@@ -180,15 +164,7 @@ def annotate_stage(
 
 
 def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 0) -> Path:
-    """
-    Writes the splits `known`, `new` and `heldout` as JSONL files to `folder`, and returns it.
-
-    Args:
-        annotated (`Path`): File of the annotated facts.
-        settings ([`MixSettings`]): How many of what.
-        folder (`Path`): Where the splits go.
-        seed (`int`, *optional*, defaults to `0`): Seed of the choice, the order and the invented facts.
-    """
+    """Writes the splits `known`, `new` and `heldout` of annotated facts as JSONL files to `folder`, and returns it."""
 
     def work(partial: Path) -> None:
         facts = load_facts(annotated)  # a user may have annotated them

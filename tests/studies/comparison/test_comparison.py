@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.studies.comparison.arguments import ComparisonArguments
-from trl_selfdistill.studies.comparison.rows import known_patch_rows, mask_unlikely_tokens, replay_rows
+from trl_selfdistill.studies.comparison.rivals import known_patch_rows, mask_unlikely_tokens, replay_rows
 from trl_selfdistill.studies.comparison.study import best_epoch
 from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, read_records
 from trl_selfdistill.studies.results import read_result
