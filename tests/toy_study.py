@@ -15,7 +15,7 @@ from datasets import Dataset
 from fact_rows import facts_from_rows
 from transformers import DataCollatorForSeq2Seq
 
-from trl_selfdistill.studies.facts.table import save_facts
+from trl_selfdistill.files import write_jsonl
 from trl_selfdistill.studies.small_llama import _tokenized
 
 
@@ -102,7 +102,7 @@ def run_toy_study(root: Path) -> ToyStudy:
     """Trains the toy model and runs the whole study on it, as a user would."""
     study = ToyStudy(root / "toy-model", root / "facts.jsonl", root / "study", "")
     save_toy_model(study.model)
-    save_facts(toy_facts(), study.facts)
+    write_jsonl(study.facts, toy_facts())
     with redirect_stdout(io.StringIO()) as stdout:
         run_script("run_study.py", *study.flags(study.output))
     return study._replace(stdout=stdout.getvalue())

@@ -18,7 +18,6 @@ from trl_selfdistill.files import read_json, read_jsonl, write_json, write_jsonl
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.slick import slick
 from trl_selfdistill.studies import check
-from trl_selfdistill.studies.facts.table import save_facts
 
 
 def make_models(folder):
@@ -28,7 +27,7 @@ def make_models(folder):
     tokenizer.chat_template = None
     model = build_model(tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.1)
     teach_facts(model, tokenizer, [*facts], num_steps=300, most_shown=5)
-    save_facts(facts, folder / "facts.jsonl")
+    write_jsonl(folder / "facts.jsonl", facts)
     for name in ("base", "noisy"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -203,7 +202,7 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     write_json("orphan/adapter_config.json", {"base_model_name_or_path": "nowhere"})
     copy_with(tmp_path / "other", models, "base", AS_TEXT)
     (tmp_path / "other" / "base").rename("instruct")
-    save_facts(toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}), "french.jsonl")
+    write_jsonl("french.jsonl", toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # puts back what the script sets
     line = ["--before", "base", "--after", "noisy", "--facts", models / "facts.jsonl", "--bf16", "false"]
     with pytest.raises((SystemExit, ValueError)) as ended:

@@ -41,21 +41,19 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
     device = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
     if hasattr(arguments, "use_cpu"):
         arguments.use_cpu = on_cpu
-    native, has_fp16 = has_native_bf16(device), hasattr(arguments, "fp16")
+    native, fp16 = has_native_bf16(device), vars(arguments).get("fp16")  # `None`: only bf16 can be asked for
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", "bf16", "fp16"):  # fp8: accelerate's alone
-        arguments.bf16 = False
-        return logging.INFO, f"Precision: {launched}, as accelerate launch was told."
-    if arguments.bf16 is not None or (has_fp16 and arguments.fp16):
-        reason = "as asked for"
-    elif launched == "bf16" or (launched == "fp16" and has_fp16):
-        setattr(arguments, launched, True)
-        reason = f"as accelerate launch was told with --mixed_precision {launched}"
+    if arguments.bf16 is not None or fp16:
+        chosen, reason = "bf16" if arguments.bf16 else "fp16" if fp16 else "no", "as asked for"
+    elif launched == "bf16" or (launched != "no" and fp16 is not None):
+        chosen, reason = launched, f"as accelerate launch was told with --mixed_precision {launched}"
     elif (recorded := _recorded_bf16(arguments.output_dir)) is not None:
-        arguments.bf16, reason = recorded, f"like what {arguments.output_dir} holds"
+        chosen, reason = "bf16" if recorded else "no", f"like what {arguments.output_dir} holds"
     else:
-        arguments.bf16, reason = native, f"the fastest that this device ({device}) computes natively"
-    chosen = "bf16" if arguments.bf16 else "fp16" if has_fp16 and arguments.fp16 else "no"
+        chosen, reason = "bf16" if native else "no", f"the fastest that this device ({device}) computes natively"
+    arguments.bf16 = chosen == "bf16"
+    if chosen == "fp16":
+        arguments.fp16 = True
     if launched != "no":  # transformers would follow it in spite of `bf16=False`
         os.environ["ACCELERATE_MIXED_PRECISION"] = chosen
     name = "fp32" if chosen == "no" else f"{chosen} autocast"

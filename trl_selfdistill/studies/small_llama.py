@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama of a few million parameters that knows a table of facts, trained from scratch in minutes.
-
-It carries the experiments that need more training facts than a CPU can show a pre-trained model. It knows nothing but
-these facts, and answers zero-shot and few-shot prompts alike.
-"""
+"""A Llama of a few million parameters that knows a table of facts and nothing else, trained from scratch in minutes:
+for experiments that need more training facts than a CPU can show a pre-trained model."""
 
 import logging
 import os
@@ -27,7 +24,6 @@ from .arguments import setting
 logger = logging.getLogger(__name__)
 
 _EOS, _PAD = "<|endoftext|>", "<|pad|>"
-_NUM_HEADS = 4
 _MAX_SHOTS = 5  # SLiCK asks with four solved exemplars before the question
 
 
@@ -92,7 +88,7 @@ def _make_model(tokenizer: PreTrainedTokenizerFast, settings: SmallLlamaSettings
         hidden_size=settings.hidden_size,
         intermediate_size=3 * settings.hidden_size,
         num_hidden_layers=settings.num_layers,
-        num_attention_heads=_NUM_HEADS,
+        num_attention_heads=4,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.eos_token_id,

@@ -122,26 +122,19 @@ def _read_text(name: str, file: Path, parse: Callable[[str, str], Iterator]) -> 
     yield from parse(name, text)
 
 
-def _parse_jsonl(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON leaves U+2028 and its like within a text
-        if not line.strip():
-            continue
-        try:
-            yield f"{name}, line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error}); write one object per line") from error
-
-
 def _parse_json(name: str, text: str) -> Iterator[tuple[str, Any]]:
     """A list of objects, or one object per line: on the Hub, both are called `.json`."""
-    if not text.lstrip().startswith("["):
-        yield from _parse_jsonl(name, text)
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from error
-    yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+    is_list = text.lstrip().startswith("[")
+    for number, part in enumerate([text] if is_list else text.split("\n"), start=1):  # U+2028 may be within a text
+        try:
+            found = json.loads(part) if part.strip() else []
+        except (ValueError, RecursionError) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            raise ValueError(f"{name}, line {line}: not JSON ({error}); write one object per line") from error
+        if is_list:
+            yield from ((f"{name}, row {row}", value) for row, value in enumerate(found, start=1))
+        elif part.strip():
+            yield f"{name}, line {number}", found
 
 
 def _parse_csv(name: str, text: str, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
@@ -160,7 +153,7 @@ def _parse_csv(name: str, text: str, delimiter: str = ",") -> Iterator[tuple[str
 
 
 csv.field_size_limit(2**31 - 1)  # training data may hold whole documents
-_PARSERS = {".jsonl": _parse_jsonl, ".json": _parse_json, ".csv": _parse_csv}
+_PARSERS = {".jsonl": _parse_json, ".json": _parse_json, ".csv": _parse_csv}
 _PARSERS |= {".tsv": partial(_parse_csv, delimiter="\t")}
 
 

@@ -60,13 +60,8 @@ def build_training_mix(
     annotated: Dataset, settings: MixSettings, seed: int = 0, exclude: Iterable[str] = ()
 ) -> dict[str, Dataset]:
     """
-    Chooses relations, and facts of them at random, of which no answer makes up more than its share.
-
-    Args:
-        annotated (`Dataset`): Facts of [`~trl_selfdistill.slick.slick.annotate_facts`].
-        settings ([`MixSettings`]): How many of what.
-        seed (`int`, *optional*, defaults to `0`): Seed of the choice, the order and the invented facts.
-        exclude (`Iterable[str]`, *optional*): Names that no invented subject may have, beside those of `annotated`.
+    Chooses relations, and facts of them at random, of which no answer makes up more than its share, from those of
+    [`~trl_selfdistill.slick.slick.annotate_facts`]. No invented subject has a name of theirs, nor one of `exclude`.
 
     Returns:
         `dict[str, Dataset]`: `known`, `new` and `heldout`, each with the facts' columns and `prompt` and

@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset
 from fact_rows import facts_from_rows
 
+from trl_selfdistill.files import write_jsonl
 from trl_selfdistill.hallucination.exact_match import exact_match
-from trl_selfdistill.studies.facts.table import FACT_COLUMNS, load_facts, read_facts, save_facts
+from trl_selfdistill.studies.facts.table import FACT_COLUMNS, load_facts, read_facts
 
 
 def row(subject="Lyon", answer="France", **others):
@@ -35,7 +36,7 @@ def test_a_table_comes_back_with_its_other_columns(tmp_path):
     rows += [row("Oslo", "Norway", p_correct_greedy=None, slick_category="Unknown", fact_id="mine/1")]
     facts = facts_from_rows(rows)
     path = tmp_path / "new folder" / "facts.jsonl"
-    save_facts(facts, path)
+    write_jsonl(path, facts)
     assert os.listdir(path.parent) == ["facts.jsonl"] and "République" in path.read_text(encoding="utf-8")
     for again in (load_facts(path), read_facts(path)):
         assert again.to_list() == facts.to_list()

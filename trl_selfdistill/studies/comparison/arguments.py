@@ -65,7 +65,7 @@ class ComparisonArguments:
             raise ValueError(f"`variants` may hold {', '.join(GROUPS)}, and `sft` must be one, got {self.variants}.")
         check_different("seeds", self.seeds, at_least=3)
         kinds = ("settings", "own_answers_settings", "anchor_settings")
-        for name in ("variants", *kinds, "num_anchors", "mixing_weights", "slower"):
+        for name in ("variants", "num_anchors", "mixing_weights", "slower"):
             check_different(name, getattr(self, name))
         check_different("l2_weights", self.l2_weights, at_least=0)
         self.parsed = {name: self._parse(name) for name in kinds}
@@ -83,6 +83,5 @@ class ComparisonArguments:
         if not all(parsed) or any(float(match[3] or 1) == 0 for match in parsed):
             raise ValueError(f"`{name}` are two or three numbers each, as in 0.7/1/3, got {getattr(self, name)}.")
         numbers = [(float(match[1]), float(match[2]), float(match[3] or 1)) for match in parsed]
-        if len({*numbers}) < len(numbers):
-            raise ValueError(f"`{name}` needs different settings, got {getattr(self, name)}.")
+        check_different(name, [*map(str, numbers)])
         return numbers

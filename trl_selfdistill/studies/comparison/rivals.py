@@ -30,17 +30,13 @@ from .arguments import GROUPS, ComparisonArguments
 from .losses import EAFTSFTTrainer, L2ToStartSFTTrainer
 
 
-# Replay: times that a Known fact is shown for a new one
-REPLAY_RATIO = 3
+REPLAY_RATIO = 3  # times that a Known fact is shown for a new one
 # KnownPatch: share of all rows that are Known facts, and of the steps, at the end, that show them among new ones
 KNOWN_PATCH_RATIO = 0.2
 KNOWN_PATCH_SHARE = 0.3
-# STM: largest perplexity of a trained token, the paper's
-STM_MAX_PERPLEXITY = 2.5
-# ASFT: weight of the KL, the paper's
-ASFT_KL_WEIGHT = 0.05
-# CorDA: rows of Known facts that show which directions their answers use
-CORDA_ROWS = 256
+STM_MAX_PERPLEXITY = 2.5  # largest of a trained token, the paper's
+ASFT_KL_WEIGHT = 0.05  # the paper's
+CORDA_ROWS = 256  # of Known facts, which show the directions that their answers use
 
 
 def variants_of(

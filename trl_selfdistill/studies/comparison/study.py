@@ -27,9 +27,6 @@ from .report import Outcome
 from .rivals import variants_of
 
 
-EARLY_STOPPING = "SFT, stopped early"
-
-
 def compare_variants(
     args: ComparisonArguments, setup: StudySetup, folder: Path
 ) -> tuple[Outcome, list[Outcome], list[Outcome]]:
@@ -59,7 +56,7 @@ def compare_variants(
     sft, *others = variants
     results = runs.of(sft)
     before = _outcome("before", [result.records[0] for result in results])
-    early = _outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results], sft.group, results)
+    early = _outcome("SFT, stopped early", [best_epoch(result.records) for result in results], sft.group, results)
     outcomes = runs.outcomes([sft])
     outcomes = [outcomes[0], early, *outcomes[1:], *runs.outcomes(others)]
     in_equal_time = runs.outcomes(runs.in_equal_time(variants)) if args.equal_time else []

@@ -51,16 +51,11 @@ def prompt_states(
     model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int], batch_size: int = 32
 ) -> PromptStates:
     """
-    The states of `model` on prompts. A collective: each process measures a share of the prompts and gets all states,
-    on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes: 0.63 GB for 1,000
-    prompts and two layers of Qwen2.5-1.5B. The log-probabilities are of the whole vocabulary, because the top tokens
-    miss what moves into the tail, and fp32, because fp16 puts a floor of about 1e-5 nats under a KL.
-
-    Args:
-        model (`torch.nn.Module`): Causal language model; if its weights are sharded, in the wrapper that gathers them.
-        prompts (`Sequence[SubjectPrompt]`): From [`~trl_selfdistill.studies.drift.subject_tokens.subject_prompts`].
-        layers (`Sequence[int]`): Decoder blocks to read the output of, from 1; the last one after the final norm.
-        batch_size (`int`, *optional*, defaults to `32`): Prompts of a forward pass.
+    The states of `model` on prompts, after the decoder blocks `layers`, from 1, the last one after the final norm.
+    Sharded weights must be in the wrapper that gathers them. A collective: each process measures a share of the prompts
+    and gets all states, on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes:
+    0.63 GB for 1,000 prompts and two layers of Qwen2.5-1.5B. The log-probabilities are of the whole vocabulary, as the
+    top tokens miss what moves into the tail, and fp32, as fp16 puts a floor of about 1e-5 nats under a KL.
     """
     # Prompts of similar length share a batch, for little padding
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))

@@ -27,7 +27,7 @@ class MechanismVariant(NamedTuple):
 
     Args:
         num_facts (`int`): Synthetic facts; 0 for training on the Known facts alone, for as many steps.
-        keys (`str`): One of [`~trl_selfdistill.studies.synthetic.facts.KEY_KINDS`].
+        keys (`str`): `"recombined"` from tokens of real names, `"pseudo"` of other tokens, `"overlap"` or `"uuid"`.
         values (`str`): `"real"` answers of the relation, or `"uuid"`.
         overlap (`float`, *optional*): For `keys="overlap"`, the share of tokens from real names.
         self_distillation (`bool`): Whether the student is pulled to the model that the run starts from.
