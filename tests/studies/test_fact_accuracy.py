@@ -20,19 +20,6 @@ from trl_selfdistill.studies.fact_accuracy import (
 from trl_selfdistill.studies.models import load_model_and_tokenizer
 
 
-@pytest.fixture(scope="module")
-def trained(toy_study):
-    """The variant that forgot the most: it answers some facts right and some wrong."""
-    return load_model_and_tokenizer(toy_study.output / "sft")
-
-
-def test_a_fact_is_right_by_any_of_its_answers(trained):
-    facts = toy_facts()
-    other = facts.map(lambda row: {"answer": "Nowhere", "aliases": ["Neverland", row["answer"]]})
-    answers = ask_facts(*trained, facts)
-    assert ask_facts(*trained, other) == answers and len({answer.outcome for answer in answers.values()}) > 1
-
-
 ASKED = toy_facts().select(range(0, 80, 10))
 
 
@@ -53,7 +40,9 @@ def test_callback_records_every_epoch_and_logs_it(toy_study, tmp_path):
     records = read_records(tmp_path / "accuracy.jsonl")
     assert [(record.step, record.epoch) for record in records] == [(0, 0.0), (2, 1.0), (4, 2.0)]
     assert records[0].answers["heldout"] == before
-    assert records[-1].answers["heldout"] == ask_facts(trainer.model, trainer.processing_class, ASKED) != before
+    # A fact is right by any of its answers
+    asked = ASKED.map(lambda row: {"answer": "Nowhere", "aliases": ["Neverland", row["answer"]]})
+    assert records[-1].answers["heldout"] == ask_facts(trainer.model, trainer.processing_class, asked) != before
     for rate, outcome in RATES.items():
         logged = [log[f"eval_heldout_{rate}"] for log in trainer.state.log_history if f"eval_heldout_{rate}" in log]
         assert logged == [record.outcomes("heldout", outcome).mean() for record in records]

@@ -86,16 +86,12 @@ def test_what_is_said_wins_then_what_is_there_then_the_device(
     assert re.search(f"Precision: {'bf16' if bf16 else 'fp'}.*{reason}", record.message)
 
 
-def test_fp16_of_the_launcher_is_what_a_training_computes_in_and_a_question_does_not(cpu, monkeypatch):
+def test_fp16_of_the_launcher_is_what_a_training_computes_in_and_what_else_decides_is_said(cpu, monkeypatch):
     cpu(False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     training = Namespace(output_dir=None, bf16=None, fp16=False, use_cpu=False)
     assert "fp16 autocast" in precision.choose_precision(training)[1] and training.fp16 and not training.bf16
     assert "fp32, the fastest" in precision.choose_precision(Namespace(output_dir=None, bf16=None))[1]
-
-
-def test_what_else_decides_the_precision_is_said(cpu, monkeypatch):
-    cpu(False)
     level, message = precision.choose_precision(Namespace(output_dir=None, bf16=None, dtype="bfloat16"))
     assert level == logging.WARNING and re.search("fp32, .*Weights: bfloat16, .*emulates", message)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")

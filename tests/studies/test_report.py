@@ -64,17 +64,13 @@ def test_findings_follow_from_the_intervals(folders):
     assert more.startswith("- SFT forgets clearly more than Self-distillation: it lost 0.300")
 
 
-def test_a_run_without_a_timed_step_has_no_seconds(tmp_path):
+def test_a_run_without_a_timed_step_has_no_seconds_and_an_unfinished_one_is_named(tmp_path):
     records = make_records(fading_outcomes(10, [1.0, 0.5]))
-    results = read([write_result(tmp_path / "sft", records, seconds_per_step=None)])
-    assert cells(render_table(results))[2][7] == "-"
-
-
-@pytest.mark.parametrize("missing", ["accuracy.jsonl", "training.json"])
-def test_an_unfinished_run_is_named(folders, missing):
-    (folders[1] / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"selfdistill holds no finished run: {missing} is missing"):
-        read(folders)
+    folder = write_result(tmp_path / "sft", records, seconds_per_step=None)
+    assert cells(render_table(read([folder])))[2][7] == "-"
+    (folder / "training.json").unlink()
+    with pytest.raises(FileNotFoundError, match="sft holds no finished run: training.json is missing"):
+        read([folder])
 
 
 def test_variants_that_cannot_be_compared_are_refused(folders, tmp_path):

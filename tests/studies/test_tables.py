@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 from trl_selfdistill.studies.tables import load_table, read_rows
 
 
-# What readers of CSV and JSON like to take for something else
+# What readers of CSV and JSON like to take for something else, and a whole document
 TEXTS = ["NA", "null", "None", "nan", "007", "1789", "1e5", "TRUE", "", " a\u2028b\x85 ", 'a, "b"\n\tc', "São Paulo"]
+TEXTS.append("x" * 200_000)
 ROWS = [{"prompt": f"Q{i}", "completion": text, "date": "1789-07-14"} for i, text in enumerate(TEXTS)]
 
 
@@ -35,11 +36,10 @@ def write(path, rows, encoding="utf-8"):
     return path
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"])
 @pytest.mark.parametrize("folder", [".", "data"])  # a folder as on the Hub, which `datasets` finds the files of
-def test_text_stays_text_in_every_format(tmp_path, name, encoding, folder):
-    path = write(tmp_path / folder / name, ROWS, encoding)
+def test_text_stays_text_in_every_format(tmp_path, name, folder):
+    path = write(tmp_path / folder / name, ROWS, "utf-8" if folder == "." else "utf-8-sig")
     path = path if folder == "." else path.parent
     table = load_table(path)
     assert table.to_list() == ROWS == [row for _, row in read_rows(path)]
@@ -101,7 +101,6 @@ def test_rows_may_lack_columns_and_nest_values_of_different_shapes(tmp_path):
         ("r.json", '[{"a": "x"}, {"a": "\\ud83d"}]', "r.json, row 2 or above: there is a value"),
         ("s.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}", "s.jsonl, line 2: not JSON (Exceeds the limit"),
         ("t.jsonl", '{"a": ' + "[" * 100_000, "t.jsonl, line 1: not JSON (maximum recursion depth"),
-        ("p.csv", "a,b\n", "p.csv (split 'train'): there are no rows in it"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, message):
@@ -109,13 +108,6 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, me
     with pytest.raises(ValueError, match=re.escape(message)):
         load_table(tmp_path / name)
 
-
-def test_a_cell_of_csv_may_hold_a_whole_document(tmp_path):
-    rows = [{"prompt": "Q", "completion": "x" * 200_000}]
-    assert load_table(write(tmp_path / "a.csv", rows)).to_list() == rows
-
-
-@pytest.mark.parametrize("name", ["no/such.jsonl", "no/such.parquet"])
-def test_a_file_that_does_not_exist(name):
-    with pytest.raises(FileNotFoundError, match=name):
-        load_table(name)
+    for missing in ("no/such.jsonl", "no/such.parquet"):
+        with pytest.raises(FileNotFoundError, match=missing):
+            load_table(missing)

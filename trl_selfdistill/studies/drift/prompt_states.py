@@ -52,7 +52,7 @@ def prompt_states(
 ) -> PromptStates:
     """
     The states of `model` on prompts, after the decoder blocks `layers`, from 1, the last one after the final norm.
-    Sharded weights must be in the wrapper that gathers them. A collective: each process measures a share of the prompts
+    Sharded weights come in the wrapper that gathers them. A collective: each process measures a share of the prompts
     and gets all states, on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes:
     0.63 GB for 1,000 prompts and two layers of Qwen2.5-1.5B. The log-probabilities are of the whole vocabulary, as the
     top tokens miss what moves into the tail, and fp32, as fp16 puts a floor of about 1e-5 nats under a KL.
