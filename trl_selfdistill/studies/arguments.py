@@ -40,7 +40,7 @@ class FactsArguments:
         None, "Relations to read, for example P17 P131 P36 P38. By default all."
     )
     max_facts_per_relation: int | None = setting(
-        None, "Facts of each relation, at most (geonames: the largest places first)."
+        None, "Facts of each relation, at most (geonames: the largest places)."
     )
     max_facts_per_answer: int | None = setting(None, "Facts of each relation with the same answer, at most.")
 
@@ -88,12 +88,8 @@ class TrainingDataArguments:
     _argument_group_name = "data"
 
     mix: str | None = setting(None, "Folder of `mix`, whose splits are evaluated after each epoch.")
-    splits: list[str] = setting(
-        ["known", "new"], "Splits of the mix to train on: `known` for stage 1, `known new` for stage 2."
-    )
-    dataset_name: str | None = setting(
-        None, "Instead of a mix: a dataset for SFTTrainer, by Hub id, as a folder or a file."
-    )
+    splits: list[str] = setting(["known", "new"], "Splits of the mix to train on; for stage 1 `known` alone.")
+    dataset_name: str | None = setting(None, "Instead of a mix: a dataset for SFTTrainer: a Hub id, folder or file.")
     dataset_config: str | None = setting(None, "Configuration of the dataset on the Hub.")
     dataset_train_split: str = setting("train", "Split of the dataset to train on.")
     dataset_test_split: str = setting("test", "Split of the dataset to evaluate on, if `eval_strategy` asks for it.")

@@ -41,19 +41,13 @@ class ComparisonArguments:
         None, "Facts whose questions are further prompts, after those of the facts that are in no split."
     )
     self_anchor_tokens: int = setting(16, "Self-samples: longest text, in tokens.")
-    mixed: list[str] = setting(
-        ["sft"], "Variants, by the names of their folders, whose weights are mixed with the start's."
-    )
+    mixed: list[str] = setting(["sft"], "Variants, by their folders' names, whose weights are mixed with the start's.")
     mixing_weights: list[float] = setting(
         [0.2, 0.4, 0.6, 0.8],
         "WiSE-FT: shares of the fine-tuned weights, the rest being those of the start, in [0, 1].",
     )
-    l2_weights: list[float] = setting(
-        [], "L2 to the start: weights beside the one that is matched to the KL at the start."
-    )
-    slower: list[float] = setting(
-        [2.0, 4.0, 8.0], "SFT at a lower rate: by which the rate is divided, and the steps are multiplied."
-    )
+    l2_weights: list[float] = setting([], "L2 to the start: weights beside the one that is matched to the KL there.")
+    slower: list[float] = setting([2.0, 4.0, 8.0], "SFT at a rate divided, and with the steps multiplied, by these.")
     lora_rank: int = setting(16, "LoRA, MiCA and CorDA: rank.")
     lora_learning_rate: float = setting(1e-3, "LoRA, MiCA and CorDA: learning rate.")
     equal_time: float | None = setting(

@@ -73,8 +73,7 @@ class MechanismArguments:
     )
     num_facts_of_overlap: int = setting(300, "Interference and behaviour cloning: number of synthetic facts.")
     overlaps: list[float] = setting(
-        [0.0, 0.25, 0.5, 0.75, 1.0],
-        "Interference: shares of the keys' tokens that come from real names, in [0, 1].",
+        [0.0, 0.25, 0.5, 0.75, 1.0], "Interference: shares of the keys' tokens that come from real names, in [0, 1]."
     )
     uuid_values: bool = setting(True, "Whether keys come with UUID values too, which takes the longest runs.")
     seeds: list[int] = setting([0], "Seeds of the synthetic facts and of the training's order.")
