@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, made_once
+from conftest import made_once
 from peft import LoraConfig, get_peft_model
-from toy_study import AS_TEXT, run_script, teach_facts, toy_facts
+from toy_study import AS_TEXT, run_script, taught_model, toy_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_selfdistill.files import read_json, read_jsonl, write_json, write_jsonl
@@ -22,12 +22,9 @@ from trl_selfdistill.studies import check
 
 def make_models(folder):
     """In `base` a model that was taught 100 facts, in `noisy` and `adapter` what noise has made of it."""
-    facts, tokenizer = toy_facts(50), build_tokenizer()
-    tokenizer.add_tokens(facts["subject"][:])
+    model, tokenizer = taught_model(toy_facts(50), 50, num_steps=300, most_shown=5)
     tokenizer.chat_template = None
-    model = build_model(tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.1)
-    teach_facts(model, tokenizer, [*facts], num_steps=300, most_shown=5)
-    write_jsonl(folder / "facts.jsonl", facts)
+    write_jsonl(folder / "facts.jsonl", toy_facts(50))
     for name in ("base", "noisy"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -53,8 +54,7 @@ def test_loads_in_evaluation_mode_with_a_padding_token(model_dir, tokenizer, tmp
     assert not model.training and loaded.pad_token == tokenizer.pad_token
     unpadded = type(tokenizer).from_pretrained(model_dir)
     unpadded.pad_token = None
-    for file in model_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
     unpadded.save_pretrained(tmp_path)
     model, loaded = load_model_and_tokenizer(tmp_path, ModelConfig(dtype="bfloat16"))
     assert loaded.pad_token == loaded.eos_token == "<|im_end|>" and model.dtype == torch.bfloat16

@@ -17,9 +17,7 @@ class Work:
     """Writes its number of calls; fails while `error` is set, after it has written `started`."""
 
     def __init__(self):
-        self.calls = 0
-        self.found = []
-        self.error = None
+        self.calls, self.found, self.error = 0, [], None
 
     def __call__(self, partial):
         self.calls += 1

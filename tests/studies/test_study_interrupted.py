@@ -12,18 +12,8 @@ from toy_study import SCRIPTS, run_script, runs_of
 from trl_selfdistill.studies import runs
 
 
-def start(tmp_path, patch: str, flags: list[str]) -> subprocess.Popen:
-    """Starts run_study.py in a process of its own, after `patch`."""
-    driver = tmp_path / "driver.py"
-    run = f"import runpy, sys\nsys.argv = {[str(SCRIPTS / 'run_study.py'), *flags]!r}\n"
-    driver.write_text(f"{patch}\n{run}runpy.run_path(sys.argv[0], run_name='__main__')\n")
-    # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that
-    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True)
-    return subprocess.Popen([sys.executable, driver], stderr=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-
-
 SLOW_AT_STEP_6 = """
-import time
+import runpy, sys, time
 from trl_selfdistill.studies.runs import StepTimes
 
 on_step_end = StepTimes.on_step_end
@@ -35,13 +25,21 @@ def slow(self, args, state, control, **kwargs):
         time.sleep(250)
 
 StepTimes.on_step_end = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, tmp_path, monkeypatch):
     before = runs_of(copied_study.output)
     shutil.rmtree(copied_study.output / "sft")
-    process = start(tmp_path, SLOW_AT_STEP_6, [*copied_study.flags(copied_study.output), "--variants", "sft"])
+    flags = [*copied_study.flags(copied_study.output), "--variants", "sft"]
+    (tmp_path / "driver.py").write_text(
+        f"import sys\nsys.argv = {[str(SCRIPTS / 'run_study.py'), *flags]!r}\n{SLOW_AT_STEP_6}"
+    )
+    # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that
+    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True)
+    command, pipe = [sys.executable, tmp_path / "driver.py"], subprocess.PIPE
+    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, **options)
     partial = copied_study.output / "sft.partial"
     while process.poll() is None and not (partial / "waiting").exists():
         time.sleep(0.05)
@@ -54,7 +52,7 @@ def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, 
     resumed = []
     find = runs.last_complete_checkpoint
     monkeypatch.setattr(runs, "last_complete_checkpoint", lambda path: resumed.append(find(path)) or resumed[-1])
-    run_script("run_study.py", *copied_study.flags(copied_study.output), "--variants", "sft")
+    run_script("run_study.py", *flags)
     assert resumed == [str(partial / "checkpoint-4")]
     after = runs_of(copied_study.output)
     assert all(before[name] == after[name] for name in before if name != "sft")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every source gives the same rows, text stays text, and what cannot be read is named with its place."""
 
-import csv
 import gzip
 import json
 import re
@@ -22,10 +21,7 @@ def write(path, rows, encoding="utf-8"):
     """The rows as the file's suffix says."""
     path.parent.mkdir(exist_ok=True)
     if path.suffix in (".csv", ".tsv"):
-        with path.open("w", encoding=encoding, newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0]], delimiter="," if path.suffix == ".csv" else "\t")
-            writer.writeheader()
-            writer.writerows(rows)
+        Dataset.from_list(rows).to_csv(path, sep="," if path.suffix == ".csv" else "\t", encoding=encoding)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows), encoding=encoding)
     elif path.suffix == ".jsonl":

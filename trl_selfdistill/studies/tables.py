@@ -126,14 +126,16 @@ def _parse_json(name: str, text: str) -> Iterator[tuple[str, Any]]:
     """A list of objects, or one object per line: on the Hub, both are called `.json`."""
     is_list = text.lstrip().startswith("[")
     for number, part in enumerate([text] if is_list else text.split("\n"), start=1):  # U+2028 may be within a text
+        if not part.strip():
+            continue
         try:
-            found = json.loads(part) if part.strip() else []
+            found = json.loads(part)
         except (ValueError, RecursionError) as error:
             line = number + getattr(error, "lineno", 1) - 1
             raise ValueError(f"{name}, line {line}: not JSON ({error}); write one object per line") from error
         if is_list:
             yield from ((f"{name}, row {row}", value) for row, value in enumerate(found, start=1))
-        elif part.strip():
+        else:
             yield f"{name}, line {number}", found
 
 

@@ -53,21 +53,18 @@ S, C, U = Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED
         (S, capacity, [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), ALL | {SIZES[0]: 0.1, SIZES[4]: 0.1}]),
         (C, capacity, [(0.1, 0.2, 0.4), (0.02, 0.02, 0.03)]),  # the paper's result
         (U, capacity, [(0.1, 0.2, 0.3), (0.02, 0.07, 0.13)]),  # about half as steep
-        (U, capacity, [(0.1, 0.1, 0.1), (0.1, 0.1, 0.1)]),  # nothing grows
         (U, capacity, [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), ALL | {SIZES[5]: 0.49}]),  # not learnt
         # Behaviour cloning: Known facts only, name-like keys, pseudo-words, UUID keys
         (S, cloning, [0.02, 0.3, 0.3, 0.25]),
         (C, cloning, [0.02, 0.3, 0.03, 0.02]),
         (U, cloning, [0.3, 0.3, 0.3, 0.3]),  # Known facts alone cost as much
         (U, cloning, [0.02, 0.3, 0.6, 0.02]),  # each kind for itself, not their mean
-        (U, cloning, [0.02, 0.3, 0.17, 0.17]),  # just above half
         (U, cloning, [0.02, 0.02, 0.3, 0.3]),  # there is nothing that names could explain
         # Interference: Known facts only, and overlaps 0, 0.5 and 1
         (S, interference, [0.0, 0.02, 0.1, 0.2]),
         (S, interference, [0.3, 0.3, 0.34, 0.38]),  # all that new facts cost is slope
         (C, interference, [0.0, 0.3, 0.4, 0.5]),  # 0.3 of 0.5 are lost without overlap
         (U, interference, [0.0, 0.22, 0.32, 0.42]),  # about half
-        (U, interference, [0.2, 0.2, 0.2, 0.2]),  # new facts cost nothing
         (U, interference, [0.3, 0.1, 0.2, 0.3]),  # a slope, but full overlap costs nothing
     ],
 )

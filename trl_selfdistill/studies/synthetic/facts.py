@@ -70,9 +70,8 @@ def synthetic_facts(
     forms = sorted({row["answer"]: row["aliases"] for row in rows}.items())
 
     def draw() -> Iterator[dict]:
-        answers = ((value, []) for value in _uuids(f"values of seed {seed}"))
-        if values == "real":
-            answers = _shuffled(forms, f"values of seed {seed}")
+        lot = f"values of seed {seed}"
+        answers = _shuffled(forms, lot) if values == "real" else ((value, []) for value in _uuids(lot))
         for key, (answer, aliases) in islice(zip(draw_keys(), answers, strict=False), num_facts):
             yield make_fact(relation, question, key, answer, aliases)
 
