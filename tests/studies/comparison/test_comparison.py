@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image
 from sft_runs import TOKENIZER, config, trainer
 from study_records import answered
-from toy_study import STUDY_FLAGS, run_script, runs_of
+from toy_study import run_script, runs_of
 from trl import SFTTrainer
 
 from trl_selfdistill.files import read_json, write_json
@@ -38,10 +38,7 @@ FLAGS += ["--num_heldout", "30", "--lora_rank", "4"]
 
 def compare(toy_study, output: Path, *flags) -> None:
     """Runs the comparison on the toy study's facts, whose first stages are those of the study."""
-    model = ["--model_name_or_path", toy_study.model, "--facts", toy_study.facts, "--output_dir", output]
-    config = ["--config", output.parent / "empty.yaml"]
-    config[1].write_text("{}")
-    run_script("compare_methods.py", *config, *model, *STUDY_FLAGS, *FLAGS, *flags)
+    run_script("compare_methods.py", *toy_study.flags(output), *FLAGS, *flags)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import CITIES, build_model
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from sft_runs import TOKENIZER, architecture
 
 from trl_selfdistill.studies.drift.prompt_states import PromptStates, check_layers, drift, prompt_states
@@ -19,7 +19,6 @@ QUESTIONS = [form.format(city) for form, city in zip(FORMS, CITIES, strict=True)
 PROMPTS = subject_prompts(TOKENIZER, QUESTIONS, [*CITIES])
 LAYERS = (1, 2)
 ADAPTERS = {
-    "LoRA": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
     "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
