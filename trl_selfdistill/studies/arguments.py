@@ -2,7 +2,7 @@
 """The command-line arguments that several scripts share, parsed by TRL's `TrlParser` from flags and YAML."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,8 +13,8 @@ from ..trainers import SelfDistillSFTConfig
 
 
 # The variants of a study set these, or the number of steps follows from others
-_NOT_SHARED = ("max_steps", "teacher_model_name_or_path", "frozen_groups", "trainable_groups", "anchors")
-_NOT_SHARED += ("anchor_dataset_name", "teacher_snapshot_steps", "teacher_snapshot_epochs")
+_NOT_SHARED = {"max_steps", "teacher_model_name_or_path", "frozen_groups", "trainable_groups", "anchors"}
+_NOT_SHARED |= {"anchor_dataset_name", "teacher_snapshot_steps", "teacher_snapshot_epochs"}
 
 
 def setting(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -110,10 +110,9 @@ def check_different(name: str, values: list, at_least: int = 1) -> None:
 
 def check_shared_config(config: SelfDistillSFTConfig) -> None:
     """Raises a `ValueError` for settings that a study's variants set themselves, and for no epochs at all."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name in _NOT_SHARED and value != f.default:
-            raise ValueError(f"`{f.name}={value!r}`: the variants set it, or `num_train_epochs` does. Leave it out.")
+    for name in _NOT_SHARED:
+        if (value := getattr(config, name)) != getattr(type(config), name):
+            raise ValueError(f"`{name}={value!r}`: the variants set it, or `num_train_epochs` does. Leave it out.")
     if not 0 < config.num_train_epochs < math.inf:
         raise ValueError(f"`num_train_epochs` must be finite and above 0, got {config.num_train_epochs}.")
 
