@@ -33,6 +33,7 @@ _CONFIGS = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer:
 # What does not change the weights that a training run ends with
 _WITHOUT_EFFECT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "hub_token"}
 _WITHOUT_EFFECT |= {"project", "teacher_cache_dir", "use_cpu"}  # a study may be moved to another device
+_FORMER = {"teacher_model_revision": None}  # of `SelfDistillSFTConfig`, by which older runs are known
 
 
 class Variant(NamedTuple):
@@ -180,9 +181,10 @@ def train_variant(
     config = training_config(variant, setup.config, num_steps)
     keep_model |= run_arguments(folder).get("keep_model", False)  # what is there has all that is asked for
     identity, inputs = model_identity(setup.start, setup.model_args)
+    settings = config.to_dict() | (_FORMER if isinstance(config, SelfDistillSFTConfig) else {})
     arguments = {
         "trainer": variant.trainer_class.__name__,
-        "config": {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT},
+        "config": {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT},
         "adapter": adapter_arguments(setup.model_args),
         "about": {"variant": variant.name, **variant.about},
         "asked": {"before": before, "eval_epochs": eval_epochs},
