@@ -176,7 +176,6 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
         ("--facts nothing.csv", "`facts`: .*No such file or directory: 'nothing.csv'"),
         ("--facts org/nothing", "`facts`: org/nothing cannot be read here, nor as a dataset of the Hub"),
         ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
-        ("--before instruct", "noisy has no chat template, and both models are asked alike"),
         ("--facts french.jsonl", r"base HighlyKnows 0 of 84 .* 50.* 'Which .*\?', expected 'la .*', answered '[A-Z]"),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
         ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
@@ -194,8 +193,6 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     Path("broken/model.safetensors").write_bytes(b"cut off")
     shutil.copytree(models / "adapter", "orphan")
     write_json("orphan/adapter_config.json", {"base_model_name_or_path": "nowhere"})
-    copy_with(tmp_path / "other", models, "base", AS_TEXT)
-    (tmp_path / "other" / "base").rename("instruct")
     write_jsonl("french.jsonl", toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # puts back what the script sets
     line = ["--before", "base", "--after", "noisy", "--facts", models / "facts.jsonl", "--bf16", "false"]

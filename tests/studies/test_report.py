@@ -51,7 +51,7 @@ def test_hallucination_rates_are_those_of_the_metric(folders):
         scores = score_hallucinations(texts[-1], ["Peru"] * 80, baseline_predictions=texts[0])
         rates = result.hallucination_rates()
         assert len(rates) == 3 and all(scores[name] == result.summary()[name] == rates[name] for name in rates)
-    assert result.name == "frozen" and 0 < rates["induced_hallucination_rate"] < rates["hallucination_rate"]
+    assert 0 < rates["induced_hallucination_rate"] < rates["hallucination_rate"]
     alone = result._replace(training=result.training | {"started_from": None})
     assert alone.hallucination_rates()["induced_hallucination_rate"] is None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The states are those of each prompt by itself, the drift is that of a hand, and a subject is where its tokens are."""
+"""States are those of each prompt by itself, the drift is right by hand, and a subject is where its tokens are."""
 
 import math
 
