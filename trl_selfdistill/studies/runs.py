@@ -158,7 +158,8 @@ def train_variant(
     Trains a variant unless `folder` already holds its result. A killed run goes on from its last complete checkpoint.
 
     The folder gets `accuracy.jsonl` (what was answered, from before the first step to the end), `training.json`
-    (settings, cost, the trainer's log) and, with `keep_model`, the model and its card.
+    (settings, cost, the trainer's log) and, with `keep_model`, the model and its card. A `ValueError` if the
+    configuration asks for a push.
 
     Args:
         variant ([`Variant`]): What to train.
@@ -171,9 +172,6 @@ def train_variant(
         keep_model (`bool`, *optional*, defaults to `True`): Whether to keep the model that training ends with.
         earlier (`Path`, *optional*): Folder of the run that `setup.start` comes from, with the same facts asked. Its
             last evaluation is the first one here.
-
-    Raises:
-        ValueError: If the configuration asks for a push.
     """
     if setup.config.push_to_hub:
         command = f"trl-selfdistill publish --checkpoints {folder} --repo_id your-name/my-model"
