@@ -63,6 +63,8 @@ def test_variants_start_from_stage1_and_self_distillation_and_frozen_groups_forg
         assert [record.epoch for record in result.records] == [0.0, 1.0, 2.0]
         assert result.before == result.records[0] and result.before.answers == stage1[-1].answers
     assert len(stage1) == 1 and read_result(toy_study.output / "stage1").before is None
+    # Finished runs are known by what their configurations had
+    assert "teacher_model_revision" in read_json(toy_study.output / "selfdistill/run.json")["arguments"]["config"]
     results = read_json(toy_study.output / "results.json")
     assert results["sft"]["forgetting"]["low"] > 0
     assert results["selfdistill"]["forgetting_difference"]["high"] < 0
