@@ -15,7 +15,10 @@ import tracemalloc
 from transformers import AutoTokenizer
 
 from trl_selfdistill.studies.facts.geonames import geonames_facts, known_place_names
-from trl_selfdistill.studies.synthetic.facts import KEY_KINDS, synthetic_facts
+from trl_selfdistill.studies.synthetic.facts import synthetic_facts
+
+
+OVERLAPS = {"recombined": 1.0, "pseudo": 0.0, "overlap 0.5": 0.5, "uuid": None}
 
 
 def main() -> None:
@@ -27,11 +30,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     facts, places = geonames_facts(["P17"]), known_place_names()
     print("| keys | facts | until the first, s | facts a second | peak memory, MiB |\n|---|---|---|---|---|")
-    for keys in KEY_KINDS:
+    for keys, overlap in OVERLAPS.items():
         for num_facts in args.num_facts:
-            overlap = 0.5 if keys == "overlap" else None
             started = time.process_time()
-            rows = synthetic_facts(facts, "P17", num_facts, tokenizer, keys, overlap=overlap, exclude=places)
+            rows = synthetic_facts(facts, "P17", num_facts, tokenizer, overlap, exclude=places)
             ready = time.process_time()
             for _row in rows:
                 pass

@@ -31,10 +31,11 @@ from trl_selfdistill.studies.check import (
     CheckedModel,
     HowAsked,
     answers_stage,
+    compare_answers,
     known_stage,
     open_model,
+    render_section,
 )
-from trl_selfdistill.studies.check_report import compare_answers, render_section
 from trl_selfdistill.studies.command_line import run_script
 from trl_selfdistill.studies.facts.table import read_facts
 from trl_selfdistill.studies.figures import page_figure

@@ -15,7 +15,7 @@ from datasets import Dataset
 from fact_rows import facts_from_rows
 from transformers import DataCollatorForSeq2Seq
 
-from trl_selfdistill.studies.facts.table import save_facts
+from trl_selfdistill.files import write_jsonl
 from trl_selfdistill.studies.small_llama import _tokenized
 
 
@@ -55,24 +55,19 @@ def toy_facts(num_facts: int = NUM_FACTS) -> Dataset:
     return facts_from_rows(rows)
 
 
-def save_toy_model(folder: Path) -> None:
-    """Writes a model to `folder` that answers the taught facts, zero-shot and few-shot."""
-    facts = toy_facts()
+def taught_model(facts: Dataset, num_taught: int, num_steps: int, most_shown: int = 3) -> tuple:
+    """
+    A model and its tokenizer, trained on documents of one to `most_shown` facts of a relation, the first `num_taught`
+    of each: it answers them zero-shot and few-shot.
+    """
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(facts["subject"][:])  # a name of one token is learnt in seconds
     model = build_model(tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.1)
-    teach_facts(model, tokenizer, [fact for i, fact in enumerate(facts) if i % NUM_FACTS < NUM_TAUGHT], num_steps=200)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def teach_facts(model, tokenizer, facts: list[dict], num_steps: int, most_shown: int = 3) -> None:
-    """Trains the model on documents of one to `most_shown` facts of a relation."""
     generator, collate = random.Random(0), DataCollatorForSeq2Seq(tokenizer)
-    pairs = {
-        relation: [(fact["question"], fact["answer"]) for fact in facts if fact["relation"] == relation]
-        for relation in TEMPLATES
-    }
+    pairs = {relation: [] for relation in TEMPLATES}
+    for fact in facts:
+        if len(pairs[fact["relation"]]) < num_taught:
+            pairs[fact["relation"]].append((fact["question"], fact["answer"]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, num_steps)
     for step in range(num_steps):
@@ -82,6 +77,7 @@ def teach_facts(model, tokenizer, facts: list[dict], num_steps: int, most_shown:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    return model, tokenizer
 
 
 class ToyStudy(NamedTuple):
@@ -101,8 +97,9 @@ class ToyStudy(NamedTuple):
 def run_toy_study(root: Path) -> ToyStudy:
     """Trains the toy model and runs the whole study on it, as a user would."""
     study = ToyStudy(root / "toy-model", root / "facts.jsonl", root / "study", "")
-    save_toy_model(study.model)
-    save_facts(toy_facts(), study.facts)
+    write_jsonl(study.facts, toy_facts())
+    for part in taught_model(toy_facts(), NUM_TAUGHT, num_steps=200):
+        part.save_pretrained(study.model)
     with redirect_stdout(io.StringIO()) as stdout:
         run_script("run_study.py", *study.flags(study.output))
     return study._replace(stdout=stdout.getvalue())

@@ -9,26 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, made_once
+from conftest import made_once
 from peft import LoraConfig, get_peft_model
-from toy_study import AS_TEXT, run_script, teach_facts, toy_facts
+from toy_study import AS_TEXT, run_script, taught_model, toy_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_selfdistill.files import read_json, read_jsonl, write_json, write_jsonl
 from trl_selfdistill.hallucination import score_hallucinations
 from trl_selfdistill.slick import slick
 from trl_selfdistill.studies import check
-from trl_selfdistill.studies.facts.table import save_facts
 
 
 def make_models(folder):
     """In `base` a model that was taught 100 facts, in `noisy` and `adapter` what noise has made of it."""
-    facts, tokenizer = toy_facts(50), build_tokenizer()
-    tokenizer.add_tokens(facts["subject"][:])
+    model, tokenizer = taught_model(toy_facts(50), 50, num_steps=300, most_shown=5)
     tokenizer.chat_template = None
-    model = build_model(tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.1)
-    teach_facts(model, tokenizer, [*facts], num_steps=300, most_shown=5)
-    save_facts(facts, folder / "facts.jsonl")
+    write_jsonl(folder / "facts.jsonl", toy_facts(50))
     for name in ("base", "noisy"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -92,11 +88,12 @@ def test_a_stopped_check_goes_on_and_other_settings_take_nothing_from_it(models,
     run_check(models, tmp_path / "whole")
     called, answer = [], check.answer_prompts
 
-    def stop(*args, **kwargs):
-        called.append(kwargs["title"])
+    def stop(*args, title, **kwargs):
+        if title is not None:  # not the examples
+            called.append(title)
         if len(called) > num_asked:
             raise KeyboardInterrupt
-        return answer(*args, **kwargs)
+        return answer(*args, title=title, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(check, "answer_prompts", stop)
@@ -165,27 +162,23 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "answer_prompts", look)
     assert run_check(models, tmp_path, "--load_in_4bit", "true", after="adapter") == 2
-    assert len(kinds) == 2 and all("Linear4bit" in kind for kind in kinds)
+    assert len(kinds) == 3 and all("Linear4bit" in kind for kind in kinds)  # three examples, all facts, the model
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--after base", "`after` base has the weights of `before`: pass the trained model"),
-        ("--after copy", "`after` copy has the weights of `before`"),
+        ("--after copy", "`after` copy has the weights of `before`: pass the trained model"),
         ("--after pickled", "`after` pickled has the weights of `before`"),
         ("--after nothing", "`after`: 'nothing' is neither a folder with a model nor one on the Hub"),
         ("--before orphan", "`before`: 'nowhere' is neither a folder with a model nor one on the Hub"),
         ("--after broken", "broken cannot be loaded as a causal language model: .*header"),
-        ("--facts nothing.csv", "`facts`: nothing.csv: there is no such file"),
+        ("--facts nothing.csv", "`facts`: .*No such file or directory: 'nothing.csv'"),
         ("--facts org/nothing", "`facts`: org/nothing cannot be read here, nor as a dataset of the Hub"),
-        ("--after out/../none", "'out/../none' is neither a folder with a model nor one on the Hub"),
         ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
-        ("--before instruct", "noisy has no chat template, and both models are asked alike"),
         ("--facts french.jsonl", r"base HighlyKnows 0 of 84 .* 50.* 'Which .*\?', expected 'la .*', answered '[A-Z]"),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
         ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
-        ("--dtype foo", "`dtype` one of auto, .*foo"),
         ("--after a/b --update_card", "`update_card` needs a folder as `after`, got 'a/b'"),
         ("--tolerence 0.1", "tolerence"),
     ],
@@ -200,9 +193,7 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     Path("broken/model.safetensors").write_bytes(b"cut off")
     shutil.copytree(models / "adapter", "orphan")
     write_json("orphan/adapter_config.json", {"base_model_name_or_path": "nowhere"})
-    copy_with(tmp_path / "other", models, "base", AS_TEXT)
-    (tmp_path / "other" / "base").rename("instruct")
-    save_facts(toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}), "french.jsonl")
+    write_jsonl("french.jsonl", toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # puts back what the script sets
     line = ["--before", "base", "--after", "noisy", "--facts", models / "facts.jsonl", "--bf16", "false"]
     with pytest.raises((SystemExit, ValueError)) as ended:

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
-
 import numpy as np
 import pytest
 import sft_runs
@@ -18,19 +16,6 @@ from trl_selfdistill.studies.fact_accuracy import (
     write_records,
 )
 from trl_selfdistill.studies.models import load_model_and_tokenizer
-
-
-@pytest.fixture(scope="module")
-def trained(toy_study):
-    """The variant that forgot the most: it answers some facts right and some wrong."""
-    return load_model_and_tokenizer(toy_study.output / "sft")
-
-
-def test_a_fact_is_right_by_any_of_its_answers(trained):
-    facts = toy_facts()
-    other = facts.map(lambda row: {"answer": "Nowhere", "aliases": ["Neverland", row["answer"]]})
-    answers = ask_facts(*trained, facts)
-    assert ask_facts(*trained, other) == answers and len({answer.outcome for answer in answers.values()}) > 1
 
 
 ASKED = toy_facts().select(range(0, 80, 10))
@@ -53,7 +38,9 @@ def test_callback_records_every_epoch_and_logs_it(toy_study, tmp_path):
     records = read_records(tmp_path / "accuracy.jsonl")
     assert [(record.step, record.epoch) for record in records] == [(0, 0.0), (2, 1.0), (4, 2.0)]
     assert records[0].answers["heldout"] == before
-    assert records[-1].answers["heldout"] == ask_facts(trainer.model, trainer.processing_class, ASKED) != before
+    # A fact is right by any of its answers
+    asked = ASKED.map(lambda row: {"answer": "Nowhere", "aliases": ["Neverland", row["answer"]]})
+    assert records[-1].answers["heldout"] == ask_facts(trainer.model, trainer.processing_class, asked) != before
     for rate, outcome in RATES.items():
         logged = [log[f"eval_heldout_{rate}"] for log in trainer.state.log_history if f"eval_heldout_{rate}" in log]
         assert logged == [record.outcomes("heldout", outcome).mean() for record in records]
@@ -69,17 +56,6 @@ def test_without_eval_epochs_the_end_is_evaluated_wherever_it_is(toy_study, tmp_
     records = read_records(tmp_path / "accuracy.jsonl")
     assert [record.step for record in records] == [0, last]
     assert records[-1].answers["heldout"] == ask_facts(trainer.model, trainer.processing_class, ASKED)
-
-
-def test_callback_drops_the_records_of_steps_that_are_done_again(toy_study, tmp_path):
-    path = tmp_path / "accuracy.jsonl"
-    make_trainer(toy_study.model, tmp_path, path, save_strategy="epoch").train()
-    first = path.read_text()
-    records = read_records(path)
-    write_records(path, [*records, records[-1]._replace(step=6, epoch=3.0)])  # killed before step 6 was saved
-    make_trainer(toy_study.model, tmp_path, path).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert path.read_text() == first
-    assert json.loads(first.splitlines()[1])["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -104,7 +80,9 @@ def test_what_was_killed_between_its_last_checkpoint_and_its_evaluation_is_evalu
         patch.setattr(FactAccuracyCallback, "_ask", evaluate)
         with pytest.raises(KeyboardInterrupt):
             make_trainer(toy_study.model, tmp_path, path, eval_epochs, **saving).train()
-    assert [record.step for record in read_records(path)] == [step for step in steps if step < killed_at]
+    records = read_records(path)
+    assert [record.step for record in records] == [step for step in steps if step < killed_at]
+    write_records(path, [*records, records[-1]._replace(step=6, epoch=3.0)])  # of a step that is done again
     resumed = make_trainer(toy_study.model, tmp_path, path, eval_epochs, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{killed_at}"))
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()

@@ -19,9 +19,11 @@ from trl_selfdistill.studies import command_line, precision
 def cpu(monkeypatch):
     """A machine without an accelerator. The fixture's function says what oneDNN and the CPU have."""
 
-    def has(onednn: bool, **instructions) -> None:
+    def has(onednn: bool, avx512: bool = False, amx: bool = False, machine: str = "x86_64") -> None:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(precision.platform, "machine", lambda: machine)
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
@@ -29,28 +31,18 @@ def cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("onednn", "instructions", "native"),
+    ("onednn", "has", "native"),
     [
-        (True, {"avx512_bf16": True}, True),
-        (True, {"amx_bf16": True}, True),
-        (True, {"bf16": True}, True),  # ARM
-        (True, {"avx512_f": True, "avx512_bf16": False}, False),  # oneDNN emulates it, and says yes
-        (False, {"avx512_bf16": True}, False),  # ONEDNN_MAX_CPU_ISA=AVX2
+        (True, {"avx512": True}, True),
+        (True, {"amx": True}, True),
+        (True, {"machine": "aarch64"}, True),
+        (True, {}, False),  # AVX-512 without BF16: oneDNN emulates it, and says yes
+        (False, {"avx512": True}, False),  # ONEDNN_MAX_CPU_ISA=AVX2
     ],
 )
-def test_a_cpu_has_bf16_if_onednn_and_its_instructions_say_so(cpu, onednn, instructions, native):
-    cpu(onednn, **instructions)
+def test_a_cpu_has_bf16_if_onednn_and_its_instructions_say_so(cpu, onednn, has, native):
+    cpu(onednn, **has)
     assert precision.has_native_bf16("cpu") is native
-
-
-@pytest.mark.parametrize("instruction", [True, False])
-def test_older_torch_is_asked_for_the_instructions_too(cpu, monkeypatch, instruction):
-    cpu(onednn=True)
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instruction)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert precision.has_native_bf16("cpu") is instruction
 
 
 @dataclass
@@ -77,7 +69,7 @@ class Arguments:
 def test_what_is_said_wins_then_what_is_there_then_the_device(
     cpu, tmp_path, monkeypatch, caplog, dataclass_type, native, flags, recorded, launched, bf16, reason
 ):
-    cpu(native, avx512_bf16=native)
+    cpu(native, avx512=native)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     if recorded is not None:
         folder = {"bf16": "out/annotated", "config": "out", "partial": "out.partial"}[next(iter(recorded))]
@@ -94,16 +86,12 @@ def test_what_is_said_wins_then_what_is_there_then_the_device(
     assert re.search(f"Precision: {'bf16' if bf16 else 'fp'}.*{reason}", record.message)
 
 
-def test_fp16_of_the_launcher_is_what_a_training_computes_in_and_a_question_does_not(cpu, monkeypatch):
+def test_fp16_of_the_launcher_is_what_a_training_computes_in_and_what_else_decides_is_said(cpu, monkeypatch):
     cpu(False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     training = Namespace(output_dir=None, bf16=None, fp16=False, use_cpu=False)
     assert "fp16 autocast" in precision.choose_precision(training)[1] and training.fp16 and not training.bf16
     assert "fp32, the fastest" in precision.choose_precision(Namespace(output_dir=None, bf16=None))[1]
-
-
-def test_what_else_decides_the_precision_is_said(cpu, monkeypatch):
-    cpu(False)
     level, message = precision.choose_precision(Namespace(output_dir=None, bf16=None, dtype="bfloat16"))
     assert level == logging.WARNING and re.search("fp32, .*Weights: bfloat16, .*emulates", message)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")

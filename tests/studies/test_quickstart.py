@@ -4,17 +4,21 @@
 import logging
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
-from toy_study import AS_TEXT, VARIANTS, rerun
+from toy_study import AS_TEXT, SCRIPTS, VARIANTS, rerun, run_script, runs_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from trl_selfdistill.files import read_json
-from trl_selfdistill.studies import check
+from trl_selfdistill.studies import check, runs
 from trl_selfdistill.studies.fact_accuracy import ask_facts, read_records
 from trl_selfdistill.studies.facts.table import read_facts
 from trl_selfdistill.studies.results import read_result, render_table
@@ -52,16 +56,15 @@ def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tm
         assert len(chat) == 2 * 4 + 1 and sum(question in prompt for question in heldout["question"]) == 1
 
 
-def test_variants_start_from_stage1_and_are_evaluated_each_epoch(toy_study):
+def test_variants_start_from_stage1_and_self_distillation_and_frozen_groups_forget_less(toy_study):
     stage1 = read_records(toy_study.output / "stage1" / "accuracy.jsonl")
     for name in VARIANTS:
         result = read_result(toy_study.output / name)
         assert [record.epoch for record in result.records] == [0.0, 1.0, 2.0]
         assert result.before == result.records[0] and result.before.answers == stage1[-1].answers
     assert len(stage1) == 1 and read_result(toy_study.output / "stage1").before is None
-
-
-def test_self_distillation_and_frozen_groups_forget_less(toy_study):
+    # Finished runs are known by what their configurations had
+    assert "teacher_model_revision" in read_json(toy_study.output / "selfdistill/run.json")["arguments"]["config"]
     results = read_json(toy_study.output / "results.json")
     assert results["sft"]["forgetting"]["low"] > 0
     assert results["selfdistill"]["forgetting_difference"]["high"] < 0
@@ -125,12 +128,9 @@ def test_every_stage_loads_the_model_with_the_arguments_asked_for(copied_study, 
     assert seen == ["eager"] * 4  # SLiCK, the base, stage 1, SFT
 
 
-def test_facts_that_slick_leaves_out_cannot_be_the_new_ones(copied_study):
+def test_real_new_facts(copied_study):
     with pytest.raises(ValueError, match="`new_facts='real'`.*`slick_only_highly_known`"):
         rerun(copied_study, "--new_facts", "real", "--slick_only_highly_known", "true")
-
-
-def test_real_new_facts(copied_study):
     flags = ("--new_facts", "real", "--num_new", "4", "--max_answer_share", "0.5", "--variants", "selfdistill")
     assert rerun(copied_study, *flags, "--num_train_epochs", "1") == {"mix", "base", "stage1", "selfdistill"}
     annotated = read_facts(copied_study.output / "annotated" / "facts.jsonl")
@@ -157,13 +157,55 @@ def test_the_study_runs_in_4_bit(copied_study):
         rerun(copied_study, "--load_in_4bit")
 
 
-def test_a_relation_with_too_few_known_facts_is_refused(copied_study):
-    with pytest.raises(ValueError, match="`min_known_share=0.99`.*river .*Known"):
-        rerun(copied_study, "--relations", "river", "--min_known_share", "0.99")
-    assert rerun(copied_study) == set()
-
-
 def test_a_run_is_not_pushed_while_it_is_unfinished(tmp_path):
     config = SFTConfig(tmp_path, bf16=False, use_cpu=True, report_to="none", push_to_hub=True)
     with pytest.raises(ValueError, match="`push_to_hub` would publish.*trl-selfdistill publish .*sft"):
         train_variant(Variant("sft", "SFT"), StudySetup("org/model", tmp_path, config), tmp_path / "sft", facts_of_mix)
+
+
+SLOW_AT_STEP_6 = """
+import runpy, sys, time
+from trl_selfdistill.studies.runs import StepTimes
+
+on_step_end = StepTimes.on_step_end
+
+def slow(self, args, state, control, **kwargs):
+    on_step_end(self, args, state, control, **kwargs)
+    if state.global_step == 6:  # in the second epoch, after the checkpoint of the first
+        open(args.output_dir + "/waiting", "w").close()
+        time.sleep(250)
+
+StepTimes.on_step_end = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, tmp_path, monkeypatch):
+    before = runs_of(copied_study.output)
+    shutil.rmtree(copied_study.output / "sft")
+    flags = [*copied_study.flags(copied_study.output), "--variants", "sft"]
+    (tmp_path / "driver.py").write_text(
+        f"import sys\nsys.argv = {[str(SCRIPTS / 'run_study.py'), *flags]!r}\n{SLOW_AT_STEP_6}"
+    )
+    # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that
+    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True)
+    command, pipe = [sys.executable, tmp_path / "driver.py"], subprocess.PIPE
+    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, **options)
+    partial = copied_study.output / "sft.partial"
+    while process.poll() is None and not (partial / "waiting").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert errors.endswith("Interrupted. What is done stays: run the same command again to go on.\n")
+    assert (partial / "checkpoint-4" / "trainer_state.json").is_file() and not (copied_study.output / "sft").exists()
+
+    resumed = []
+    find = runs.last_complete_checkpoint
+    monkeypatch.setattr(runs, "last_complete_checkpoint", lambda path: resumed.append(find(path)) or resumed[-1])
+    run_script("run_study.py", *flags)
+    assert resumed == [str(partial / "checkpoint-4")]
+    after = runs_of(copied_study.output)
+    assert all(before[name] == after[name] for name in before if name != "sft")
+    for file in ("model.safetensors", "accuracy.jsonl"):
+        assert (copied_study.output / "sft" / file).read_bytes() == (toy_study.output / "sft" / file).read_bytes()

@@ -145,7 +145,6 @@ def test_relations_below_the_share_of_known_facts_are_left_out():
         ({"max_answer_share": 30}, "`max_answer_share` is a share in .*got 30"),
         ({"new_facts": "fake"}, "`new_facts` must be 'invented' or 'real', got 'fake'"),
         ({"min_heldout": 81}, "`min_heldout=81` is more than `num_heldout=80`"),
-        ({"num_heldout": 1}, "`min_heldout=2` is more than `num_heldout=1`"),
     ],
 )
 def test_errors_name_what_to_change(annotated, changes, message):

@@ -25,12 +25,8 @@ _METRICS = (
 
 def write_model_card(variant: VariantResult, variants: list[VariantResult], folder: Path) -> Path:
     """
-    Writes the card into a variant's `folder` and returns its path.
-
-    Args:
-        variant ([`VariantResult`]): The variant whose checkpoint `folder` holds.
-        variants (`list[VariantResult]`): All variants of the table, the baseline first.
-        folder (`Path`): The checkpoint, with its `run.json`, and `curves.png` if there is one.
+    Writes the card of `variant`, compared with all `variants`, the baseline first, into the `folder` of its
+    checkpoint, run.json and, if there is one, curves.png. Returns its path.
     """
     run = read_json(folder / RUN_FILE)
     training = {name: value for name, value in variant.training.items() if name != "log_history"}

@@ -31,7 +31,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 class ScriptParser(TrlParser):
-    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would; and takes old names."""
+    """Chooses the precision where neither a flag nor the YAML file sets it, before TRL would."""
 
     precision: tuple[int, str] | None = None  # level and message, for the log
     usage_status = 2  # the exit status for wrong input
@@ -59,14 +59,10 @@ def _show_error(prog: str, kind: type, error: BaseException, trace: TracebackTyp
 
 def run_script(main: Callable, dataclass_types: Iterable[type], description: str, usage_status: int = 2) -> None:
     """
-    Parses the command line and calls `main` with one instance of each of `dataclass_types`. On Ctrl-C the process
-    exits with status 130 and says how to go on, and an error about the input ends it with 1 and without a traceback.
-
-    Args:
-        main (`Callable`): What the script does. Returns the exit status, or nothing for 0.
-        dataclass_types (`Iterable[type]`): What to parse. The help has their `_argument_group_name` as headings.
-        description (`str`): The script's docstring.
-        usage_status (`int`, *optional*, defaults to `2`): The exit status for wrong input.
+    Parses the command line and calls `main` with one instance of each of `dataclass_types`, whose
+    `_argument_group_name` are the headings of the help below its `description`. The exit status is what `main` returns
+    (nothing is 0), 130 on Ctrl-C, which says how to go on, 1 after an error about the input, without a traceback, and
+    `usage_status` for flags that cannot be.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("trl_selfdistill").setLevel(logging.INFO)

@@ -20,14 +20,8 @@ def train_as_asked(
     trainer_class: type[Trainer], config: SFTConfig, data: TrainingDataArguments, model_args: ModelConfig
 ) -> Path:
     """
-    Trains on `data.mix` or `data.dataset_name` and leaves the model with its card in `config.output_dir`, which is
-    returned.
-
-    Args:
-        trainer_class (`type[Trainer]`): `SFTTrainer` or a subclass of it.
-        config ([`~trl.SFTConfig`]): Its configuration. With a dataset, `resume_from_checkpoint` is the start.
-        data ([`TrainingDataArguments`]): The mix with the splits to train on, or the dataset.
-        model_args ([`~trl.ModelConfig`]): The model, and whether to train an adapter.
+    Trains on `data.mix`, resuming by itself, or on `data.dataset_name`, resuming from `config.resume_from_checkpoint`.
+    Leaves the model, or the adapter that `model_args` ask for, and its card in `config.output_dir`, which is returned.
     """
     folder = Path(config.output_dir)
     if data.mix is not None:

@@ -56,13 +56,8 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Loads a causal language model and its tokenizer with `from_pretrained`. A folder with an adapter gives its base
-    with the adapter, as a [`~peft.PeftModel`] that can be trained further.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): Hub id or local folder.
-        config ([`~trl.ModelConfig`], *optional*): Its revision, dtype, attention and quantisation are used.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that a checkpoint brings.
-        init_kwargs (`dict[str, Any]`, *optional*): Further arguments of `from_pretrained`, which go before.
+    with the adapter, as a [`~peft.PeftModel`] that can be trained further. Of `config` the revision, dtype, attention
+    and quantisation are used; `init_kwargs` are further arguments of `from_pretrained`, which go before.
 
     Returns:
         The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).

@@ -14,20 +14,14 @@ from transformers.utils import is_torch_bf16_gpu_available
 from .stage import run_arguments
 
 
-_CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
-
-
 def has_native_bf16(device_type: str) -> bool:
     """
     Whether a device (`"cpu"`, `"cuda"`, ...) multiplies bf16 itself. CUDA does from compute capability 8.0 on; MPS not
     everywhere, so that it counts as none. On a CPU oneDNN says so, but says yes on AVX-512 where it emulates, too.
     """
     if device_type == "cpu":
-        if hasattr(torch.cpu, "get_capabilities"):  # in newer torch
-            has_instructions = any(torch.cpu.get_capabilities().get(name) for name in _CPU_INSTRUCTIONS)
-        else:
-            has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            has_instructions = has_instructions or platform.machine() not in ("x86_64", "AMD64")
+        has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_instructions = has_instructions or platform.machine() not in ("x86_64", "AMD64")
         is_built = torch.backends.mkldnn.is_available()
         return is_built and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_instructions
     if device_type == "cuda":
@@ -39,32 +33,27 @@ def choose_precision(arguments: Namespace) -> tuple[int, str]:
     """
     Sets `bf16` where it is not set, and `use_cpu` without an accelerator, and returns what to log: level and message.
 
-    A folder of results keeps the precision that it began with, so that what is compared was computed alike, on
+    The folder `output_dir` keeps the precision that it began with, so that what is compared was computed alike, on
     whichever machine the study goes on.
-
-    Args:
-        arguments (`argparse.Namespace`): Parsed flags, with `bf16` (`None` if it is not set) and `output_dir`.
     """
     on_cpu = vars(arguments).get("use_cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
     on_cpu = on_cpu or not torch.accelerator.is_available()
     device = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
     if hasattr(arguments, "use_cpu"):
         arguments.use_cpu = on_cpu
-    native, has_fp16 = has_native_bf16(device), hasattr(arguments, "fp16")
+    native, fp16 = has_native_bf16(device), vars(arguments).get("fp16")  # `None`: only bf16 can be asked for
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", "bf16", "fp16"):  # fp8: accelerate's alone
-        arguments.bf16 = False
-        return logging.INFO, f"Precision: {launched}, as accelerate launch was told."
-    if arguments.bf16 is not None or (has_fp16 and arguments.fp16):
-        reason = "as asked for"
-    elif launched == "bf16" or (launched == "fp16" and has_fp16):
-        setattr(arguments, launched, True)
-        reason = f"as accelerate launch was told with --mixed_precision {launched}"
+    if arguments.bf16 is not None or fp16:
+        chosen, reason = "bf16" if arguments.bf16 else "fp16" if fp16 else "no", "as asked for"
+    elif launched == "bf16" or (launched != "no" and fp16 is not None):
+        chosen, reason = launched, f"as accelerate launch was told with --mixed_precision {launched}"
     elif (recorded := _recorded_bf16(arguments.output_dir)) is not None:
-        arguments.bf16, reason = recorded, f"like what {arguments.output_dir} holds"
+        chosen, reason = "bf16" if recorded else "no", f"like what {arguments.output_dir} holds"
     else:
-        arguments.bf16, reason = native, f"the fastest that this device ({device}) computes natively"
-    chosen = "bf16" if arguments.bf16 else "fp16" if has_fp16 and arguments.fp16 else "no"
+        chosen, reason = "bf16" if native else "no", f"the fastest that this device ({device}) computes natively"
+    arguments.bf16 = chosen == "bf16"
+    if chosen == "fp16":
+        arguments.fp16 = True
     if launched != "no":  # transformers would follow it in spite of `bf16=False`
         os.environ["ACCELERATE_MIXED_PRECISION"] = chosen
     name = "fp32" if chosen == "no" else f"{chosen} autocast"

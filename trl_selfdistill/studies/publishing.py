@@ -33,17 +33,8 @@ def plan_dataset(
     base_model: str | None = None,
 ) -> Publication:
     """
-    The facts of a study, with a card.
-
-    Args:
-        repo_id (`str`): The dataset's repository.
-        license (`str`, *optional*): License of the facts. There is no default.
-        annotated (`Path`, *optional*): Folder of `annotate`, with `facts.jsonl`.
-        mix (`Path`, *optional*): Folder of `mix`, with `known.jsonl`, `new.jsonl` and `heldout.jsonl`.
-        base_model (`str`, *optional*): Hub id of the model that was asked.
-
-    Raises:
-        PublishError: If there is nothing to publish, or the license is missing.
+    The facts in the folders of `annotate`, `mix` or both, with a card that names `base_model`, the Hub id of the model
+    that was asked. A `PublishError` if there are none, or no license, which has no default.
     """
     if license is None:
         raise PublishError("`dataset_license` is not set. Facts of GeoNames are cc-by-4.0; of your own, you decide.")
@@ -54,14 +45,6 @@ def plan_dataset(
     for config, _, path in paths:
         if path.name not in select_files(path.parent, [path.name]):
             raise PublishError(f"`{config}` is {path.parent}, which holds no {path.name}.")
-    settings = run_arguments(annotated).get("slick", {}) if annotated else {}
-    card = _dataset_card(paths, repo_id, license, base_model, settings)
-    contents = {f"{config}/{path.name}": path for config, _, path in paths}
-    return Publication(repo_id, "dataset", {**contents, CARD_FILE: str(card).encode()})
-
-
-def _dataset_card(paths: list, repo_id: str, license: str, base_model: str | None, settings: dict) -> DatasetCard:
-    """The card of JSONL files of facts, given as configuration, split and path. Texts of the run are escaped."""
     data_files, rows = defaultdict(list), []
     for config, split, path in paths:
         data_files[config].append({"split": split, "path": f"{config}/{path.name}"})
@@ -74,8 +57,9 @@ def _dataset_card(paths: list, repo_id: str, license: str, base_model: str | Non
         tags=[*TAGS, "slick"],
         configs=[{"config_name": config, "data_files": splits} for config, splits in data_files.items()],
     )
+    settings = run_arguments(annotated).get("slick", {}) if annotated else {}
     cells = [list(map(escape_markdown, setting)) for setting in settings.items()]
-    return DatasetCard.from_template(
+    card = DatasetCard.from_template(
         data,
         template_path=str(Path(__file__).parent / "templates" / "dataset_card_template.md"),
         repo_id=repo_id,
@@ -84,6 +68,8 @@ def _dataset_card(paths: list, repo_id: str, license: str, base_model: str | Non
         settings_table=markdown_table(["setting", "value"], cells) if cells else None,
         config=rows[0][0],
     )
+    contents = {f"{config}/{path.name}": path for config, _, path in paths}
+    return Publication(repo_id, "dataset", {**contents, CARD_FILE: str(card).encode()})
 
 
 def publish_command(folders: list[Path]) -> str:

@@ -33,6 +33,7 @@ _CONFIGS = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer:
 # What does not change the weights that a training run ends with
 _WITHOUT_EFFECT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "hub_token"}
 _WITHOUT_EFFECT |= {"project", "teacher_cache_dir", "use_cpu"}  # a study may be moved to another device
+_FORMER = {"teacher_model_revision": None}  # of `SelfDistillSFTConfig`, by which older runs are known
 
 
 class Variant(NamedTuple):
@@ -157,7 +158,8 @@ def train_variant(
     Trains a variant unless `folder` already holds its result. A killed run goes on from its last complete checkpoint.
 
     The folder gets `accuracy.jsonl` (what was answered, from before the first step to the end), `training.json`
-    (settings, cost, the trainer's log) and, with `keep_model`, the model and its card.
+    (settings, cost, the trainer's log) and, with `keep_model`, the model and its card. A `ValueError` if the
+    configuration asks for a push.
 
     Args:
         variant ([`Variant`]): What to train.
@@ -170,9 +172,6 @@ def train_variant(
         keep_model (`bool`, *optional*, defaults to `True`): Whether to keep the model that training ends with.
         earlier (`Path`, *optional*): Folder of the run that `setup.start` comes from, with the same facts asked. Its
             last evaluation is the first one here.
-
-    Raises:
-        ValueError: If the configuration asks for a push.
     """
     if setup.config.push_to_hub:
         command = f"trl-selfdistill publish --checkpoints {folder} --repo_id your-name/my-model"
@@ -180,9 +179,10 @@ def train_variant(
     config = training_config(variant, setup.config, num_steps)
     keep_model |= run_arguments(folder).get("keep_model", False)  # what is there has all that is asked for
     identity, inputs = model_identity(setup.start, setup.model_args)
+    settings = config.to_dict() | (_FORMER if isinstance(config, SelfDistillSFTConfig) else {})
     arguments = {
         "trainer": variant.trainer_class.__name__,
-        "config": {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT},
+        "config": {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT},
         "adapter": adapter_arguments(setup.model_args),
         "about": {"variant": variant.name, **variant.about},
         "asked": {"before": before, "eval_epochs": eval_epochs},
@@ -267,14 +267,7 @@ def _origin(model: str) -> str | None:
 
 
 def training_config(variant: Variant, shared: TrainingArguments, num_steps: int | None = None) -> TrainingArguments:
-    """
-    The configuration of a variant's trainer.
-
-    Args:
-        variant ([`Variant`]): Its changes are made.
-        shared (`TrainingArguments`): The configuration of all runs.
-        num_steps (`int`, *optional*): Optimizer steps, in place of the epochs.
-    """
+    """The `shared` configuration with the changes of a variant, and `num_steps` of SFT in place of its epochs."""
     changes = dict(variant.changes)
     if num_steps is not None:
         changes["max_steps"] = max(1, round(num_steps * variant.steps))

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama of a few million parameters that knows a table of facts, trained from scratch in minutes.
-
-It carries the experiments that need more training facts than a CPU can show a pre-trained model. It knows nothing but
-these facts, and answers zero-shot and few-shot prompts alike.
-"""
+"""A Llama of a few million parameters that knows a table of facts and nothing else, trained from scratch in minutes:
+for experiments that need more training facts than a CPU can show a pre-trained model."""
 
 import logging
 import os
 import random
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
@@ -21,12 +18,12 @@ from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, 
 
 from ..slick.likelihood import score_answers
 from ..slick.prompts import answer_completion, few_shot_prompt, question_prompt
+from .arguments import setting
 
 
 logger = logging.getLogger(__name__)
 
 _EOS, _PAD = "<|endoftext|>", "<|pad|>"
-_NUM_HEADS = 4
 _MAX_SHOTS = 5  # SLiCK asks with four solved exemplars before the question
 
 
@@ -36,30 +33,22 @@ class SmallLlamaSettings:
 
     _argument_group_name = "small Llama"  # the heading of these flags in a script's help
 
-    hidden_size: int = field(default=192, metadata={"help": "Width of the small Llama, a multiple of 8."})
-    num_layers: int = field(default=3, metadata={"help": "Its decoder layers."})
-    vocab_size: int = field(default=8000, metadata={"help": "Tokens of its byte-level BPE, at least 258."})
-    pretraining_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of its training."})
-    pretraining_batch_size: int = field(default=8, metadata={"help": "Documents of one to five questions in a step."})
-    max_pretraining_epochs: int = field(default=40, metadata={"help": "Times that each fact is shown, at most."})
-    target_accuracy: float = field(
-        default=0.97, metadata={"help": "Share of the facts that must be answered; reaching it ends the training."}
-    )
-    pretraining_seed: int = field(default=0, metadata={"help": "Seed of its weights and documents."})
+    hidden_size: int = setting(192, "Width of the small Llama, a multiple of 8.")
+    num_layers: int = setting(3, "Its decoder layers.")
+    vocab_size: int = setting(8000, "Tokens of its byte-level BPE, at least 258.")
+    pretraining_learning_rate: float = setting(1e-3, "Peak learning rate of its training.")
+    pretraining_batch_size: int = setting(8, "Documents of one to five questions in a step.")
+    max_pretraining_epochs: int = setting(40, "Times that each fact is shown, at most.")
+    target_accuracy: float = setting(0.97, "Share of the facts that must be answered; reaching it ends the training.")
+    pretraining_seed: int = setting(0, "Seed of its weights and documents.")
 
 
 def pretrain_small_llama(
     facts: Dataset, folder: str | os.PathLike, settings: SmallLlamaSettings, other_names: Iterable[str] = ()
 ) -> None:
     """
-    Trains a tokenizer and a model on facts in this process alone, and writes both to `folder`.
-
-    Args:
-        facts (`Dataset`): The facts, with [`~trl_selfdistill.studies.facts.table.FACT_COLUMNS`].
-        folder (`str` or `os.PathLike`): Where the model goes.
-        settings ([`SmallLlamaSettings`]): Size and training.
-        other_names (`Iterable[str]`, *optional*): Names that the tokenizer learns beside those of the facts. Without
-            any, it would have hardly a token that the facts' names do not use, of which other keys could be made.
+    Trains a tokenizer and a model on facts in this process alone, and writes both to `folder`. The tokenizer learns
+    `other_names`, too: it would hardly have a token that the facts' names do not use, to make other keys of.
 
     Raises:
         ValueError: If the share of the facts that it answers zero-shot is below `target_accuracy` in the end.
@@ -99,7 +88,7 @@ def _make_model(tokenizer: PreTrainedTokenizerFast, settings: SmallLlamaSettings
         hidden_size=settings.hidden_size,
         intermediate_size=3 * settings.hidden_size,
         num_hidden_layers=settings.num_layers,
-        num_attention_heads=_NUM_HEADS,
+        num_attention_heads=4,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.eos_token_id,

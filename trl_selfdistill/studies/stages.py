@@ -14,7 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from ..files import warn_without, write_json
+from ..files import warn_without, write_json, write_jsonl
 from ..hub.model_card import CARD_FILE, escape_markdown
 from ..slick.slick import PRESETS, annotate_facts
 from ..trainers import SelfDistillSFTConfig
@@ -24,7 +24,7 @@ from .card import write_model_card
 from .check import answer_at_once, ask_few_shot
 from .fact_accuracy import AccuracyRecord, judge_answers, write_records
 from .facts.geonames import geonames_facts, known_place_names
-from .facts.table import load_facts, read_facts, save_facts
+from .facts.table import load_facts, read_facts
 from .models import (
     EMBEDDED_MODEL,
     EMBEDDED_MODEL_ID,
@@ -58,11 +58,7 @@ def prepare_study(
 ) -> StudySetup:
     """
     The stages before the runs of a study, in folders below `config.output_dir`: what the model knows, what it is
-    trained on, and the format that it learns first.
-
-    Args:
-        model_args, facts_args, slick_args, mix_settings, small_llama, stage1_args, config:
-            One of each of [`STUDY_ARGUMENTS`].
+    trained on, and the format that it learns first. The arguments are one of each of [`STUDY_ARGUMENTS`].
 
     Raises:
         ValueError: If the model is quantised and no adapter is trained, or the mix needs facts that SLiCK leaves out.
@@ -86,13 +82,8 @@ def model_stage(
     name_or_path: str, folder: Path, facts: Path, small_llama: SmallLlamaSettings | None = None
 ) -> tuple[str, str]:
     """
-    The model to load by, and its name for readers.
-
-    Args:
-        name_or_path (`str`): Hub id, folder, `embedded`, or `small_llama` for one that is trained on the facts first.
-        folder (`Path`): Where the last two are written.
-        facts (`Path`): The facts.
-        small_llama ([`SmallLlamaSettings`], *optional*): Size and training of the small Llama.
+    What to load a model by, and its name for readers. `embedded`, and `small_llama`, which is trained on the facts
+    first, are written to `folder`; what else `name_or_path` is, is loaded by it.
     """
 
     def pretrain(partial: Path) -> None:
@@ -118,7 +109,7 @@ def facts_stage(arguments: FactsArguments, folder: Path) -> Path:
     """Writes the facts to ask about to `folder/facts.jsonl`, and returns that file."""
 
     def work(partial: Path) -> None:
-        save_facts(wanted_facts(arguments), partial / FACTS_FILE)
+        write_jsonl(partial / FACTS_FILE, wanted_facts(arguments))
 
     inputs = [arguments.facts] if Path(arguments.facts).exists() else []
     return run_stage(folder, asdict(arguments), inputs, work) / FACTS_FILE
@@ -151,15 +142,8 @@ def annotate_stage(
     model: str, model_args: ModelConfig, facts: Path, slick: SlickArguments, folder: Path, run: SFTConfig
 ) -> Path:
     """
-    Asks a model the facts and writes them with their SLiCK category to `folder/facts.jsonl`, which is returned.
-
-    Args:
-        model (`str`): Hub id or folder.
-        model_args ([`~trl.ModelConfig`]): How it is loaded.
-        facts (`Path`): File of the facts.
-        slick ([`SlickArguments`]): How it is asked.
-        folder (`Path`): Where the result goes.
-        run ([`~trl.SFTConfig`]): Its `bf16`, `seed`, `trust_remote_code` and `model_init_kwargs` (if any) are used.
+    Asks a model, by Hub id or folder, the facts and writes them with their SLiCK category to `folder/facts.jsonl`,
+    which is returned. Of `run` its `bf16`, `seed`, `trust_remote_code` and `model_init_kwargs` (if any) are used.
     """
     settings, init_kwargs = slick.settings(run.seed), getattr(run, "model_init_kwargs", None)
 
@@ -170,7 +154,7 @@ def annotate_stage(
         if not len(annotated):
             raise ValueError("No fact is HighlyKnown: take another `model_name_or_path`, or `facts` that it knows.")
         if PartialState().is_main_process:
-            save_facts(annotated, partial / FACTS_FILE)
+            write_jsonl(partial / FACTS_FILE, annotated)
 
     identity, inputs = model_identity(model, model_args)
     arguments = {"slick": asdict(settings), "bf16": run.bf16, "batch_size": slick.slick_batch_size, **identity}
@@ -180,21 +164,13 @@ def annotate_stage(
 
 
 def mix_stage(annotated: Path, settings: MixSettings, folder: Path, seed: int = 0) -> Path:
-    """
-    Writes the splits `known`, `new` and `heldout` as JSONL files to `folder`, and returns it.
-
-    Args:
-        annotated (`Path`): File of the annotated facts.
-        settings ([`MixSettings`]): How many of what.
-        folder (`Path`): Where the splits go.
-        seed (`int`, *optional*, defaults to `0`): Seed of the choice, the order and the invented facts.
-    """
+    """Writes the splits `known`, `new` and `heldout` of annotated facts as JSONL files to `folder`, and returns it."""
 
     def work(partial: Path) -> None:
         facts = load_facts(annotated)  # a user may have annotated them
         places = _place_names(facts) if settings.new_facts == "invented" else ()
         for name, split in build_training_mix(facts, settings, seed, exclude=places).items():
-            save_facts(split, partial / f"{name}.jsonl")
+            write_jsonl(partial / f"{name}.jsonl", split)
 
     return run_stage(folder, {"mix": asdict(settings), "seed": seed}, [annotated], work)
 
@@ -238,11 +214,9 @@ def _stage1_stage(arguments: Stage1Arguments, setup: StudySetup, folder: Path) -
     """Teaches the model the format on the Known facts of the mix: the start of every run, and the teacher."""
     changes = {"num_train_epochs": 1, "learning_rate": arguments.stage1_learning_rate}
     config = copy_config(setup.config, SFTConfig, per_device_train_batch_size=8, **changes)
-    variant = Variant("stage1", "Stage 1")
-    # The base is not asked: it has not learnt the format, and what it knows SLiCK has found out
-    asked = {"before": False}
-    setup = setup._replace(config=config)
-    train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix, ("known",)), **asked)
+    variant, setup = Variant("stage1", "Stage 1"), setup._replace(config=config)
+    # The base is not asked before: it has not learnt the format, and what it knows SLiCK has found out
+    train_variant(variant, setup, folder, lambda partial: facts_of_mix(setup.mix, ("known",)), before=False)
     return folder
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, DownloadManager, load_dataset, load_dataset_builder, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
 
 def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -26,8 +25,7 @@ def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[s
     Args:
         path (`str` or `os.PathLike`):
             A `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, text in UTF-8; a folder written by
-            `Dataset.save_to_disk`; or what `datasets.load_dataset` accepts, a folder or a dataset on the Hub. A folder
-            that holds `<split>.jsonl`, `.json`, `.csv` or `.tsv` is read as that file.
+            `Dataset.save_to_disk`; or what `datasets.load_dataset` accepts, a folder or a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`): The split. A file has only `train`.
 
     Returns:
@@ -45,12 +43,8 @@ def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[s
 
 def load_table(name_or_path: str | os.PathLike, split: str = "train", config: str | None = None) -> Dataset:
     """
-    Loads the rows of [`read_rows`] as a `Dataset`. CSV and JSON are held in memory; Parquet is not.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): As for [`read_rows`].
-        split (`str`, *optional*, defaults to `"train"`): The split. A file has only `train`.
-        config (`str`, *optional*): The configuration of a dataset on the Hub.
+    Loads the rows of [`read_rows`] as a `Dataset`. CSV and JSON are held in memory; Parquet is not. `config` is the
+    configuration of a dataset on the Hub.
 
     Raises:
         ValueError: Beside those of [`read_rows`], if a column has values of different types, or there is no row.
@@ -65,7 +59,6 @@ def load_table(name_or_path: str | os.PathLike, split: str = "train", config: st
 def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
     """The rows, each with its place for errors, as a `Dataset` with the columns of all; what a row lacks is `None`."""
     rows: list[dict] = []
-    places: list[str] = []
     columns: dict[str, None] = {}  # in the order in which they come up
     kinds: dict[str, type] = {}
     for place, row in located_rows:
@@ -77,28 +70,18 @@ def dataset_of_rows(located_rows: Iterable[tuple[str, dict]]) -> Dataset:
             if value is not None and kinds.setdefault(name, kind) is not kind:
                 raise ValueError(f"{place}: {name} is {value!r}, not of the type of the rows before; give it one type")
         rows.append(row)
-        places.append(place)
     table = {name: [row.get(name) for row in rows] for name in columns}
     try:
         return Dataset.from_dict(table, on_mixed_types="use_json")
-    except (OverflowError, UnicodeEncodeError):  # numbers of more than 64 bits, halves of surrogate pairs
-        for place, row in zip(places, rows, strict=True):
-            for name, value in row.items():
-                try:
-                    Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
-                except (OverflowError, UnicodeEncodeError) as error:
-                    raise ValueError(f"{place}: {name} is {value!r}, which no table can hold ({error})") from error
-        raise
+    except (OverflowError, UnicodeEncodeError) as error:  # numbers of more than 64 bits, halves of surrogate pairs
+        raise ValueError(f"{place} or above: there is a value that no table can hold ({error})") from error
 
 
 def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dataset | Iterator[tuple[str, Any]]:
     """What keeps its types by itself as a `Dataset`, of CSV and JSON the rows, each with its place."""
     folder = Path(path)
     if not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in (*_PARSERS, ".parquet")):
-        return _open_file(folder, split)
-    for file in (folder / f"{split}{suffix}" for suffix in _PARSERS):
-        if file.is_file():
-            return _open_file(file, "train")
+        return _choose({"train": _open_file(folder)}, split, path)
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         data = load_from_disk(folder)
         return _choose(data if isinstance(data, DatasetDict) else {"train": data}, split, path)
@@ -114,17 +97,10 @@ def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dat
     return chain.from_iterable(_read_text(name, Path(copy), parse) for name, copy in zip(files, copies, strict=True))
 
 
-def _open_file(file: Path, split: str) -> Dataset | Iterator[tuple[str, Any]]:
+def _open_file(file: Path) -> Dataset | Iterator[tuple[str, Any]]:
     suffix = file.suffix.lower()
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; the current folder is {Path.cwd()}")
-    if split != "train":
-        raise ValueError(f"{file}: a file has only the split 'train', got split={split!r}")
     if suffix == ".parquet":
-        try:
-            return Dataset.from_parquet(os.fspath(file))
-        except (ValueError, OSError, DatasetGenerationError) as error:
-            raise ValueError(f"{file}: not Parquet ({error.__cause__ or error}); write the file anew") from error
+        return Dataset.from_parquet(os.fspath(file))
     if suffix not in _PARSERS:
         raise ValueError(f"{file}: tables are read from {', '.join(_PARSERS)} and .parquet files; convert it")
     return _read_text(os.fspath(file), file, _PARSERS[suffix])
@@ -140,56 +116,46 @@ def _read_text(name: str, file: Path, parse: Callable[[str, str], Iterator]) -> 
     content = file.read_bytes()
     try:
         text = content.decode("utf-8-sig")  # spreadsheets and Windows editors write a byte order mark
-        position = text.find("\0")  # never in CSV or JSON, in UTF-16 every other byte
     except UnicodeDecodeError as error:
-        position = error.start
-    if position >= 0:
-        encoding = "it looks like UTF-16" if b"\0" in content else "it is not UTF-8"
-        line = content.count(b"\n", 0, position) + 1
-        raise ValueError(f"{name}, line {line}: {encoding}; save the file in UTF-8")
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}, line {line}: it is not UTF-8; save the file in UTF-8") from error
     yield from parse(name, text)
-
-
-def _parse_jsonl(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON leaves U+2028 and its like within a text
-        if not line.strip():
-            continue
-        try:
-            yield f"{name}, line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error}); write one object per line") from error
 
 
 def _parse_json(name: str, text: str) -> Iterator[tuple[str, Any]]:
     """A list of objects, or one object per line: on the Hub, both are called `.json`."""
-    if not text.lstrip().startswith("["):
-        yield from _parse_jsonl(name, text)
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from error
-    yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+    is_list = text.lstrip().startswith("[")
+    for number, part in enumerate([text] if is_list else text.split("\n"), start=1):  # U+2028 may be within a text
+        if not part.strip():
+            continue
+        try:
+            found = json.loads(part)
+        except (ValueError, RecursionError) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            raise ValueError(f"{name}, line {line}: not JSON ({error}); write one object per line") from error
+        if is_list:
+            yield from ((f"{name}, row {row}", value) for row, value in enumerate(found, start=1))
+        else:
+            yield f"{name}, line {number}", found
 
 
 def _parse_csv(name: str, text: str, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
-        if len({*header}) < len(header) or (len(header) == 1 and {*header[0]} & {*",;\t"}):
-            raise ValueError(f"{name}, line 1: give columns different names, separated by {delimiter!r}; got {header}")
-        for cells in filter(None, reader):
+        header = reader.fieldnames or []
+        if len({*header}) < len(header):
+            raise ValueError(f"{name}, line 1: give the columns different names, got {header}")
+        for row in reader:
             place = f"{name}, line {reader.line_num}"
-            if len(cells) != len(header):
-                found = f"{len(cells)} cells for {len(header)} columns"
-                raise ValueError(f"{place}: {found}; quote those with {delimiter!r}")
-            yield place, dict(zip(header, cells, strict=True))
+            if None in row or None in row.values():
+                raise ValueError(f"{place}: not {len(header)} cells as in line 1; quote those with {delimiter!r}")
+            yield place, row
     except csv.Error as error:
-        raise ValueError(f"{name}, line {reader.line_num}: not CSV ({error})") from error
+        raise ValueError(f"{name}, line {reader.reader.line_num}: not CSV ({error})") from error
 
 
 csv.field_size_limit(2**31 - 1)  # training data may hold whole documents
-_PARSERS = {".jsonl": _parse_jsonl, ".json": _parse_json, ".csv": _parse_csv}
+_PARSERS = {".jsonl": _parse_json, ".json": _parse_json, ".csv": _parse_csv}
 _PARSERS |= {".tsv": partial(_parse_csv, delimiter="\t")}
 
 

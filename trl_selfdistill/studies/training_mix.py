@@ -9,7 +9,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -17,15 +17,12 @@ from datasets import Dataset
 
 from ..slick.prompts import answer_completion, question_prompt
 from ..slick.slick import SlickCategory
+from .arguments import setting
 from .facts.invented import invent_facts
 from .facts.table import facts_table, fold_name, load_facts
 
 
 SPLITS = ("known", "new", "heldout")
-
-
-def _setting(default, help_text: str):
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True)
@@ -34,17 +31,17 @@ class MixSettings:
 
     _argument_group_name = "training mix"  # the heading of these flags in a script's help
 
-    num_known: int = _setting(120, "HighlyKnown facts to train on: alone in stage 1, with the new ones in stage 2.")
-    num_new: int = _setting(400, "New facts to train on in stage 2.")
-    num_heldout: int = _setting(500, "HighlyKnown facts never trained on, at most.")
+    num_known: int = setting(120, "HighlyKnown facts to train on: alone in stage 1, with the new ones in stage 2.")
+    num_new: int = setting(400, "New facts to train on in stage 2.")
+    num_heldout: int = setting(500, "HighlyKnown facts never trained on, at most.")
     # A rate over 25 facts is uncertain by 20 points, over 100 by 10
-    min_heldout: int = _setting(2, "Fewest held-out facts to go on with; one gives no interval.")
-    new_facts: str = _setting("invented", "`invented`, a fictitious atlas, or `real`, Unknown facts.")
-    relations: list[str] | None = _setting(None, "Relations to use. By default all of which the model knows enough.")
-    new_relations: list[str] | None = _setting(None, "Relations of the new facts. By default as of the Known facts.")
-    min_known_share: float = _setting(0.3, "Least share of facts that are not Unknown in a relation, as in the paper.")
+    min_heldout: int = setting(2, "Fewest held-out facts to go on with; one gives no interval.")
+    new_facts: str = setting("invented", "`invented`, a fictitious atlas, or `real`, Unknown facts.")
+    relations: list[str] | None = setting(None, "Relations to use. By default all of which the model knows enough.")
+    new_relations: list[str] | None = setting(None, "Relations of the new facts. By default as of the Known facts.")
+    min_known_share: float = setting(0.3, "Least share of facts that are not Unknown in a relation, as in the paper.")
     # Guessing the most frequent answer must not pay
-    max_answer_share: float = _setting(0.1, "Largest share of a split with the same answer.")
+    max_answer_share: float = setting(0.1, "Largest share of a split with the same answer.")
 
     def __post_init__(self):
         for name in ("num_known", "num_new", "num_heldout", "min_heldout"):
@@ -63,13 +60,8 @@ def build_training_mix(
     annotated: Dataset, settings: MixSettings, seed: int = 0, exclude: Iterable[str] = ()
 ) -> dict[str, Dataset]:
     """
-    Chooses relations, and facts of them at random, of which no answer makes up more than its share.
-
-    Args:
-        annotated (`Dataset`): Facts of [`~trl_selfdistill.slick.slick.annotate_facts`].
-        settings ([`MixSettings`]): How many of what.
-        seed (`int`, *optional*, defaults to `0`): Seed of the choice, the order and the invented facts.
-        exclude (`Iterable[str]`, *optional*): Names that no invented subject may have, beside those of `annotated`.
+    Chooses relations, and facts of them at random, of which no answer makes up more than its share, from those of
+    [`~trl_selfdistill.slick.slick.annotate_facts`]. No invented subject has a name of theirs, nor one of `exclude`.
 
     Returns:
         `dict[str, Dataset]`: `known`, `new` and `heldout`, each with the facts' columns and `prompt` and

@@ -52,8 +52,11 @@ def test_forms_are_accepted_without_accents_and_belong_to_one_answer(rows):
 
 
 def test_questions_hold_their_subjects_which_do_not_give_the_answers_away(rows):
+    names = known_place_names()
+    assert {"Nanking", "Bombay", "Türkiye", "Texas"} <= names and "" not in names  # and every subject
     for row in rows:
         assert row["subject"] in row["question"]
+        assert row["relation"] != "P17" or "'" in row["subject"] or row["subject"] in names
         subject = f" {normalize_answer(row['subject'])} "
         assert not any(f" {normalize_answer(form)} " in subject for form in accepted(row)), row
         assert subject.strip() not in normalize_answer(row["answer"]).split(), row
@@ -103,12 +106,10 @@ def test_subjects_that_give_the_answer_away_or_that_nobody_says_are_dropped():
     ("fact_id", "forms", "wrong"),
     [
         ("P17/Kinshasa", ["Democratic Republic of the Congo", "DR Congo", "DRC"], "Congo-Brazzaville"),
-        ("P17/Chicago", ["United States", "the USA", "U.S.", "America", "United States of America"], "Illinois"),
         ("P17/Glasgow", ["United Kingdom", "UK", "Great Britain", "Scotland"], "England"),
         ("P131/Chicago", ["Illinois", "IL"], "Indiana"),
         ("P36/United States", ["Washington, D.C.", "Washington DC", "Washington"], "New York"),
         ("P38/Ecuador", ["US dollar", "United States dollar"], "Ecuadorian dollar"),
-        ("P38/Senegal", ["CFA franc", "West African CFA franc"], "Senegalese franc"),
         ("P30/Brazil", ["South America"], "North America"),
     ],
 )
@@ -143,9 +144,3 @@ def test_the_tables_name_only_what_geonames_has():
     assert {issuer for _, issuer in currencies.values()} <= {"", "-", *countries}
     assert {relation for country in countries.values() for relation in country.not_asked} == {"P36", "P38", "P30"}
     assert len(countries) == 197  # the 193 members of the United Nations, the two observers, Kosovo and Taiwan
-
-
-def test_known_place_names_hold_every_subject_and_other_spellings(rows):
-    names = known_place_names()
-    assert {row["subject"] for row in rows if row["relation"] == "P17" and "'" not in row["subject"]} <= names
-    assert {"Nanking", "Bombay", "Türkiye", "Texas"} <= names and "" not in names

@@ -116,6 +116,13 @@ def test_keys_without_overlap_share_no_token_with_facts_that_are_kept(finished):
     assert not of_names & of_keys - {*tokenizer("")["input_ids"]}
 
 
+def test_nothing_is_done_twice(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    before = runs_of(tmp_path / "study/runs")
+    run_study(tmp_path / "study")
+    assert runs_of(tmp_path / "study/runs") == before
+
+
 def test_drift_is_measured_where_it_is_compared(finished):
     probed = {path.parent.name for path in (finished / "runs").glob("*/drift.jsonl")}
     assert probed == {f"{variant.name}-seed0" for variant in mechanism_variants(STUDY) if variant.probe}
@@ -123,13 +130,6 @@ def test_drift_is_measured_where_it_is_compared(finished):
         first, last = read_result(finished / "runs" / name).drift
         assert (first["step"], last["step"]) == (0, 5)
         assert first["drift_kl"] == pytest.approx(0, abs=1e-6) and last["drift_kl"] > 1e-4
-
-
-def test_nothing_is_done_twice(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "study")
-    before = runs_of(tmp_path / "study/runs")
-    run_study(tmp_path / "study")
-    assert runs_of(tmp_path / "study/runs") == before
 
 
 @pytest.mark.parametrize(

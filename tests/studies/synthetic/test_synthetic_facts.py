@@ -31,8 +31,8 @@ def tokenizer(facts):
     return train_tokenizer([*map(question_prompt, facts["question"]), *(f" {name}" for name in names)], 3000)
 
 
-def stream(facts, tokenizer, num_facts=2000, keys="recombined", **options) -> IterableDataset:
-    return synthetic_facts(facts, "P17", num_facts, tokenizer, keys, **options)
+def stream(facts, tokenizer, num_facts=2000, overlap=1.0, **options) -> IterableDataset:
+    return synthetic_facts(facts, "P17", num_facts, tokenizer, overlap, **options)
 
 
 def subjects(rows) -> list[str]:
@@ -56,19 +56,17 @@ def overlaps(tokenizer, names, rows) -> list[float]:
     return [np.mean([token in of_names for token in ids]) for ids in ids_in_prompt(tokenizer, subjects(rows))]
 
 
-@pytest.mark.parametrize(("keys", "share"), [("recombined", 1.0), ("pseudo", 0.0), ("overlap", 0.3)])
-def test_the_tokenizer_finds_the_share_of_tokens_that_was_asked_for(facts, tokenizer, keys, share):
+@pytest.mark.parametrize("share", [1.0, 0.0, 0.3])
+def test_the_tokenizer_finds_the_share_of_tokens_that_was_asked_for(facts, tokenizer, share):
     facts = facts.select(range(100))  # of one relation
-    rows = stream(facts, tokenizer, 500, keys, overlap=share if keys == "overlap" else None)
-    found = overlaps(tokenizer, facts["subject"], rows)
-    assert {*found} == {share} if keys != "overlap" else np.mean(found) == pytest.approx(share, abs=0.04)
+    found = overlaps(tokenizer, facts["subject"], stream(facts, tokenizer, 500, share))
+    assert {*found} == {share} if share in (0, 1) else np.mean(found) == pytest.approx(share, abs=0.04)
 
 
 def test_keys_have_the_lengths_of_names_whatever_the_overlap(facts, tokenizer):
     lengths = []
-    for keys, overlap in (("recombined", None), ("pseudo", None), ("overlap", 0.5)):
-        rows = stream(facts, tokenizer, keys=keys, overlap=overlap)
-        lengths.append([*map(len, ids_in_prompt(tokenizer, subjects(rows)))])
+    for overlap in (1.0, 0.0, 0.5):
+        lengths.append([*map(len, ids_in_prompt(tokenizer, subjects(stream(facts, tokenizer, overlap=overlap))))])
     assert lengths[0] == lengths[1] == lengths[2]  # one by one
     names = [row["subject"] for row in facts if row["relation"] == "P17" and row["subject"].isascii()]
     real = [n for n in map(len, ids_in_prompt(tokenizer, names)) if n > 1]
@@ -88,18 +86,18 @@ def test_no_key_is_given_twice_or_a_name_that_must_not_be(facts, tokenizer):
 def test_pseudo_words_share_no_token_with_the_names_that_they_are_kept_apart_from(facts, tokenizer):
     """Subjects and answers of two relations: without it, "France" can begin a pseudo-word."""
     names = {*facts["subject"], *facts["answer"]}
-    alone = overlaps(tokenizer, names, stream(facts, tokenizer, 500, "pseudo"))
-    apart = overlaps(tokenizer, names, stream(facts, tokenizer, 500, "pseudo", apart_from=names))
+    alone = overlaps(tokenizer, names, stream(facts, tokenizer, 500, 0.0))
+    apart = overlaps(tokenizer, names, stream(facts, tokenizer, 500, 0.0, apart_from=names))
     assert {*apart} == {0.0} and max(alone) > 0
     assert [*stream(facts, tokenizer, 500, apart_from=names)] == [*stream(facts, tokenizer, 500)]
 
 
-@pytest.mark.parametrize(("keys", "values"), [("recombined", "real"), ("overlap", "uuid"), ("uuid", "real")])
-def test_a_seed_gives_the_same_facts_and_a_smaller_number_the_first_of_them(facts, tokenizer, keys, values):
-    options = dict(keys=keys, values=values, overlap=0.5 if keys == "overlap" else None)
-    drawn = stream(facts, tokenizer, 1500, **options)  # more than one batch
+@pytest.mark.parametrize(("overlap", "values"), [(1.0, "real"), (0.5, "uuid"), (None, "real")])
+def test_a_seed_gives_the_same_facts_and_a_smaller_number_the_first_of_them(facts, tokenizer, overlap, values):
+    options = dict(values=values, overlap=overlap)
+    drawn = stream(facts, tokenizer, 300, **options)
     rows = [*drawn]
-    assert [*drawn] == rows == [*stream(facts, tokenizer, 1500, **options)]
+    assert [*drawn] == rows == [*stream(facts, tokenizer, 300, **options)]
     assert [*stream(facts, tokenizer, 100, **options)] == rows[:100]
     other = stream(facts, tokenizer, 100, seed=1, **options)
     assert not {*subjects(other)} & {*subjects(rows[:100])}
@@ -107,8 +105,8 @@ def test_a_seed_gives_the_same_facts_and_a_smaller_number_the_first_of_them(fact
 
 def test_keys_and_values_are_independent(facts, tokenizer):
     pseudo, pseudo_uuid, uuids = (
-        [*stream(facts, tokenizer, 300, keys, values=values)]
-        for keys, values in (("pseudo", "real"), ("pseudo", "uuid"), ("uuid", "uuid"))
+        [*stream(facts, tokenizer, 300, overlap, values=values)]
+        for overlap, values in ((0.0, "real"), (0.0, "uuid"), (None, "uuid"))
     )
     assert subjects(pseudo) == subjects(pseudo_uuid)
     assert [row["answer"] for row in pseudo_uuid] == [row["answer"] for row in uuids]
@@ -117,7 +115,7 @@ def test_keys_and_values_are_independent(facts, tokenizer):
 
 def test_real_values_come_equally_often_with_their_aliases(facts, tokenizer):
     forms = {row["answer"]: row["aliases"] for row in facts if row["relation"] == "P17"}
-    rows = [*stream(facts, tokenizer, 10 * len(forms) + 3, "uuid")]
+    rows = [*stream(facts, tokenizer, 10 * len(forms) + 3, None)]
     counts = Counter(row["answer"] for row in rows)
     assert counts.keys() == forms.keys() and {*counts.values()} == {10, 11}
     assert all(row["aliases"] == forms[row["answer"]] for row in rows)
@@ -130,7 +128,7 @@ def test_real_values_come_equally_often_with_their_aliases(facts, tokenizer):
     [
         (dict(relation="P99"), "there is no fact of 'P99'"),
         (dict(num_facts=10**9), "num_facts=1000000000 keys need more distinct tokens: .* Ask for fewer"),
-        (dict(num_facts=10**5, keys="pseudo", tokenizer=build_tokenizer()), "num_facts=100000 keys need more"),
+        (dict(num_facts=10**5, overlap=0.0, tokenizer=build_tokenizer()), "num_facts=100000 keys need more"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_at_once(facts, tokenizer, options, message):

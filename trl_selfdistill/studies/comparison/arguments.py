@@ -2,11 +2,11 @@
 """What the comparison of ways to train on new facts compares."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from accelerate.utils import compare_versions
 
-from ..arguments import check_different
+from ..arguments import check_different, setting
 
 
 _ABOVE_0 = ("num_own_answers", "self_anchor_tokens", "lora_rank", "lora_learning_rate", "equal_time")
@@ -28,54 +28,30 @@ class ComparisonArguments:
 
     _argument_group_name = "comparison"
 
-    variants: list[str] = field(
-        default_factory=lambda: [*GROUPS],
-        metadata={"help": "Variants to train. `sft` gives early stopping, too."},
+    variants: list[str] = setting([*GROUPS], "Variants to train. `sft` gives early stopping, too.")
+    seeds: list[int] = setting([0, 1, 2], "Seeds of the training's order, at least 3.")
+    settings: list[str] = setting(["0.3/1", "1/0.5"], "Self-distillation: λ/τ, or λ/τ/times the steps.")
+    own_answers_settings: list[str] = setting(["0.3/1", "0.7/1/3"], "The same with own answers.")
+    anchor_settings: list[str] = setting(
+        ["1/0", "1/0.3"], "Anchors with a KL, τ = 1: their weight/λ of the rows, or weight/λ/times the steps."
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training's order, at least 3."}
+    num_anchors: list[int] = setting([400], "KL on anchors: numbers of prompts.")
+    num_own_answers: int = setting(400, "Own answers: prompts that the start model answers.")
+    anchor_facts: str | None = setting(
+        None, "Facts whose questions are the prompts, instead of those of the facts in no split."
     )
-    settings: list[str] = field(
-        default_factory=lambda: ["0.3/1", "1/0.5"],
-        metadata={"help": "Self-distillation: λ/τ, or λ/τ/times the steps."},
+    self_anchor_tokens: int = setting(16, "Self-samples: longest text, in tokens.")
+    mixed: list[str] = setting(["sft"], "Variants, by their folders' names, whose weights are mixed with the start's.")
+    mixing_weights: list[float] = setting(
+        [0.2, 0.4, 0.6, 0.8],
+        "WiSE-FT: shares of the fine-tuned weights, the rest being those of the start, in [0, 1].",
     )
-    own_answers_settings: list[str] = field(
-        default_factory=lambda: ["0.3/1", "0.7/1/3"], metadata={"help": "The same with own answers."}
-    )
-    anchor_settings: list[str] = field(
-        default_factory=lambda: ["1/0", "1/0.3"],
-        metadata={"help": "Anchors with a KL, τ = 1: their weight/λ of the rows, or weight/λ/times the steps."},
-    )
-    num_anchors: list[int] = field(
-        default_factory=lambda: [400], metadata={"help": "KL on anchors: numbers of prompts."}
-    )
-    num_own_answers: int = field(default=400, metadata={"help": "Own answers: prompts that the start model answers."})
-    anchor_facts: str | None = field(
-        default=None,
-        metadata={"help": "Facts whose questions are the prompts, instead of those of the facts in no split."},
-    )
-    self_anchor_tokens: int = field(default=16, metadata={"help": "Self-samples: longest text, in tokens."})
-    mixed: list[str] = field(
-        default_factory=lambda: ["sft"],
-        metadata={"help": "Variants, by the names of their folders, whose weights are mixed with the start's."},
-    )
-    mixing_weights: list[float] = field(
-        default_factory=lambda: [0.2, 0.4, 0.6, 0.8],
-        metadata={"help": "WiSE-FT: shares of the fine-tuned weights, the rest being those of the start, in [0, 1]."},
-    )
-    l2_weights: list[float] = field(
-        default_factory=list,
-        metadata={"help": "L2 to the start: weights beside the one that is matched to the KL at the start."},
-    )
-    slower: list[float] = field(
-        default_factory=lambda: [2.0, 4.0, 8.0],
-        metadata={"help": "SFT at a lower rate: by which the rate is divided, and the steps are multiplied."},
-    )
-    lora_rank: int = field(default=16, metadata={"help": "LoRA, MiCA and CorDA: rank."})
-    lora_learning_rate: float = field(default=1e-3, metadata={"help": "LoRA, MiCA and CorDA: learning rate."})
-    equal_time: float | None = field(
-        default=None,
-        metadata={"help": "A second table, in which each variant trains for so many times the processor time of SFT."},
+    l2_weights: list[float] = setting([], "L2 to the start: weights beside the one that is matched to the KL there.")
+    slower: list[float] = setting([2.0, 4.0, 8.0], "SFT at a rate divided, and with the steps multiplied, by these.")
+    lora_rank: int = setting(16, "LoRA, MiCA and CorDA: rank.")
+    lora_learning_rate: float = setting(1e-3, "LoRA, MiCA and CorDA: learning rate.")
+    equal_time: float | None = setting(
+        None, "A second table, in which each variant trains for so many times the processor time of SFT."
     )
 
     def __post_init__(self):
@@ -83,7 +59,7 @@ class ComparisonArguments:
             raise ValueError(f"`variants` may hold {', '.join(GROUPS)}, and `sft` must be one, got {self.variants}.")
         check_different("seeds", self.seeds, at_least=3)
         kinds = ("settings", "own_answers_settings", "anchor_settings")
-        for name in ("variants", *kinds, "num_anchors", "mixing_weights", "slower"):
+        for name in ("variants", "num_anchors", "mixing_weights", "slower"):
             check_different(name, getattr(self, name))
         check_different("l2_weights", self.l2_weights, at_least=0)
         self.parsed = {name: self._parse(name) for name in kinds}
@@ -101,6 +77,5 @@ class ComparisonArguments:
         if not all(parsed) or any(float(match[3] or 1) == 0 for match in parsed):
             raise ValueError(f"`{name}` are two or three numbers each, as in 0.7/1/3, got {getattr(self, name)}.")
         numbers = [(float(match[1]), float(match[2]), float(match[3] or 1)) for match in parsed]
-        if len({*numbers}) < len(numbers):
-            raise ValueError(f"`{name}` needs different settings, got {getattr(self, name)}.")
+        check_different(name, [*map(str, numbers)])
         return numbers

@@ -77,12 +77,8 @@ def summarise(outcomes: list[Outcome]) -> list[dict]:
 
 def render_comparison(outcomes: list[Outcome], before: Outcome, model: str) -> str:
     """
-    The report as Markdown: a table by group, and which variants reach the aim or come nearest.
-
-    Args:
-        outcomes (`list[Outcome]`): The variants, plain SFT first.
-        before (`Outcome`): The model that all of them start from.
-        model (`str`): Its name for readers.
+    The report as Markdown: a table by group, and which variants reach the aim or come nearest. Plain SFT is the first
+    of `outcomes`, and all start from `before`, which readers know as `model`.
     """
     header = ["group", "method", "old facts kept [95 % CI]", "new facts [95 % CI]", "forgetting, share of SFT's"]
     sft, groups, rows, margins = outcomes[0], [outcome.group for outcome in outcomes], [], []

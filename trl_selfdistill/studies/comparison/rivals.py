@@ -6,6 +6,7 @@ another number; a lower learning rate gets as many more as it is lower.
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,42 +17,34 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import SFTTrainer
 
+from ...losses import IGNORE_INDEX
+from ...slick.generation import evaluation_mode
 from ...trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from ...trainers.sft_internals import train_in_order
 from ..runs import Variant
 from .arguments import GROUPS, ComparisonArguments
 from .losses import EAFTSFTTrainer, L2ToStartSFTTrainer
-from .rows import (
-    KNOWN_PATCH_RATIO,
-    KNOWN_PATCH_SHARE,
-    REPLAY_RATIO,
-    known_patch_rows,
-    mask_unlikely_tokens,
-    replay_rows,
-)
 
 
-# STM: largest perplexity of a trained token, the paper's
-STM_MAX_PERPLEXITY = 2.5
-# ASFT: weight of the KL, the paper's
-ASFT_KL_WEIGHT = 0.05
-# CorDA: rows of Known facts that show which directions their answers use
-CORDA_ROWS = 256
+REPLAY_RATIO = 3  # times that a Known fact is shown for a new one
+# KnownPatch: share of all rows that are Known facts, and of the steps, at the end, that show them among new ones
+KNOWN_PATCH_RATIO = 0.2
+KNOWN_PATCH_SHARE = 0.3
+STM_MAX_PERPLEXITY = 2.5  # largest of a trained token, the paper's
+ASFT_KL_WEIGHT = 0.05  # the paper's
+CORDA_ROWS = 256  # of Known facts, which show the directions that their answers use
 
 
 def variants_of(
     args: ComparisonArguments, prompts: Sequence[str] = (), answers: Dataset | None = None
 ) -> list[Variant]:
     """
-    The variants to train, plain SFT first.
-
-    Args:
-        args ([`ComparisonArguments`]): Which, and their settings.
-        prompts (`Sequence[str]`, *optional*): Prompts without labels.
-        answers (`Dataset`, *optional*): The start model's own answers, rows of `prompt` and `completion`.
+    The variants to train, plain SFT first. KL on anchors takes prompts without labels, and own answers what the start
+    model answers to some, rows of `prompt` and `completion`.
     """
     attention, in_order = {"trainable_groups": ["attention"]}, lambda trainer, folder: train_in_order(trainer)
     asft = {"loss_type": "dft", "kl_weight": ASFT_KL_WEIGHT, "temperature": 1.0}
@@ -208,3 +201,55 @@ def _reduce_intruders(trainer: Trainer, folder: Path) -> None:
 
 def _mask_unlikely(trainer: Trainer, folder: Path) -> None:
     trainer.train_dataset = mask_unlikely_tokens(trainer.train_dataset, trainer.model, STM_MAX_PERPLEXITY)
+
+
+def replay_rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
+    """Each new fact once, each Known fact [`REPLAY_RATIO`] times."""
+    return concatenate_datasets([known] * REPLAY_RATIO + [new])
+
+
+def known_patch_rows(known: Dataset, new: Dataset, num_rows: int, generator: random.Random) -> Dataset:
+    """
+    New facts alone first, then Known ones among them (KnownPatch, arXiv 2511.02626, which mixes 5 to 20 % of known
+    examples into the last part). As many rows as in plain SFT, in the order in which they are shown.
+    """
+    num_known, late = round(KNOWN_PATCH_RATIO * num_rows), round(KNOWN_PATCH_SHARE * num_rows)
+    order_new = _cycled(range(len(known), len(known) + len(new)), num_rows - num_known, generator)
+    order_known = _cycled(range(len(known)), num_known, generator)
+    patch = order_new[num_rows - late :] + order_known
+    generator.shuffle(patch)
+    return concatenate_datasets([known, new]).select(order_new[: num_rows - late] + patch)
+
+
+def _cycled(items: range, number: int, generator: random.Random) -> list[int]:
+    """`number` of `items`, each as often as the others (give or take one), shuffled anew in each round."""
+    drawn: list[int] = []
+    while len(drawn) < number:
+        drawn += generator.sample(items, len(items))
+    return drawn[:number]
+
+
+def mask_unlikely_tokens(dataset: Dataset, model: PreTrainedModel, max_perplexity: float) -> Dataset:
+    """
+    Takes the labels off the tokens of a dataset that [`~trl.SFTTrainer`] has prepared of which the model before
+    training finds the perplexity, one over the probability, above `max_perplexity` (selective token masking, arXiv
+    2501.14315). A `ValueError` if no label is left.
+    """
+
+    def mask(rows: dict) -> dict:
+        # Padding comes after the row, where a causal model does not see it
+        input_ids = pad_sequence([torch.tensor(ids) for ids in rows["input_ids"]], batch_first=True).to(model.device)
+        log_probs = model(input_ids=input_ids).logits[:, :-1].float().log_softmax(-1)
+        log_probs = log_probs.gather(-1, input_ids[:, 1:, None])[..., 0].cpu()
+        unlikely = torch.nn.functional.pad(-log_probs > math.log(max_perplexity), (1, 0))  # not the first token
+        labels = [
+            torch.tensor(row).masked_fill(masked[: len(row)], IGNORE_INDEX).tolist()
+            for row, masked in zip(rows["labels"], unlikely, strict=True)
+        ]
+        return {"labels": labels}
+
+    with evaluation_mode(model):
+        masked = dataset.map(mask, batched=True, batch_size=32, load_from_cache_file=False)
+    if not any(label != IGNORE_INDEX for row in masked["labels"] for label in row):
+        raise ValueError(f"`max_perplexity={max_perplexity}` leaves no token to train on. Raise it.")
+    return masked

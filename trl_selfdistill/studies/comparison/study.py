@@ -27,22 +27,14 @@ from .report import Outcome
 from .rivals import variants_of
 
 
-EARLY_STOPPING = "SFT, stopped early"
-
-
 def compare_variants(
     args: ComparisonArguments, setup: StudySetup, folder: Path
 ) -> tuple[Outcome, list[Outcome], list[Outcome]]:
     """
-    Makes all runs, each in a folder of its own. Returns the model before them, what each variant did, plain SFT first,
-    and what each did in the same processor time, if that is asked for.
+    Makes all runs, each in a folder of its own below `folder`. Returns the model before them, what each variant did,
+    plain SFT first, and what each did in the same processor time, if that is asked for.
 
     Of the held-out facts, one half chooses where to stop early; every variant is judged by the other half.
-
-    Args:
-        args ([`ComparisonArguments`]): What to compare.
-        setup ([`~trl_selfdistill.studies.runs.StudySetup`]): What all runs share.
-        folder (`Path`): Where their folders go.
 
     Raises:
         ValueError: If there are too few facts, or a setting that a trainer refuses; before the first run.
@@ -64,7 +56,7 @@ def compare_variants(
     sft, *others = variants
     results = runs.of(sft)
     before = _outcome("before", [result.records[0] for result in results])
-    early = _outcome(EARLY_STOPPING, [best_epoch(result.records) for result in results], sft.group, results)
+    early = _outcome("SFT, stopped early", [best_epoch(result.records) for result in results], sft.group, results)
     outcomes = runs.outcomes([sft])
     outcomes = [outcomes[0], early, *outcomes[1:], *runs.outcomes(others)]
     in_equal_time = runs.outcomes(runs.in_equal_time(variants)) if args.equal_time else []
@@ -156,10 +148,7 @@ class _Runs(NamedTuple):
 
 
 def best_epoch(records: list[AccuracyRecord]) -> AccuracyRecord:
-    """
-    The record with the highest accuracy on the validation facts, of those after an epoch of training at least; the
-    earliest of equals.
-    """
+    """The record after the epoch with the highest accuracy on the validation facts, the earliest of equals."""
     return max(records[1:], key=lambda record: record.accuracy("validation"))
 
 

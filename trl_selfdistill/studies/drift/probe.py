@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from ...files import read_jsonl, write_jsonl, written_whole
+from ...files import read_jsonl, write_jsonl
 from ...parameters.structure import keep_trainable
 from ...slick.process_sharding import on_main_process
 from ...trainers.hallucination_callback import log_beside_training
@@ -77,11 +77,11 @@ class DriftProbeCallback(TrainerCallback):
         keep_trainable(self.trainer.model)
         path = Path(args.output_dir) / "_drift_reference.safetensors"
         if state.global_step == 0:
-            states = self._states()
-            on_main_process(lambda: self._write_start(path, states))
-        self.start = self._read_start(path)
-        if state.global_step == 0:
+            self.start, measured = self._states(), {"measured": self.measured}
+            on_main_process(lambda: save_file(self.start._asdict(), path, metadata=measured))
             self._measure(state)
+        else:
+            self.start = self._read_start(path)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every_steps == 0:
@@ -101,10 +101,6 @@ class DriftProbeCallback(TrainerCallback):
         # One autocast around all forward passes: each by itself would cast all weights anew
         with accelerator.autocast():
             return prompt_states(model, self.prompts, self.layers)
-
-    def _write_start(self, path: Path, states: PromptStates) -> None:
-        with written_whole(path) as partial:
-            save_file(states._asdict(), partial, metadata={"measured": self.measured})
 
     def _read_start(self, path: Path) -> PromptStates:
         with safe_open(path, framework="pt") as file:

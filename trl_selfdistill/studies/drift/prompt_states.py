@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, gather
+from accelerate.utils import extract_model_from_parallel
 
 from ...parameters.structure import base_causal_lm
 from ...slick.generation import evaluation_mode
+from ...slick.process_sharding import map_in_parallel
 from .subject_tokens import SubjectPrompt
 
 
@@ -51,31 +51,18 @@ def prompt_states(
     model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int], batch_size: int = 32
 ) -> PromptStates:
     """
-    The states of `model` on prompts. A collective: each process measures a share of the prompts and gets all states,
-    on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes: 0.63 GB for 1,000
-    prompts and two layers of Qwen2.5-1.5B. The log-probabilities are of the whole vocabulary, because the top tokens
-    miss what moves into the tail, and fp32, because fp16 puts a floor of about 1e-5 nats under a KL.
-
-    Args:
-        model (`torch.nn.Module`): Causal language model; if its weights are sharded, in the wrapper that gathers them.
-        prompts (`Sequence[SubjectPrompt]`): From [`~trl_selfdistill.studies.drift.subject_tokens.subject_prompts`].
-        layers (`Sequence[int]`): Decoder blocks to read the output of, from 1; the last one after the final norm.
-        batch_size (`int`, *optional*, defaults to `32`): Prompts per forward pass and process.
+    The states of `model` on prompts, after the decoder blocks `layers`, from 1, the last one after the final norm.
+    Sharded weights come in the wrapper that gathers them. A collective: each process measures a share of the prompts
+    and gets all states, on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes:
+    0.63 GB for 1,000 prompts and two layers of Qwen2.5-1.5B. The log-probabilities are of the whole vocabulary, as the
+    top tokens miss what moves into the tail, and fp32, as fp16 puts a floor of about 1e-5 nats under a KL.
     """
     # Prompts of similar length share a batch, for little padding
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))
-    results: list[torch.Tensor] = []
-    # Padded with repeated rows: with sharded weights, each forward pass is a collective
-    with PartialState().split_between_processes(order, apply_padding=True) as share:
-        for begin in range(0, len(share), batch_size):
-            rows = share[begin : begin + batch_size]
-            states = _states_of_batch(model, [prompts[row] for row in rows], layers)
-            rows = torch.tensor(rows, device=states.log_probs.device)
-            rows, *parts = gather([rows, *(part.contiguous() for part in states)])
-            results = results or [torch.empty(len(prompts), *part.shape[1:]) for part in parts]
-            for result, part in zip(results, parts, strict=True):
-                result[rows.cpu()] = part.cpu()
-    return PromptStates(*results)
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    states = map_in_parallel(lambda rows: _states_of_batch(model, [prompts[row] for row in rows], layers), batches)
+    rows = torch.tensor(order).argsort()
+    return PromptStates(*(torch.cat(parts)[rows] for parts in zip(*states, strict=True)))
 
 
 def _states_of_batch(model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int]) -> PromptStates:
@@ -93,22 +80,15 @@ def _states_of_batch(model: torch.nn.Module, prompts: Sequence[SubjectPrompt], l
     rows, positions = torch.arange(len(prompts)), torch.stack([subject, last])
     logits = outputs.logits[rows, last].float()
     states = [outputs.hidden_states[layer][rows, positions].float().to(logits.device) for layer in layers]
-    return PromptStates(torch.stack(states).permute(2, 0, 1, 3), logits.log_softmax(-1))
+    return PromptStates(torch.stack(states).permute(2, 0, 1, 3).cpu(), logits.log_softmax(-1).cpu())
 
 
 def drift(start: PromptStates, now: PromptStates, layers: Sequence[int]) -> dict[str, list[float]]:
     """
-    How far a model has moved.
-
-    Args:
-        start ([`PromptStates`]): The states of the start model.
-        now ([`PromptStates`]): The states of the model on the same prompts.
-        layers (`Sequence[int]`): The layers of both.
-
-    Returns:
-        `dict[str, list[float]]`: By name, one value per prompt:
-        - `cosine/layer_<L>/<position>`: cosine distance of the hidden states, `1 - cos`, in [0, 2];
-        - `kl`: KL(start ‖ now) of the token after the prompt, in nats.
+    How far a model has moved: from its states at the start and now, on the same prompts and `layers`, by name, one
+    value per prompt:
+    - `cosine/layer_<L>/<position>`: cosine distance of the hidden states, `1 - cos`, in [0, 2];
+    - `kl`: KL(start ‖ now) of the token after the prompt, in nats.
     """
     # In double precision, so that a model that did not move is at distance 0
     similarities = torch.cosine_similarity(start.hidden_states.double(), now.hidden_states.double(), dim=-1)

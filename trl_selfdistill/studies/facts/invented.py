@@ -26,18 +26,9 @@ _MAX_MISSES = 10_000
 
 def invent_facts(facts: Dataset, relation: str, num_facts: int, seed: int, exclude: Iterable[str] = ()) -> Dataset:
     """
-    Invents facts of a relation: new name-like subjects, the question of the real facts, and their answers, each
-    equally often (give or take one).
-
-    Args:
-        facts (`Dataset`): Real facts. Their single-word subjects lend the parts of the new names.
-        relation (`str`): The relation to invent facts of.
-        num_facts (`int`): How many.
-        seed (`int`): The same seed, facts and `exclude` give the same invented facts.
-        exclude (`Iterable[str]`, *optional*): Names that must not be invented: see [`folded_names`].
-
-    Returns:
-        `Dataset` with exactly [`FACT_COLUMNS`].
+    Invents facts of a relation, with exactly [`FACT_COLUMNS`]: new subjects of parts of the real facts' single-word
+    ones, their question, and their answers, each equally often (give or take one). The same seed, facts and `exclude`,
+    names that must not be invented (see [`folded_names`]), give the same.
 
     Raises:
         ValueError: If there is no such relation, a question lacks its subject, or there are too few names to join.

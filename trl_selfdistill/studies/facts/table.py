@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset, List, Value
 
-from ...files import read_jsonl, write_jsonl
+from ...files import read_jsonl
 from ...hallucination.exact_match import exact_match, normalize_answer
 from ..tables import dataset_of_rows, read_rows, read_tsv
 
@@ -100,23 +100,16 @@ def facts_table(rows: Iterable[dict]) -> Dataset:
 
 
 def read_facts(path: str | os.PathLike) -> Dataset:
-    """Reads a table that [`save_facts`] wrote, without checking its rows again."""
+    """Reads the JSON lines of a table of facts that this package wrote, without checking its rows again."""
     return facts_table(read_jsonl(path))
-
-
-def save_facts(facts: Dataset, path: str | os.PathLike) -> None:
-    """Writes facts, with all their columns, as JSON lines in UTF-8, whole or not at all."""
-    write_jsonl(path, facts)
 
 
 def facts_of_entity_questions(located_rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """
-    Turns rows of EntityQuestions (Sciavolino et al. 2021, arXiv 2109.08535), the paper's facts, into facts that name
-    their subject, and hands other rows on as they are; each with its place for errors.
-
-    A row of EntityQuestions has `question` and the list `answers`, and no `answer`; some copies add `relation`.
-    Without it, the relation is that of the first template that the question fits: P131 for "Where is ... located?",
-    which P276 shares. Questions with several answers are left out, as in arXiv 2405.05904, and their number is logged.
+    Turns rows of EntityQuestions (Sciavolino et al. 2021, arXiv 2109.08535), which have `question` and the list
+    `answers`, into facts that name their subject, and hands other rows on; each with its place for errors. Without a
+    column `relation`, it is that of the first template that the question fits: P131 for "Where is ... located?", which
+    P276 shares. Questions with several answers are left out, as in arXiv 2405.05904, and their number is logged.
 
     Raises:
         ValueError: If a question fits no template, or not that of its relation.

@@ -19,13 +19,7 @@ _STYLES = {"recombined": "v-C4", "uuid": "D-C3", "overlap": "P-C5", "known only"
 
 
 def render_mechanism_report(results: MechanismResults, model: str) -> str:
-    """
-    The report, as Markdown that also reads well in a terminal.
-
-    Args:
-        results ([`MechanismResults`]): What was measured.
-        model (`str`): Name of the model for readers.
-    """
+    """The report on a model, by its name for readers, as Markdown that also reads well in a terminal."""
     num_seeds, num_facts = next(iter(results.losses.values())).shape
     # Beside a verdict that few seeds support
     few = {1: " (one seed)", 2: " (two seeds)"}.get(num_seeds, "")

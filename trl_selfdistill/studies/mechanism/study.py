@@ -28,6 +28,9 @@ from .variants import MechanismArguments, MechanismVariant, mechanism_variants
 from .verdict import Finding, Losses, judge_behaviour_cloning, judge_capacity, judge_interference
 
 
+MAX_ASKED = 500  # of the synthetic facts of a run
+
+
 class MechanismResults(NamedTuple):
     """The result of each run, a list over seeds for each variant; what each variant lost; and the three findings."""
 
@@ -42,12 +45,7 @@ class MechanismResults(NamedTuple):
 
 def run_mechanism_study(study: MechanismArguments, setup: StudySetup, folder: Path) -> MechanismResults:
     """
-    Makes all runs, each in a folder of its own, and judges the hypotheses.
-
-    Args:
-        study ([`MechanismArguments`]): What to compare.
-        setup ([`~trl_selfdistill.studies.runs.StudySetup`]): What all runs share.
-        folder (`Path`): Where their folders go.
+    Makes all runs, each in a folder of its own below `folder`, and judges the hypotheses.
 
     Raises:
         ValueError: If the model knows no held-out fact of the synthetic relation, or too few tokens are at hand for so
@@ -106,9 +104,8 @@ def _facts_of(
         study.synthetic_relation,
         variant.num_facts,
         tokenizer,
-        keys=variant.keys,
+        overlap={"recombined": 1.0, "pseudo": 0.0}.get(variant.keys, variant.overlap),
         values=variant.values,
-        overlap=variant.overlap,
         seed=seed,
         exclude=known_place_names() if study.synthetic_relation in ("P17", "P131") else (),
         apart_from=apart_from,
@@ -129,7 +126,7 @@ def _run(
         stream = _facts_of(variant, seed, study, setup, tokenizer)
         # Rows go to a file as they are drawn, and are read from there: none of them stays in memory
         new = Dataset.from_generator(_rows, cache_dir=str(partial / "_rows"), gen_kwargs={"stream": stream})
-        asked["new"] = Dataset.from_list(list(stream.take(study.max_asked_new_facts)))
+        asked["new"] = Dataset.from_list(list(stream.take(MAX_ASKED)))
         return RunFacts(mix["known"], new, asked)
 
     def known_repeated(known: Dataset, new: Dataset, num_step_rows: int, generator: random.Random) -> Dataset:
@@ -140,7 +137,7 @@ def _run(
         options = {"every_steps": study.probe_steps, "output_file": partial / DRIFT_FILE}
         trainer.add_callback(DriftProbeCallback(trainer, probed, layers=study.probe_layers, **options))
 
-    about = variant._asdict() | {"relation": study.synthetic_relation, "asked": study.max_asked_new_facts}
+    about = variant._asdict() | {"relation": study.synthetic_relation, "asked": MAX_ASKED}
     if variant.probe:
         about |= {name: getattr(study, name) for name in ("probe_steps", "probe_layers", "max_probed_facts")}
     trained = Variant(

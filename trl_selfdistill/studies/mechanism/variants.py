@@ -5,10 +5,10 @@ Three hypotheses on why fine-tuning on new facts makes a model forget (arXiv 260
 each. Its prediction is written down here, before there is a result; `verdict` holds the numbers to it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..arguments import check_different
+from ..arguments import check_different, setting
 
 
 PREDICTIONS = {
@@ -27,7 +27,7 @@ class MechanismVariant(NamedTuple):
 
     Args:
         num_facts (`int`): Synthetic facts; 0 for training on the Known facts alone, for as many steps.
-        keys (`str`): One of [`~trl_selfdistill.studies.synthetic.facts.KEY_KINDS`].
+        keys (`str`): `"recombined"` from tokens of real names, `"pseudo"` of other tokens, `"overlap"` or `"uuid"`.
         values (`str`): `"real"` answers of the relation, or `"uuid"`.
         overlap (`float`, *optional*): For `keys="overlap"`, the share of tokens from real names.
         self_distillation (`bool`): Whether the student is pulled to the model that the run starts from.
@@ -67,30 +67,19 @@ class MechanismArguments:
 
     _argument_group_name = "mechanism study"
 
-    synthetic_relation: str = field(default="P17", metadata={"help": "Relation of the synthetic facts."})
-    num_synthetic_facts: list[int] = field(
-        default_factory=lambda: [100, 300, 1000],
-        metadata={"help": "Capacity: numbers of synthetic facts, each with name-like and with UUID keys."},
+    synthetic_relation: str = setting("P17", "Relation of the synthetic facts.")
+    num_synthetic_facts: list[int] = setting(
+        [100, 300, 1000], "Capacity: numbers of synthetic facts, each with name-like and with UUID keys."
     )
-    num_facts_of_overlap: int = field(
-        default=300, metadata={"help": "Interference and behaviour cloning: number of synthetic facts."}
+    num_facts_of_overlap: int = setting(300, "Interference and behaviour cloning: number of synthetic facts.")
+    overlaps: list[float] = setting(
+        [0.0, 0.25, 0.5, 0.75, 1.0], "Interference: shares of the keys' tokens that come from real names, in [0, 1]."
     )
-    overlaps: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0],
-        metadata={"help": "Interference: shares of the keys' tokens that come from real names, in [0, 1]."},
-    )
-    uuid_values: bool = field(
-        default=True, metadata={"help": "Whether keys come with UUID values too, which takes the longest runs."}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Seeds of the synthetic facts and of the training's order."}
-    )
-    probe_steps: int = field(default=20, metadata={"help": "Optimizer steps between two measurements of the drift."})
-    probe_layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers of the drift. By default the middle and the last."}
-    )
-    max_probed_facts: int = field(default=100, metadata={"help": "Held-out facts that the drift is measured on."})
-    max_asked_new_facts: int = field(default=500, metadata={"help": "Synthetic facts that are asked, at most."})
+    uuid_values: bool = setting(True, "Whether keys come with UUID values too, which takes the longest runs.")
+    seeds: list[int] = setting([0], "Seeds of the synthetic facts and of the training's order.")
+    probe_steps: int = setting(20, "Optimizer steps between two measurements of the drift.")
+    probe_layers: list[int] | None = setting(None, "Layers of the drift. By default the middle and the last.")
+    max_probed_facts: int = setting(100, "Held-out facts that the drift is measured on.")
 
     def __post_init__(self):
         for name, at_least in (("num_synthetic_facts", 2), ("overlaps", 2), ("seeds", 1)):

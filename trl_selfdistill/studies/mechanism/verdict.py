@@ -57,12 +57,8 @@ class Finding(NamedTuple):
 
 def judge_capacity(losses: Losses, study: MechanismArguments, learnt: dict[str, float | None]) -> Finding:
     """
-    Capacity: does the loss grow with the number of facts, as steeply for keys that look like nothing known?
-
-    Args:
-        losses ([`Losses`]): What was lost.
-        study ([`MechanismArguments`]): What was compared.
-        learnt (`dict[str, float | None]`): By variant, the share of its new facts that were learnt.
+    Capacity: does the loss grow with the number of facts, as steeply for keys that look like nothing known? `learnt`
+    is the share of its new facts that each variant learnt, by name.
     """
     sizes = sorted(study.num_synthetic_facts)
     name_like, foreign = ([MechanismVariant(size, keys).name for size in sizes] for keys in ("recombined", "uuid"))

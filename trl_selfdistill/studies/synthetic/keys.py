@@ -17,7 +17,6 @@ from itertools import accumulate, islice
 # that differ in more than case and accents. In byte-level vocabularies, other letters are parts of characters.
 _BEGINS_WORD = re.compile("[Ġ▁][A-Z][a-z]*")
 _GOES_ON = re.compile("[a-z]+")
-_BATCH_SIZE = 1024  # keys that are tokenised at a time
 # After so many draws for one key there is hardly any choice left.
 _MAX_DRAWS = 1000
 # At most this share of all sequences of tokens is asked for: not all come back, and new keys are to be found quickly.
@@ -49,9 +48,11 @@ class TokenKeys:
 
     def __init__(self, names: Iterable[str], tokenizer, prompt: str, overlap: float, apart_from: Iterable[str] = ()):
         self._tokenizer, self._overlap = tokenizer, overlap
-        self._before, _, self._after = prompt.partition("{subject}")
-        if not self._before.endswith(" ") or self._after[:1].isalnum():
+        self._before, found, self._after = prompt.partition(" {subject}")
+        if not found or self._after[:1].isalnum():
             raise ValueError(f"the question must hold its subject as words of its own, after a space, got {prompt!r}")
+        around = tokenizer([self._before, self._before + self._after], add_special_tokens=False)["input_ids"]
+        self._num_before, self._num_after = len(around[0]), len(around[1]) - len(around[0])
         names = sorted(set(names))
         ids_of_all = self._ids_in_prompt([*names, *apart_from])
         encoded = ids_of_all[: len(names)]
@@ -80,11 +81,9 @@ class TokenKeys:
 
     def _ids_in_prompt(self, names: list[str]) -> list[list[int]]:
         """The ids of each name's tokens, of all those of the prompt with that name."""
-        before = self._before[:-1]
-        texts = [before, before + self._after, *(f"{before} {name}{self._after}" for name in names)]
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        num_before, num_around = len(encoded[0]), len(encoded[1])
-        return [ids[num_before : len(ids) - (num_around - num_before)] for ids in encoded[2:]]
+        prompts = [f"{self._before} {name}{self._after}" for name in names]
+        encoded = self._tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        return [ids[self._num_before : len(ids) - self._num_after] for ids in encoded]
 
     def check_number(self, num_keys: int) -> None:
         """Raises a `ValueError` if `num_keys` are more than a quarter of what one of the shapes allows."""
@@ -98,23 +97,19 @@ class TokenKeys:
 
     def draw(self, num_keys: int, seed: int, taken: Set[str] = frozenset()) -> Iterator[str]:
         """
-        Draws keys, no two the same even without case. To tell, they are kept, some 100 bytes each.
-
-        Args:
-            num_keys (`int`): How many. Fewer are the first ones of more.
-            seed (`int`): The same seed gives the same keys.
-            taken (`Set[str]`, *optional*): Names in lower case that no key may have.
+        Draws keys, no two the same even without case, nor one of `taken`, names in lower case. To tell, they are kept,
+        some 100 bytes each. The same seed gives the same keys, and a smaller number the first of them.
         """
         taken = {*taken}
-        for start in range(0, num_keys, _BATCH_SIZE):
-            numbers = range(start, min(start + _BATCH_SIZE, num_keys))
-            # Random numbers of its own make a key independent of the batch that it is drawn in
-            streams = [self._candidates(random.Random(f"key {number} of seed {seed}")) for number in numbers]
-            for stream, key in zip(streams, self._draw(streams, taken, num_keys), strict=True):
-                if key.lower() in taken:  # as a key before it in the batch
-                    [key] = self._draw([stream], taken, num_keys)
-                taken.add(key.lower())
-                yield key
+        for number in range(num_keys):
+            candidates = self._candidates(random.Random(f"key {number} of seed {seed}"))
+            for ids, key in islice(candidates, _MAX_DRAWS):
+                if key.lower() not in taken and self._ids_in_prompt([key]) == [ids]:
+                    break
+            else:
+                raise self._too_few(num_keys)
+            taken.add(key.lower())
+            yield key
 
     def _candidates(self, generator: random.Random) -> Iterator[tuple[list[int], str]]:
         """Texts of one shape without end, each with the ids of the tokens that it is joined from."""
@@ -126,21 +121,6 @@ class TokenKeys:
         while True:
             tokens = [pool[int(generator.random() * len(pool))] for pool in pools]
             yield [index for index, _ in tokens], "".join(text for _, text in tokens)[1:]
-
-    def _draw(self, streams: list[Iterator], taken: Set[str], num_keys: int) -> list[str]:
-        """Of each stream the next key that the tokenizer leaves as it is and that is not taken."""
-        keys = [""] * len(streams)
-        missing = range(len(streams))
-        for _ in range(_MAX_DRAWS):
-            drawn = [next(streams[i]) for i in missing]
-            found = self._ids_in_prompt([text for _, text in drawn])
-            for i, (ids, text), found_ids in zip(missing, drawn, found, strict=True):
-                if ids == found_ids and text.lower() not in taken:
-                    keys[i] = text
-            missing = [i for i in missing if not keys[i]]
-            if not missing:
-                return keys
-        raise self._too_few(num_keys)
 
     def _too_few(self, num_keys: int) -> ValueError:
         begin, go_on = len(self._pools[True, True]), len(self._pools[False, True])
