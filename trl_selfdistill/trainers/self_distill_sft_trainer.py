@@ -15,7 +15,7 @@ from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .label_head import check_label_head, student_ce_kl
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import add_label_head_forward, frozen_copy
-from .teacher_cache import CACHE_COLUMNS, precompute_teacher
+from .teacher_cache import CACHE_COLUMN, precompute_teacher
 from .teacher_snapshot import TeacherSnapshotCallback
 from .teachers import ModelTeacher, Teacher, UntrainedStudent, check_teacher, load_teacher, refuse_adapter_on_head
 
@@ -68,7 +68,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
 
     tags = ["trl", "sft", "self-distill-sft"]
     method_name = "SelfDistillSFT"
-    extra_columns = CACHE_COLUMNS
+    extra_columns = (CACHE_COLUMN,)
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ with private_names():
     from trl.models.utils import prepare_deepspeed, prepare_fsdp
     from trl.trainer import sft_trainer
     from trl.trainer import utils as trl_utils
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
     from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head  # not used: tells TRL 1.15's loss
     from trl.trainer.utils import create_model_from_path as create_model_from_path
     from trl.trainer.utils import get_config_model_id as get_config_model_id
