@@ -115,15 +115,13 @@ def test_evaluation_sets_have_their_answers_too(tmp_path):
         run.evaluate(Dataset.from_list(ROWS[:3]))
 
 
-def test_no_teacher_is_in_memory_and_no_copy_of_the_model_is_made(tmp_path, monkeypatch):
+def test_no_teacher_is_in_memory(tmp_path):
     given = build_model(TOKENIZER, seed=7)
     watch = weakref.ref(given), weakref.ref(given.model.layers[0].mlp.up_proj.weight)
     run = trainer(tmp_path, arguments=data() | {"teacher_model": given}, **cached(tmp_path))
     del given
     gc.collect()
     assert watch[0]() is None and watch[1]() is None and run.teacher_model is None
-    monkeypatch.setattr("trl_selfdistill.trainers.self_distill_sft_trainer.frozen_copy", None)  # not called
-    trainer(tmp_path, arguments=data(), **cached(tmp_path))
 
 
 def other_end() -> dict:

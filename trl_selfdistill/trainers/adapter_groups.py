@@ -5,24 +5,16 @@ import copy
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from ..parameters.groups import GroupSelection
 from ..parameters.structure import named_tensors
 
 
-if is_peft_available():
-    from peft import PeftConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-
-def restrict_peft_config(
-    config: "PeftConfig", model: PreTrainedModel, selection: GroupSelection | None
-) -> "PeftConfig":
+def restrict_peft_config(config, model: PreTrainedModel, selection: GroupSelection | None):
     """
-    A copy of a PEFT config with adapters on the trainable groups of `model` alone. `target_modules` that are unset or
-    `"all-linear"` become the linear modules of these groups, less `exclude_modules`; a `ValueError` if there are none.
-    Those of the user's own stay: [`refuse_adapters_elsewhere`] sees what they make. Without a selection all stays.
+    A copy of a [`~peft.PeftConfig`] with adapters on the trainable groups of `model` alone. `target_modules` that are
+    unset or `"all-linear"` become the linear modules of these groups; a `ValueError` if there are none. Those of the
+    user's own stay: [`refuse_adapters_elsewhere`] sees what they make. Without a selection all stays.
     """
     if selection is None:
         return config
@@ -38,15 +30,13 @@ def restrict_peft_config(
             # The fused loss reads no adapter of the LM head
             if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
                 trainable.add(path)
-    config = copy.deepcopy(config)
-    config.target_modules = trainable
-    # What PEFT itself takes of these, which are without `exclude_modules`
-    config.target_modules = {name for name in trainable if check_target_module_exists(config, name)}
-    if not config.target_modules:
+    if not trainable:
         raise ValueError(
             f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train 'attention' "
-            "or 'mlp', or exclude fewer (`exclude_modules`)."
+            "or 'mlp'."
         )
+    config = copy.deepcopy(config)
+    config.target_modules = trainable
     return config
 
 

@@ -6,9 +6,12 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
+from trl import SFTConfig
 
 from ..files import warn_without, write_json
 from ..parameters.groups import GroupTable, freeze_selection
@@ -19,7 +22,6 @@ from .frozen_groups_sft_config import FrozenGroupsSFTConfig, config_from
 from .resume import ExactResumeMixin
 from .sft_internals import HookedSFTTrainer, name_experts, peft_configs_made_by
 from .trainer_card import ModelCardMixin
-from .training_rows import check_rows
 
 
 class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer):
@@ -139,6 +141,22 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         rows = {row.group: row._asdict() | {"frozen_sha256": digests.get(row.group)} for row in self.group_table or ()}
         options = {"frozen_groups": self.args.frozen_groups or None, "trainable_groups": self.args.trainable_groups}
         return {**options, "groups": rows}
+
+
+def check_rows(args: SFTConfig, name: str, data: Any) -> None:
+    """
+    A `ValueError` if `data`, which messages call `name`, has no rows, or columns of none of
+    [TRL's formats](https://huggingface.co/docs/trl/dataset_formats). Streams may leave both open.
+    """
+    if isinstance(data, Dataset) and not len(data):
+        raise ValueError(f"{name} has no rows: add some.")
+    columns, text = {*(getattr(data, "column_names", None) or ())}, args.dataset_text_field
+    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or columns & {"input_ids", "image", "images"}
+    # With a prompt, TRL asks for a completion, whatever else there is
+    accepted = {"completion"} if "prompt" in columns else {"messages", "conversations", text}
+    if columns and not is_prepared and not columns & accepted:
+        found = ", ".join(sorted(columns))
+        raise ValueError(f"{name} has the columns {found}: give prompt and completion, messages, or {text}.")
 
 
 class _FrozenCheck(TrainerCallback):

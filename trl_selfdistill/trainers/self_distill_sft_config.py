@@ -55,11 +55,9 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         teacher_model_name_or_path (`str`, *optional*):
             Path or Hub id of the teacher. Defaults to a frozen copy of the model that is passed to the trainer, whose
             `teacher_model` argument takes a model instance as well.
-        teacher_model_revision (`str`, *optional*):
-            Revision (branch, tag or commit) of the teacher on the Hub.
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` when the teacher is loaded by name. `dtype` defaults to
-            `"float32"`, as for the model itself.
+            Keyword arguments for `from_pretrained` when the teacher is loaded by name, such as its `revision`. `dtype`
+            defaults to `"float32"`, as for the model itself.
         teacher_snapshot_steps (`int`, *optional*):
             Train plain SFT for this many optimizer steps, then freeze a snapshot of the model as the teacher (kept in
             `output_dir/_teacher` for resuming) and continue with distillation. For models that are not sharded, full
@@ -102,7 +100,6 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     temperature: float = 1.0
     logits_dtype: str | None = None
     teacher_model_name_or_path: str | None = None
-    teacher_model_revision: str | None = None
     teacher_model_init_kwargs: dict[str, Any] | str | None = None
     teacher_snapshot_steps: int | None = None
     teacher_snapshot_epochs: float | None = None
@@ -152,7 +149,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         configuration.
 
         Raises:
-            ValueError: If the teacher is given twice, or options for loading one are set and none is loaded.
+            ValueError: If the teacher is given twice, or how to load one is set and none is loaded.
         """
         for name in _TEACHERS:
             if teacher_model is not None and getattr(self, name) is not None:
@@ -160,9 +157,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         given = teacher_model if teacher_model is not None else self.teacher_model_name_or_path
         if isinstance(given, str | os.PathLike):
             given = os.path.expanduser(given)
-        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-            if getattr(self, name) is not None and not isinstance(given, str):
-                raise ValueError(f"`{name}` is for a teacher that is loaded by name, and none is. Leave it unset.")
+        if self.teacher_model_init_kwargs is not None and not isinstance(given, str):
+            raise ValueError("`teacher_model_init_kwargs` is for a teacher that is loaded by name. Leave it unset.")
         return given
 
     @property

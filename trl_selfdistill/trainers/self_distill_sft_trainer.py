@@ -17,7 +17,7 @@ from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import add_label_head_forward, frozen_copy
 from .teacher_cache import CACHE_COLUMN, precompute_teacher
 from .teacher_snapshot import TeacherSnapshotCallback
-from .teachers import ModelTeacher, Teacher, UntrainedStudent, check_teacher, load_teacher, refuse_adapter_on_head
+from .teachers import ModelTeacher, Teacher, check_teacher, load_teacher, refuse_adapter_on_head
 
 
 class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
@@ -120,8 +120,6 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         """The student as it is now as a teacher: its adapter, if the model can hold two of them, or a copy."""
         if fits_adapter_teacher(self.model):
             return AdapterTeacher(self.model, self.accelerator)
-        if self.args.precompute_teacher and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return UntrainedStudent(self.model)
         return ModelTeacher(frozen_copy(self.accelerator.unwrap_model(self.model)), self.accelerator)
 
     @property

@@ -97,9 +97,6 @@ def precompute_teacher(trainer) -> CachedTeacher:
             setattr(owner, name, _with_answers(trainer, name, dataset, folder))
     first = trainer.data_collator([without_unused_columns(trainer, seen)[0]])
     lm_head = _targets(trainer, first).lm_head
-    moving = {parameter.data_ptr() for parameter in trainer.model.parameters() if parameter.requires_grad}
-    if lm_head.weight.data_ptr() in moving:
-        lm_head = lm_head.map_tensors(torch.clone)
     trainer.data_collator = CacheCollator(trainer.data_collator)
     teacher.release(trainer.model)
     return CachedTeacher(teacher.sha256, lm_head, getattr(torch, args.teacher_cache_dtype))

@@ -2,9 +2,9 @@
 """
 The teacher: a frozen model that the student is pulled to, and which model that is.
 
-It is one of four, all behind [`Teacher`]: a model beside the student ([`ModelTeacher`]), the same base model with
-another adapter or none ([`~trl_selfdistill.trainers.adapter_teacher.AdapterTeacher`]), the student itself before its
-first step ([`UntrainedStudent`]), or answers on disk ([`~trl_selfdistill.trainers.teacher_cache.CachedTeacher`]).
+It is one of three, all behind [`Teacher`]: a model beside the student ([`ModelTeacher`]), the same base model with
+another adapter or none ([`~trl_selfdistill.trainers.adapter_teacher.AdapterTeacher`]), or answers on disk
+([`~trl_selfdistill.trainers.teacher_cache.CachedTeacher`]).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,6 @@ from transformers.utils import logging
 from ..losses import LMHead, ModelSide
 from ..parameters.hashes import gathered, hash_model
 from ..parameters.structure import base_causal_lm
-from ..slick.generation import evaluation_mode
 from .label_head import check_label_head, label_hidden_states, lm_head_of
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
@@ -92,18 +91,6 @@ class ModelTeacher(Teacher):
         return ModelSide(hidden_states, lm_head)
 
 
-class UntrainedStudent(Teacher):
-    """The student before its first step, which answers as a copy of it would. To answer in advance only."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.sha256 = hash_model(model)
-
-    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
-        with evaluation_mode(student):
-            hidden_states = label_hidden_states(student, inputs)
-        return ModelSide(hidden_states, frozen_head(student))
-
-
 def frozen_head(model: PreTrainedModel) -> LMHead:
     """A model's LM head without gradients. Under ZeRO-3, where this is a collective, a copy that is whole."""
     head = lm_head_of(base_causal_lm(model))
@@ -125,8 +112,6 @@ def load_teacher(
     """
     if isinstance(teacher, str):
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
-        if args.teacher_model_revision is not None:
-            init_kwargs.setdefault("revision", args.teacher_model_revision)
         # As `SFTTrainer` does for the model: each process holds the whole of it
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init_kwargs["device_map"] = None
@@ -170,8 +155,9 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
     if not name:
         return  # built in memory: there is no tokenizer to compare with
     try:
+        revision = (args.teacher_model_init_kwargs or {}).get("revision")
         teacher_tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+            name, revision=revision, trust_remote_code=args.trust_remote_code
         )
     except (ImportError, OSError, ValueError) as error:  # without one, transformers 4 asks for protobuf or tiktoken
         logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")

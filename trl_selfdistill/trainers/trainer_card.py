@@ -22,7 +22,7 @@ _SETTINGS = (
     *("weight_decay", "optim", "seed", "data_seed", "bf16", "max_length", "packing", "loss_type"),
     *("trainable_groups", "frozen_groups"),
 )
-_TEACHER_SETTINGS = ("kl_weight", "temperature", "teacher_model_revision")
+_TEACHER_SETTINGS = ("kl_weight", "temperature")
 
 
 class ModelCardMixin:
