@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from .ce_kl_torch import TileObjective
 from .fused_head import fused_losses
@@ -50,7 +49,7 @@ def linear_ce_kl(
     kl_weight: float,
     temperature: float = 1.0,
     num_items_in_batch: int | torch.Tensor | None = None,
-    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
+    impl: Literal["auto", "triton", "torch"] = "auto",
     logits_dtype: torch.dtype | None = None,
     memory_budget_mib: float = 1024.0,
 ) -> CEKLOutput:
@@ -82,7 +81,7 @@ def linear_ce_kl(
             Number of labels in the whole (accumulated, distributed) batch. Defaults to those in `shift_labels`.
         impl (`str`, *optional*, defaults to `"auto"`):
             `"triton"` (CUDA) and `"torch"` (any device) form the gradients in the forward pass, in chunks of tokens;
-            `"auto"` takes the first that runs. `"reference"` is the formula above, with all logits in memory.
+            `"auto"` takes the first that runs.
         logits_dtype (`torch.dtype`, *optional*):
             `torch.float32` keeps the logits of half-precision products in fp32: the gradients' rounding error falls to
             a fifth, and a GPU takes 1.2 times as long. Elsewhere the products are in fp32, too. By default the logits
@@ -106,8 +105,8 @@ def linear_ce_kl(
         if teacher_hidden_states is None or teacher_lm_head is None:
             raise ValueError("The teacher's hidden states and head are needed, or `kl_weight=0`. Got None.")
         teacher = _checked_side("teacher", teacher_hidden_states, teacher_lm_head, shift_labels, vocab_size)
-    if impl not in ("auto", "triton", "torch", "reference"):
-        raise ValueError(f"`impl` must be 'auto', 'triton', 'torch' or 'reference', got {impl!r}.")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"`impl` must be 'auto', 'triton' or 'torch', got {impl!r}.")
     if impl == "auto":
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
@@ -130,40 +129,9 @@ def linear_ce_kl(
         teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[index])
     denominator = max(1.0, num_labels if num_items is None else num_items)
     objective = TileObjective(ce_weight, kl_weight, temperature, grad_scale=1 / denominator)
-    if impl == "reference":
-        loss, sums = _reference_losses(student, teacher, labels, objective, logits_dtype)
-    else:
-        loss, sums = fused_losses(student, teacher, labels, objective, impl, logits_dtype, memory_budget_mib)
+    loss, sums = fused_losses(student, teacher, labels, objective, impl, logits_dtype, memory_budget_mib)
     means = sums.detach() / max(1, num_labels)
     return CEKLOutput(loss, *means.unbind(), counts[0])
-
-
-def _reference_losses(student, teacher, labels, objective, logits_dtype):
-    """[`fused_losses`] as a textbook computes them, with all logits in memory."""
-
-    def logits_of(side: ModelSide) -> torch.Tensor:
-        if logits_dtype is None:
-            return side.lm_head.logits(side.hidden_states)
-        with torch.autocast(labels.device.type, enabled=False):
-            dtype = torch.promote_types(side.hidden_states.dtype, logits_dtype)
-            return side.lm_head.logits(side.hidden_states.to(dtype))
-
-    logits = logits_of(student)
-    ce = F.cross_entropy(logits, labels, reduction="none")
-    kl = torch.zeros_like(ce)
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logits = logits_of(teacher)
-        # Of a masked token, -inf - (-inf) would be nan
-        log_q, log_p = (
-            (x / objective.temperature).log_softmax(-1).clamp(min=torch.finfo(x.dtype).min)
-            for x in (logits, teacher_logits)
-        )
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
-    top1 = logits.argmax(-1) == labels
-    sums = torch.stack([ce, kl, entropy, top1.to(ce.dtype)], dim=-1).sum(0)
-    return objective.total(sums), sums
 
 
 def _check_options(shift_labels, num_items, logits_dtype, memory_budget_mib) -> None:
