@@ -87,7 +87,7 @@ def linear_ce_kl(
             a fifth, and a GPU takes 1.2 times as long. Elsewhere the products are in fp32, too. By default the logits
             are rounded to the products' dtype, as those of a model in it.
         memory_budget_mib (`float`, *optional*, defaults to `1024.0`):
-            Memory for the logits of a chunk, in MiB. On a CPU a chunk has at most 512 tokens.
+            Memory for the logits of a chunk, in MiB. A chunk has at least 1 token, and on a CPU at most 512.
 
     Returns:
         [`CEKLOutput`]. Without any label the loss is 0 with zero gradients, and still connected to the graph. A
@@ -111,7 +111,7 @@ def linear_ce_kl(
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
     num_items = None if num_items_in_batch is None else float(num_items_in_batch)  # one look, if it is on a GPU
-    _check_options(shift_labels, num_items, logits_dtype, memory_budget_mib)
+    _check_options(shift_labels, num_items, logits_dtype)
     kept = shift_labels != IGNORE_INDEX
     outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
     # Once: each look at a GPU's values waits for all that it has to do
@@ -134,9 +134,7 @@ def linear_ce_kl(
     return CEKLOutput(loss, *means.unbind(), counts[0])
 
 
-def _check_options(shift_labels, num_items, logits_dtype, memory_budget_mib) -> None:
-    if not 0 < memory_budget_mib < inf:
-        raise ValueError(f"`memory_budget_mib` must be finite and > 0, got {memory_budget_mib}.")
+def _check_options(shift_labels, num_items, logits_dtype) -> None:
     if num_items is not None and not 0 <= num_items < inf:
         raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items}.")
     if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:

@@ -4,11 +4,13 @@
 Training the attention alone teaches a task without overwriting what the MLPs know (arXiv 2604.15574, Table 1).
 """
 
+import copy
 import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .structure import GROUPS, ParameterName, group_of, named_tensors
@@ -170,3 +172,43 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
         if not selection.trains(names[0]):
             tensor.requires_grad_(False)
     return parameter_table(model)
+
+
+def restrict_peft_config(config, model: PreTrainedModel, selection: GroupSelection | None):
+    """
+    A copy of a [`~peft.PeftConfig`] with adapters on the trainable groups of `model` alone. `target_modules` that are
+    unset or `"all-linear"` become the linear modules of these groups; a `ValueError` if there are none. Those of the
+    user's own stay: [`refuse_adapters_elsewhere`] sees what they make. Without a selection all stays.
+    """
+    if selection is None:
+        return config
+    if not hasattr(config, "target_modules"):
+        raise ValueError(f"{selection} needs a PEFT method with `target_modules`, got {type(config).__name__}.")
+    if config.target_modules not in (None, "all-linear"):
+        return config
+    modules, trainable = dict(model.named_modules()), set()
+    for _, names in named_tensors(model):
+        for name in names:
+            path, _, attribute = name.name.rpartition(".")
+            is_linear = isinstance(modules[path], nn.Linear) or type(modules[path]).__name__ == "Conv1D"
+            # The loss of self-distillation reads no adapter of the LM head
+            if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
+                trainable.add(path)
+    if not trainable:
+        raise ValueError(
+            f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train 'attention' "
+            "or 'mlp'."
+        )
+    config = copy.deepcopy(config)
+    config.target_modules = trainable
+    return config
+
+
+def refuse_adapters_elsewhere(model: nn.Module, selection: GroupSelection) -> None:
+    """Raises `ValueError` if a PEFT model trains something in frozen groups: adapters, biases, copies of modules."""
+    trained = [names[0] for parameter, names in named_tensors(model) if parameter.requires_grad]
+    if elsewhere := [name.name for name in trained if not selection.trains(name)]:
+        raise ValueError(
+            f"{selection}, and the PEFT model trains {len(elsewhere)} tensors in frozen groups: {elsewhere[:3]}. Pass "
+            "a `peft_config` without `target_modules` and `modules_to_save`, and the model without adapters."
+        )

@@ -47,7 +47,7 @@ class Anchors:
         self.dataset, self._trainer, self._written = dataset, trainer, None
         # Whole steps, as writing is a collective
         self._size = _STEPS * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        tokenizer = text_tokenizer(trainer.processing_class)
+        self._tokenizer = tokenizer = text_tokenizer(trainer.processing_class)
         self._begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if dataset is None and self._begin is None:
             raise ValueError("`anchors='self'`: the tokenizer has no token to begin a text with. Set its `bos_token`.")
@@ -64,7 +64,6 @@ class Anchors:
         """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
         trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        tokenizer = text_tokenizer(trainer.processing_class)
         begin = self._begin
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
 
@@ -76,7 +75,7 @@ class Anchors:
         teacher = trainer.teacher.as_model(trainer.model_wrapped)
         with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
             model = accelerator.unwrap_model(model)
-            config = _to_the_end(model, tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
+            config = _to_the_end(model, self._tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
             written = chain.from_iterable(map_in_parallel(write, range(0, self._size, _BATCH_SIZE)))
         return [{"input_ids": [begin, *ids], "labels": [begin, *ids]} for ids in written]
 
@@ -113,13 +112,10 @@ def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
 def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
     """The trainer's `anchor_dataset`, or that of its configuration. A `ValueError` if `anchors` takes not as many."""
     name, is_needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
-    if (num_given := (anchor_dataset is not None) + (name is not None)) != is_needed:
-        reason = "takes no prompts: unset `anchor_dataset` and `anchor_dataset_name`, or set 'own_answers' or 'kl'"
-        if is_needed and num_given:
-            reason = f"got both `anchor_dataset` and `anchor_dataset_name={name!r}`: unset one"
-        elif is_needed:
-            reason = "needs prompts: set `anchor_dataset_name` to a file or a Hub id, or pass `anchor_dataset`"
-        raise ValueError(f"`anchors={args.anchors!r}` {reason}.")
+    num_given = (anchor_dataset is not None) + (name is not None)
+    if num_given != is_needed:
+        which = f"{'one' if is_needed else 'none'} of `anchor_dataset` and `anchor_dataset_name`"
+        raise ValueError(f"`anchors={args.anchors!r}` takes {which}, got {num_given}.")
     if name is None:
         return anchor_dataset
     if (file_format := _FORMATS.get(Path(name).suffix.lower())) and Path(name).is_file():
@@ -146,10 +142,8 @@ def prepare_anchors(trainer, dataset: Dataset | None, evaluated: Any) -> dict[st
         trainer.anchors = Anchors(trainer, prepare_rows(trainer, rows).shuffle(seed=args.seed))
     else:
         trainer.anchors = Anchors(trainer)
-    names = ["anchor_weight"] if args.anchors == "kl" else ["anchor_weight", "anchor_max_new_tokens"]
-    settings = {name: getattr(args, name) for name in ("anchors", *names)}
-    if args.anchors != "own_answers":  # which texts, and in which order
-        settings["anchor_seed"] = args.seed
+    settings = {name: getattr(args, name) for name in ("anchors", "anchor_weight", "anchor_max_new_tokens")}
+    settings["anchor_seed"] = args.seed  # which texts, and in which order
     return settings | {f"anchor_{name}": value for name, value in (describe_dataset(rows) or {}).items()}
 
 

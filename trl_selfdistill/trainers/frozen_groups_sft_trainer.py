@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig
 
 from ..files import warn_without, write_json
-from ..parameters.groups import GroupTable, freeze_selection
+from ..parameters.groups import GroupTable, freeze_selection, refuse_adapters_elsewhere, restrict_peft_config
 from ..parameters.hashes import digest_groups, hash_parameters, verify_frozen
 from ..parameters.structure import keep_trainable
-from .adapter_groups import refuse_adapters_elsewhere, restrict_peft_config
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, config_from
 from .resume import ExactResumeMixin
 from .sft_internals import HookedSFTTrainer, name_experts, peft_configs_made_by

@@ -14,11 +14,9 @@ from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help
 
 PAPER_SETTING = {"kl_weight": 1.0, "temperature": 0.5}
 """Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults learn more and keep as much."""
-ANCHOR_KINDS = ("own_answers", "kl", "self")
-CACHE_DTYPES = ("bfloat16", "float32")
 _CHOICES = {
-    "teacher_cache_dtype": CACHE_DTYPES,
-    "anchors": (*ANCHOR_KINDS, None),
+    "teacher_cache_dtype": ("bfloat16", "float32"),
+    "anchors": ("own_answers", "kl", "self", None),
     "logits_dtype": ("float32", None),
 }
 _SNAPSHOTS = ("teacher_snapshot_steps", "teacher_snapshot_epochs")
@@ -135,21 +133,12 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
                 f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` needs it in training. "
                 "Leave one of them unset."
             )
-        metric = self.metric_for_best_model or "loss"
-        if self.takes_snapshot and self.load_best_model_at_end and metric.endswith("loss"):
-            raise ValueError(
-                f"`load_best_model_at_end=True`: after the snapshot of `{given[0]}`, {metric!r} is another loss. Set "
-                "`metric_for_best_model` to 'eval_mean_token_accuracy', for example."
-            )
         super().__post_init__()
 
     def choose_teacher(self, teacher_model: Any) -> Any:
         """
-        The teacher that is to be loaded: the trainer's `teacher_model` (a name or a model), or that of this
-        configuration.
-
-        Raises:
-            ValueError: If the teacher is given twice, or how to load one is set and none is loaded.
+        The teacher to load: the trainer's `teacher_model`, a name or a model, or that of this configuration. A
+        `ValueError` if it is given twice, or there are options for loading one and none is loaded.
         """
         for name in _TEACHERS:
             if teacher_model is not None and getattr(self, name) is not None:
