@@ -140,10 +140,7 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
 
 
 def add_frozen_copy(model: torch.nn.Module) -> None:
-    """
-    Adds a frozen copy of the active adapter, `modules_to_save` included, under the name `TEACHER_ADAPTER`. The active
-    one stays active, and `save_pretrained` (so checkpoints and pushes, too) leaves the copy out unless it is named.
-    """
+    """Adds a frozen copy of the active adapter as `TEACHER_ADAPTER`, which `save_pretrained` leaves out."""
     [student] = model.active_adapters
     config = copy.deepcopy(model.peft_config[student])
     if hasattr(config, "init_lora_weights"):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The only file that relies on how TRL's `SFTTrainer`, transformers' models, accelerate and DeepSpeed work inside. What a
-new version of theirs could break without an error is tested in tests/trainers/test_sft_internals.py, and with which
-versions in docs/compatibility.md.
+The only file that relies on how TRL, transformers, accelerate and DeepSpeed work inside. What new versions could break
+without an error is tested in tests/trainers/test_sft_internals.py, and with which in docs/compatibility.md.
 """
 
 import copy
@@ -62,10 +61,7 @@ with private_names():
 
 
 class HookedSFTTrainer(SFTTrainer):
-    """
-    `SFTTrainer` with public hooks in place of methods that transformers lets subclasses override by private names. An
-    override calls `super()`, so that mixins can have hooks too.
-    """
+    """`SFTTrainer` with public hooks for private methods. An override calls `super()`, so that mixins can have them."""
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
@@ -161,12 +157,10 @@ class LabelStates(NamedTuple):
 
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """
-    A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own. Those that TRL and
-    accelerate bind to the instance would keep running the student, and accelerate would not prepare the copy anew.
-    """
+    """A copy of `model` for the teacher: without gradients, in evaluation mode, and with a forward of its own."""
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     teacher = _copy_partitioned(model) if partitioned else copy.deepcopy(model)
+    # The forwards that TRL and accelerate bind to the student would run it, and accelerate would not prepare the copy
     for module in (teacher, base_causal_lm(teacher)):
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             module.__dict__.pop(name, None)
@@ -184,10 +178,7 @@ def load_saved(model: PreTrainedModel, folder: str | Path):
 
 def _copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "peft_config"):
-        raise ValueError(
-            "ZeRO-3 has partitioned the adapter, of which the teacher would be a copy. Use ZeRO-2 or FSDP, pass a "
-            "`teacher_model`, or set `kl_weight=0`."
-        )
+        raise ValueError("ZeRO-3 has partitioned the adapter. Use ZeRO-2, FSDP, a `teacher_model` or `kl_weight=0`.")
     config = copy.deepcopy(model.config)
     # While ZeRO-3 is on, transformers partitions what it makes, in the same way
     with patch.object(PreTrainedModel, "initialize_weights"):  # it may index an embedding that is elsewhere
@@ -214,10 +205,9 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator) -> torch.n
 
 def add_label_head_forward(model: PreTrainedModel) -> None:
     """
-    Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`, with the
-    [`LabelStates`] of its backbone. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and
-    accelerate's autocast wrap: parameters are gathered and cast, and prompt-learning tokens are added. The model,
-    without a PEFT wrapper, is changed in place.
+    Lets `model(..., labels=labels, label_head=function)`, without a PEFT wrapper, return `function(model, states)` of
+    the [`LabelStates`] of its backbone. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT
+    and accelerate's autocast wrap: parameters are gathered and cast, and prompt-learning tokens are added.
     """
     original_forward = model.forward
 

@@ -19,9 +19,9 @@ logger = logging.get_logger(__name__)
 
 class TeacherSnapshotCallback(TrainerCallback):
     """
-    Freezes a snapshot of the student of a [`SelfDistillSFTTrainer`] as its teacher, once, after the configured steps
-    or epochs of plain SFT. It is kept in `output_dir/_teacher`, where a resumed run finds it. A `ValueError` if the
-    model is sharded, its adapter cannot be held twice, the data's length is unknown, or the run ends before it.
+    Freezes the student of a [`SelfDistillSFTTrainer`] as its teacher after the steps or epochs of plain SFT, and keeps
+    it in `output_dir/_teacher`, where a resumed run finds it. A `ValueError` if the model is sharded, its adapter
+    cannot be held twice, the data's length is unknown, or the run ends before it.
     """
 
     def __init__(self, trainer):
@@ -31,8 +31,8 @@ class TeacherSnapshotCallback(TrainerCallback):
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if is_sharded or (is_peft_model(trainer.model) and not self._is_adapter):
             raise ValueError(
-                "A snapshot is of models that are not sharded, full or with one adapter that can be held twice. "
-                "Train stage 1 first, and a second run from its checkpoint."
+                "A snapshot is of a model that is not sharded, full or with one adapter that can be held twice. Train "
+                "stage 1 first, and a second run from its checkpoint."
             )
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The teacher: a frozen model that the student is pulled to, and which model that is.
-
-It is one of three, all behind [`Teacher`]: a model beside the student ([`ModelTeacher`]), the same base model with
-another adapter or none ([`~trl_selfdistill.trainers.adapter_teacher.AdapterTeacher`]), or answers on disk
-([`~trl_selfdistill.trainers.teacher_cache.CachedTeacher`]).
+The teacher, a frozen model that the student is pulled to: a model beside it ([`ModelTeacher`]), the same base model
+with another adapter or none (adapter_teacher.py), or answers on disk (teacher_cache.py).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -41,8 +38,7 @@ class Teacher:
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         """
         The teacher's last hidden states at the label positions of a batch, `(num_label_tokens, teacher_hidden_size)`,
-        and its LM head, both without gradients. `student` is the model in training as accelerate has prepared it,
-        `inputs` are the arguments of its forward, `labels` among them.
+        and its LM head, without gradients. `student` is the prepared model, `inputs` are its forward's, with `labels`.
         """
         raise NotImplementedError
 
@@ -62,8 +58,8 @@ class Teacher:
 
 class ModelTeacher(Teacher):
     """
-    A model beside the student, frozen in place. The accelerator places it, or shards it like the student under FSDP
-    and ZeRO-3, in the student's mixed precision. A `ValueError` under FSDP if only the main process holds the weights.
+    A model beside the student, frozen in place, in the student's mixed precision and, under FSDP and ZeRO-3, sharded
+    like it. A `ValueError` under FSDP if only the main process holds the weights.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
@@ -73,9 +69,7 @@ class ModelTeacher(Teacher):
         self._accelerator = accelerator
         is_fsdp = accelerator.distributed_type == DistributedType.FSDP
         if is_fsdp and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-            raise ValueError(
-                "`fsdp_cpu_ram_efficient_loading: true` leaves most processes no weights to copy. Set it to false."
-            )
+            raise ValueError("`fsdp_cpu_ram_efficient_loading: true` leaves processes no weights. Set it to false.")
         self._lm_head: LMHead | None = None
         if is_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             # It is read outside of the forward, where shards are not gathered: each process keeps it whole
@@ -107,8 +101,8 @@ def load_teacher(
     args: SelfDistillSFTConfig,
 ) -> PreTrainedModel:
     """
-    Loads the teacher that the user has named by path or Hub id, as `args` says, or takes the one that was passed in. A
-    `ValueError` if it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
+    Loads the teacher of this path or Hub id, or takes the one that was passed in. A `ValueError` if it shares
+    parameters with the student, or its vocabulary or tokenizer is not the student's.
     """
     if isinstance(teacher, str):
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
@@ -127,8 +121,8 @@ def load_teacher(
 
 def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
     """
-    Raises `ValueError` if an adapter adds to the LM head, or to single tokens of embeddings that it is tied to: the
-    loss is computed from the head's weights as they are stored. `name` is the trainer's argument that `model` is.
+    Raises `ValueError` if an adapter adds to the LM head, or to single tokens of embeddings that it is tied to, which
+    the loss would not see. `name` is the trainer's argument that `model` is.
     """
     head = base_causal_lm(model).get_output_embeddings()
     if hasattr(head, "token_adapter") or hasattr(head, "base_layer"):
@@ -139,7 +133,7 @@ def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
 
 
 def _storages(model: torch.nn.Module) -> set[int]:
-    """Addresses of a model's parameters: `load_state_dict(assign=True)` shares the memory, not the `Parameter`."""
+    # Addresses, as `load_state_dict(assign=True)` shares the memory, not the `Parameter`
     return {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()} - {0}
 
 
@@ -167,10 +161,7 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
 
 
 def check_teacher(teacher: Teacher | None, saved: dict | None, checkpoint: Path) -> None:
-    """
-    Raises `ValueError` if the teacher of a run (`None` before its snapshot) is not that of the checkpoint that it
-    resumes from, of which `saved` holds `sha256` and `name_or_path`.
-    """
+    """Raises `ValueError` if a run's teacher (`None` before its snapshot) is not `saved`, that of its checkpoint."""
     if (teacher is None) != (saved is None):
         raise ValueError(
             f"{checkpoint} was written with{'out' if saved is None else ''} a teacher, and this run would go on with"
