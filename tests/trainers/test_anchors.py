@@ -209,7 +209,7 @@ REFUSED = [
     (dict(anchors="replay"), {}, "`anchors` is one of own_answers, kl, self, None, got 'replay'"),
     (dict(anchors="self", anchor_weight=-1.0), {}, "`anchor_weight` must be > 0, got -1.0"),
     (dict(anchors="self", anchor_max_new_tokens=0), {}, "`anchor_max_new_tokens` must be > 0, got 0"),
-    (dict(anchors="self", precompute_teacher=True), {}, "`precompute_teacher=True` .*`anchors`"),
+    (dict(anchors="self", precompute_teacher=True), {}, "`precompute_teacher` .*`anchors`"),
     (dict(anchors="kl"), {}, "`anchors='kl'` takes one of `anchor_dataset` and `anchor_dataset_name`, got 0"),
     (dict(anchors="kl", anchor_dataset_name="a/b"), given(), "`anchors='kl'` takes one of .* got 2"),
     ({}, given(), "`anchors=None` takes none of `anchor_dataset` and .* got 1"),

@@ -181,7 +181,7 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
         (dict(teacher_snapshot_epochs=-1.0), "`teacher_snapshot_epochs` must be > 0"),
         (dict(teacher_snapshot_steps=1, teacher_snapshot_epochs=1.0), "Set one of them"),
         (dict(teacher_snapshot_steps=1, teacher_model_name_or_path="org/t"), "Set one of them"),
-        (dict(precompute_teacher=True, teacher_snapshot_steps=3), "before training, and `teacher_snapshot_steps`"),
+        (dict(precompute_teacher=True, teacher_snapshot_steps=3), "before training, `teacher_snapshot_steps` in it"),
         (dict(precompute_teacher=True, teacher_cache_dtype="float16"), "bfloat16, float32, got 'float16'"),
         (dict(logits_dtype="bfloat16"), "float32, None, got 'bfloat16'"),
     ],

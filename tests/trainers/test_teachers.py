@@ -268,7 +268,7 @@ def test_context_parallelism_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(type(run.accelerator), "parallelism_config", sizes)
 
     monkeypatch.setattr("trl_selfdistill.trainers.self_distill_sft_trainer.prepare_anchors", in_parallel)
-    with pytest.raises(ValueError, match="sequence or context parallelism.* or set `kl_weight=0`"):
+    with pytest.raises(ValueError, match="sequence or context parallelism"):
         trainer(tmp_path)
 
 

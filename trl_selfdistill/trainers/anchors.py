@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Anchors: prompts or texts without labels on which the student is kept near its start, by a KL of their own, or as rows
-with the model's own answers (pseudo-rehearsal, Robins 1995).
-"""
+"""Prompts or texts without labels on which the student stays near its start (pseudo-rehearsal, Robins 1995)."""
 
 import glob
 import random
@@ -34,12 +31,9 @@ _STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many
 
 class Anchors:
     """
-    Rows with labels where the KL is taken, as an endless sequence. A step takes its rows by their positions, so that
-    a run that is resumed, or split otherwise over micro-batches and processes, takes the same ones.
-
-    Args:
-        trainer ([`SelfDistillSFTTrainer`]): Its teacher writes, when all processes of a step ask for the next texts.
-        dataset (`Dataset`, *optional*): Tokenized rows, again and again; without them, texts that the teacher samples.
+    An endless sequence of rows with labels where the KL is taken: those of a tokenized `dataset` again and again, or
+    texts that the trainer's teacher samples. A step takes its rows by their positions, so that a run that is resumed,
+    or split otherwise over micro-batches and processes, takes the same ones.
     """
 
     def __init__(self, trainer, dataset: Dataset | None = None):
@@ -94,8 +88,8 @@ def forked(accelerator):
 
 def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
     """
-    Puts anchors beside the rows of each micro-batch of a step, as many as rows fit: `batch["anchors"]` holds the
-    inputs of a forward and the number of tokens that the anchors of the step predict, over all processes.
+    Puts as many anchors beside the rows of each micro-batch of a step: `batch["anchors"]` holds the inputs of a
+    forward and the number of tokens that the anchors of the step predict, over all processes.
     """
     args, accelerator, tp_size = trainer.args, trainer.accelerator, trainer.get_tp_size()
     process, num_processes = accelerator.process_index // tp_size, accelerator.num_processes // tp_size
@@ -126,9 +120,9 @@ def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> 
 
 def prepare_anchors(trainer, dataset: Dataset | None, evaluated: Any) -> dict[str, Any] | None:
     """
-    Sets `trainer.anchors`, or adds own answers to its training data, before it has a teacher. Returns what a resumed
-    run must have in common, as JSON values. A collective. A `ValueError` if prompts or training data do not fit, or a
-    prompt is one of `evaluated`, the trainer's `eval_dataset` as it was given.
+    Sets `trainer.anchors`, or adds own answers to its data. Returns what a resumed run must have in common, as JSON
+    values. A collective. A `ValueError` if prompts or training data do not fit, or a prompt is one of `evaluated`, the
+    trainer's `eval_dataset` as it was given.
     """
     args, rows = trainer.args, None
     if args.anchors is None:
@@ -154,10 +148,7 @@ def _question(prompt: str | list[dict]) -> str | list[dict]:
 
 
 def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, Dataset]:
-    """
-    The prompts of an anchor dataset, texts or conversations, and rows with labels where the KL is taken: at each token
-    of a `text`, and of a prompt where its answer begins.
-    """
+    """The prompts of an anchor dataset, and rows with labels at each token of a `text`, or where an answer begins."""
     names = dataset.column_names if isinstance(dataset, Dataset) and len(dataset) else ()
     column = next((name for name in _COLUMNS if name in names), None)
     if column is None:
@@ -220,10 +211,8 @@ def own_answers(
     batch_size: int = 8,
 ) -> Dataset:
     """
-    What a model answers to prompts, greedily, as rows to concatenate with a prompt-completion dataset.
-
-    The rows are texts, or messages for conversations: [`~trl.SFTTrainer`] tokenizes them like the other rows, and adds
-    the end of sequence, or the turn's end of the chat template.
+    What a model answers to prompts, greedily, as rows to concatenate with a prompt-completion dataset: texts, or
+    messages for conversations, which [`~trl.SFTTrainer`] tokenizes and ends like the other rows.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, whose generation config says what ends an answer.
@@ -234,10 +223,7 @@ def own_answers(
 
     Returns:
         `Dataset` with the columns `prompt` and `completion`, in the order of `prompts`, without answers that are empty
-        or have no end.
-
-    Raises:
-        ValueError: If no answer is left.
+        or have no end. A `ValueError` if none is left.
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
@@ -259,10 +245,10 @@ def own_answers(
         for prompt, text in zip(prompts, answers, strict=True)
         if text.strip()
     ]
-    left_out = f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
-    left_out += f"`max_new_tokens={max_new_tokens}` and are left out."
-    if not rows:
-        raise ValueError(f"{left_out} Raise it, or give prompts in the format in which the model has learnt to stop.")
     if len(rows) < len(prompts):
+        left_out = f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
+        left_out += f"`max_new_tokens={max_new_tokens}` and left out. Raise it or use a format that the model can end."
+        if not rows:
+            raise ValueError(left_out)
         logger.warning(left_out)
     return Dataset.from_list(rows)

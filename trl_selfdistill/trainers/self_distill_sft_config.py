@@ -30,20 +30,18 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     r"""
     Configuration class for the [`SelfDistillSFTTrainer`].
 
-    This class includes only the parameters that are specific to self-distillation. `frozen_groups`, `trainable_groups`
-    and `verify_frozen` are those of [`FrozenGroupsSFTConfig`]; for a full list of training arguments, please refer to
-    the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
+    This class includes only the parameters that are specific to self-distillation. For the others, please refer to
+    [`FrozenGroupsSFTConfig`], [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
         > Parameters that control the distillation loss
 
         kl_weight (`float`, *optional*, defaults to `0.3`):
-            Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the
-            teacher knows and slow down learning what it does not know. At `0.0`, and without `anchors`, there is no
-            teacher, and the run is `SFTTrainer`'s step for step. The paper's is in `PAPER_SETTING`.
+            Weight λ of the KL in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the teacher
+            knows and slow down learning. At `0.0`, and without `anchors`, there is no teacher, and the run is
+            `SFTTrainer`'s step for step. The paper's is in `PAPER_SETTING`.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
-            protects the teacher's top answers rather than its tail.
+            Temperature τ of both models in the KL. Below 1 the KL protects the teacher's top answers, not its tail.
         logits_dtype (`str`, *optional*):
             `"float32"` keeps both models' logits in fp32 in a bf16 or fp16 run on a GPU: a fifth of the rounding error
             in the gradients, for 1.2 times the time of the LM heads. Defaults to the dtype of the run.
@@ -57,12 +55,10 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             Keyword arguments for `from_pretrained` when the teacher is loaded by name, such as its `revision`. `dtype`
             defaults to `"float32"`, as for the model itself.
         teacher_snapshot_steps (`int`, *optional*):
-            Train plain SFT for this many optimizer steps, then freeze a snapshot of the model as the teacher (kept in
-            `output_dir/_teacher` for resuming) and continue with distillation. For models that are not sharded, full
-            or with one adapter.
+            Train plain SFT for this many steps, then freeze a snapshot of the model as the teacher (kept in
+            `output_dir/_teacher`) and go on with the KL. For models that are not sharded, full or with one adapter.
         teacher_snapshot_epochs (`float`, *optional*):
-            As `teacher_snapshot_steps`, in epochs of the whole data. Stage 1 of the paper is an epoch of its Known
-            facts only.
+            As `teacher_snapshot_steps`, in epochs of the whole data. The paper's stage 1 has its Known facts only.
 
         > Parameters that control the anchors, prompts or texts without labels against forgetting
 
@@ -83,13 +79,12 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         > Parameters that control the teacher cache
 
         precompute_teacher (`bool`, *optional*, defaults to `False`):
-            Whether to run the teacher once over the tokenized datasets before training, and keep its last hidden
-            states at the label positions on disk and only its LM head in memory. The KL stays that over the whole
-            vocabulary, and no step pays for a forward pass of the teacher. Not for streams, snapshots and
-            `anchors="self"`.
+            Whether to run the teacher once before training, and keep its last hidden states at the label positions on
+            disk and only its LM head in memory: the same KL, without a forward pass of the teacher in each step. Not
+            for streams, snapshots, `anchors="self"` and a `data_collator` of your own.
         teacher_cache_dir (`str`, *optional*):
-            Folder for these hidden states, which other runs with the same teacher and data use too. Defaults to
-            `trl_selfdistill/teacher_cache` in `HF_HOME`. Not inside `output_dir`, which is pushed to the Hub.
+            Folder for them, not inside `output_dir`, which is pushed to the Hub. Other runs with the same teacher and
+            data use them too. Defaults to `trl_selfdistill/teacher_cache` in `HF_HOME`.
         teacher_cache_dtype (`str`, *optional*, defaults to `"bfloat16"`):
             `"bfloat16"` (2 bytes a number, rounded to 8 bits of precision) or `"float32"` (4 bytes, as computed).
     """
@@ -129,10 +124,7 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             raise ValueError(f"`{given[0]}` and `{given[1]}` each choose the teacher. Set one of them.")
         later = given if self.takes_snapshot else ["anchors"] if self.anchors == "self" else []
         if self.precompute_teacher and later:
-            raise ValueError(
-                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` needs it in training. "
-                "Leave one of them unset."
-            )
+            raise ValueError(f"`precompute_teacher` runs the teacher before training, `{later[0]}` in it: unset one.")
         super().__post_init__()
 
     def choose_teacher(self, teacher_model: Any) -> Any:

@@ -26,10 +26,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     `CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, where the teacher is a frozen snapshot of the model.
 
     Unlike [`~trl.DistillationTrainer`] and `SDFTTrainer` it needs no generation: it learns the dataset's labels, and
-    both terms are taken at the label positions, with the same denominator.
-
-    Every argument of [`~trl.SFTTrainer`] works as it does there, and groups of parameters can be frozen as in
-    [`FrozenGroupsSFTTrainer`].
+    both terms are taken at the label positions, with the same denominator. Every argument of [`~trl.SFTTrainer`] works
+    as it does there, and groups of parameters can be frozen as in [`FrozenGroupsSFTTrainer`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -37,15 +35,14 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         args ([`SelfDistillSFTConfig`] or [`~transformers.TrainingArguments`], *optional*):
             Configuration. The values of a plain `SFTConfig` or `TrainingArguments` are kept.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher, by path, Hub id or instance. Defaults to `args.teacher_model_name_or_path`, and without that to a
-            frozen copy of `model`. An instance is frozen in place.
+            Teacher, by path, Hub id or instance, which is frozen in place. Defaults to
+            `args.teacher_model_name_or_path`, and without that to a frozen copy of `model`.
         anchor_dataset (`Dataset`, *optional*):
             Prompts or texts for `args.anchors`, in a column `prompt`, `messages` or `text`.
         kwargs: The other arguments of [`~trl.SFTTrainer`].
 
     Attributes:
-        teacher ([`~trl_selfdistill.trainers.teachers.Teacher`] or `None`): The teacher; `None` with `kl_weight=0` and
-            no KL of anchors, and before its snapshot.
+        teacher ([`~trl_selfdistill.trainers.teachers.Teacher`]): `None` without a KL and before its snapshot.
         teacher_folder (`pathlib.Path`): Where a teacher is kept that a resumed run could not load from elsewhere.
 
     Raises:
@@ -95,9 +92,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             return
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
-            raise ValueError(
-                "The KL does not run with sequence or context parallelism. Unset it or set `kl_weight=0`."
-            )
+            raise ValueError("No KL with sequence or context parallelism: unset it, or set `kl_weight=0`.")
         refuse_adapter_on_head(self.model, "model")
         student = base_causal_lm(self.model)
         add_label_head_forward(student)

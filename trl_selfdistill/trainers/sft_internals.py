@@ -61,7 +61,7 @@ with private_names():
 
 
 class HookedSFTTrainer(SFTTrainer):
-    """`SFTTrainer` with public hooks for private methods. An override calls `super()`, so that mixins can have them."""
+    """`SFTTrainer` with public hooks for private methods. An override calls `super()`: mixins have them, too."""
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
