@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer
 from trl_selfdistill.parameters.groups import GroupSelection, freeze_selection
-from trl_selfdistill.parameters.hashes import digest_groups, hash_parameters
+from trl_selfdistill.parameters.hashes import digest, hash_parameters
 
 
 def frozen(folder, model=None, arguments=None, run=train, resume=None, **options) -> FrozenGroupsSFTTrainer:
@@ -58,7 +58,7 @@ def test_table_is_printed_kept_and_saved_with_hashes(tmp_path, capsys):
     # A hash is that of the file: a reader who freezes the same groups of the saved model gets it again
     reloaded = type(run.model).from_pretrained(tmp_path / "final")
     freeze_selection(reloaded, GroupSelection.parse(saved[0]["frozen_groups"]))
-    digests = digest_groups(hash_parameters(reloaded))
+    digests = {group: digest(members) for group, members in hash_parameters(reloaded).items()}
     assert {group: row["frozen_sha256"] for group, row in rows.items() if row["frozen_sha256"]} == digests
     untrained = frozen(tmp_path / "untrained", run=trainer, frozen_groups=["mlp"])
     assert untrained.describe_groups()["groups"]["mlp"]["frozen_sha256"] == digests["mlp"]

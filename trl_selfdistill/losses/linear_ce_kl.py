@@ -83,9 +83,8 @@ def linear_ce_kl(
             `"triton"` (CUDA) and `"torch"` (any device) form the gradients in the forward pass, in chunks of tokens;
             `"auto"` takes the first that runs.
         logits_dtype (`torch.dtype`, *optional*):
-            `torch.float32` keeps the logits of half-precision products in fp32: the gradients' rounding error falls to
-            a fifth, and a GPU takes 1.2 times as long. Elsewhere the products are in fp32, too. By default the logits
-            are rounded to the products' dtype, as those of a model in it.
+            `torch.float32` keeps the logits of half-precision products in fp32: a fifth of the gradients' rounding
+            error, for 1.2 times the time on a GPU. By default they are rounded to the products' dtype.
         memory_budget_mib (`float`, *optional*, defaults to `1024.0`):
             Memory for the logits of a chunk, in MiB. A chunk has at least 1 token, and on a CPU at most 512.
 
@@ -111,7 +110,12 @@ def linear_ce_kl(
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
     num_items = None if num_items_in_batch is None else float(num_items_in_batch)  # one look, if it is on a GPU
-    _check_options(shift_labels, num_items, logits_dtype)
+    if num_items is not None and not 0 <= num_items < inf:
+        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items}.")
+    if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
+        raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
     kept = shift_labels != IGNORE_INDEX
     outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
     # Once: each look at a GPU's values waits for all that it has to do
@@ -132,15 +136,6 @@ def linear_ce_kl(
     loss, sums = fused_losses(student, teacher, labels, objective, impl, logits_dtype, memory_budget_mib)
     means = sums.detach() / max(1, num_labels)
     return CEKLOutput(loss, *means.unbind(), counts[0])
-
-
-def _check_options(shift_labels, num_items, logits_dtype) -> None:
-    if num_items is not None and not 0 <= num_items < inf:
-        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items}.")
-    if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
-        raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
-    if logits_dtype not in (None, torch.float32):
-        raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
 
 
 def _checked_side(name: str, hidden_states: torch.Tensor, lm_head: LMHead, labels: torch.Tensor, vocab_size: int):

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of a causal language model in five groups, and what it takes to train only some of them.
-
-Training the attention alone teaches a task without overwriting what the MLPs know (arXiv 2604.15574, Table 1).
-"""
+"""Which groups of parameters a run trains (arXiv 2604.15574, Table 1): freezing the others, adapters on these."""
 
 import copy
 import re
@@ -65,8 +62,8 @@ class GroupSelection:
         cls, frozen_groups: Sequence[str] | None = None, trainable_groups: Sequence[str] | None = None
     ) -> "GroupSelection | None":
         """
-        Reads lists of entries as [`GroupSpec`] does; a lone string is a list of one entry. `None` if nothing is to be
-        frozen: `None` and `[]` freeze nothing. Raises `ValueError` if both are set or an entry cannot be read.
+        Reads lists of entries as [`GroupSpec`] does; a lone string is a list of one. `None` if nothing is to be
+        frozen. Raises `ValueError` if both are set or an entry cannot be read.
         """
         for option, entries in (("frozen_groups", frozen_groups), ("trainable_groups", trainable_groups)):
             is_list = isinstance(entries, Sequence | Set) and all(isinstance(entry, str) for entry in entries)
@@ -76,10 +73,10 @@ class GroupSelection:
             raise ValueError(f"`frozen_groups={frozen_groups}`, `trainable_groups={trainable_groups}`: set one.")
         if trainable_groups is None and not frozen_groups:
             return None
-        option = "frozen_groups" if trainable_groups is None else "trainable_groups"
-        entries = frozen_groups if trainable_groups is None else trainable_groups
-        entries = [entries] if isinstance(entries, str) else entries
-        return cls(option, tuple(GroupSpec.parse(entry) for entry in entries))
+        option, entries = "trainable_groups", trainable_groups
+        if trainable_groups is None:
+            option, entries = "frozen_groups", frozen_groups
+        return cls(option, tuple(map(GroupSpec.parse, [entries] if isinstance(entries, str) else entries)))
 
     @property
     def entries(self) -> list[str]:
@@ -131,11 +128,9 @@ def parameter_table(model: PreTrainedModel) -> GroupTable:
 def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
     """
     Switches off the gradients of the parameters of a causal language model that a selection does not train, and
-    returns the counts afterwards. What was frozen before stays frozen. On an error no parameter has changed.
-
-    Raises:
-        ValueError: If an entry selects nothing, a tied tensor is selected by some of its names only, a group is asked
-            for while parameters have no group, or nothing is left to train.
+    returns the counts afterwards. What was frozen before stays frozen. A `ValueError`, and nothing has changed, if an
+    entry selects nothing, a tied tensor is selected by some of its names only, a group is asked for while parameters
+    have no group, or nothing is left to train.
     """
     # ProphetNet ties its embeddings to a module outside of its decoder, which has no group and no say
     tensors = [(tensor, [name for name in names if name.group] or names) for tensor, names in named_tensors(model)]

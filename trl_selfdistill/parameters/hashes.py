@@ -47,11 +47,6 @@ def digest(hashes: dict[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()
 
 
-def digest_groups(hashes: dict[str, dict[str, str]]) -> dict[str, str]:
-    """One SHA-256 a group, over the names and hashes of [`hash_parameters`]."""
-    return {group: digest(members) for group, members in hashes.items()}
-
-
 def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -> None:
     """Raises `ValueError` if a parameter is not bit for bit that of `expected`, an earlier [`hash_parameters`]."""
     parameters = dict(model.named_parameters())
@@ -64,8 +59,8 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
 
 def hash_model(model: torch.nn.Module, adapters: bool = True) -> str:
     """
-    SHA-256 over a model's config, its weights and buffers (quantised ones as packed) and, with `adapters`, those of a
-    PEFT model and their settings. About a second for 1 GB. Under ZeRO-3 a collective; before FSDP shards the model.
+    SHA-256 over a model's config, its weights and buffers (quantised ones as packed) and, with `adapters`, a PEFT
+    model's. About a second for 1 GB. Under ZeRO-3 a collective; before FSDP shards the model.
     """
     state, configs = model.state_dict(keep_vars=True), {"config": base_causal_lm(model).config}
     if adapters and is_peft_model(model):

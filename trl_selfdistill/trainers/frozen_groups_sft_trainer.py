@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from ..files import warn_without, write_json
 from ..parameters.groups import GroupTable, freeze_selection, refuse_adapters_elsewhere, restrict_peft_config
-from ..parameters.hashes import digest_groups, hash_parameters, verify_frozen
+from ..parameters.hashes import digest, hash_parameters, verify_frozen
 from ..parameters.structure import keep_trainable
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, config_from
 from .resume import ExactResumeMixin
@@ -25,12 +25,11 @@ from .trainer_card import ModelCardMixin
 
 class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer):
     """
-    Trainer for supervised fine-tuning of some groups of parameters: `SFTTrainer` with the others frozen before there
-    is an optimizer, so that they get no gradient, no optimizer state and no weight decay.
+    Trainer for supervised fine-tuning of some groups of parameters: `SFTTrainer` with the others frozen, so that they
+    get no gradient, no optimizer state and no weight decay.
 
     The table of the groups is printed, kept in `group_table`, and saved with each model in `parameter_groups.json`,
-    with the SHA-256 of what is frozen. With a `peft_config` the adapters go to the linear modules of the trainable
-    groups; `target_modules` of its own that contradict the groups are refused.
+    with the SHA-256 of what is frozen. With a `peft_config` the adapters go to the trainable groups.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -76,8 +75,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         name_experts(self.model)
         if selection is None:
             return
-        # After `SFTTrainer.__init__`, which may load the model, and resize the embeddings for a new chat template:
-        # that makes new parameters, which are trainable. Before the optimizer, which training makes when it starts.
+        # After `SFTTrainer.__init__`, which may load the model and make new, trainable embeddings for a chat template
         if hasattr(self.model, "peft_config"):
             refuse_adapters_elsewhere(self.model, selection)
         self.group_table = freeze_selection(self.model, selection)
@@ -136,17 +134,15 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         digests = {}
         # The hash of a shard is not that of the tensor in a file
         if self._frozen_check is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            digests = digest_groups(self._frozen_check.expected or hash_parameters(self.model))
+            hashes = self._frozen_check.expected or hash_parameters(self.model)
+            digests = {group: digest(members) for group, members in hashes.items()}
         rows = {row.group: row._asdict() | {"frozen_sha256": digests.get(row.group)} for row in self.group_table or ()}
         options = {"frozen_groups": self.args.frozen_groups or None, "trainable_groups": self.args.trainable_groups}
         return {**options, "groups": rows}
 
 
 def check_rows(args: SFTConfig, name: str, data: Any) -> None:
-    """
-    A `ValueError` if `data`, which messages call `name`, has no rows, or columns of none of
-    [TRL's formats](https://huggingface.co/docs/trl/dataset_formats). Streams may leave both open.
-    """
+    """A `ValueError` if `data`, which messages call `name`, has no rows, or columns of none of TRL's formats."""
     if isinstance(data, Dataset) and not len(data):
         raise ValueError(f"{name} has no rows: add some.")
     columns, text = {*(getattr(data, "column_names", None) or ())}, args.dataset_text_field
@@ -167,8 +163,8 @@ class _FrozenCheck(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.expected = hash_parameters(model)
-        for group, digest in digest_groups(self.expected).items():
-            if self.resumed.get(group) not in (None, digest):
+        for group, members in self.expected.items():
+            if self.resumed.get(group) not in (None, digest(members)):
                 raise ValueError(
                     f"The frozen parameters in '{group}' are not those of the checkpoint: its weights, or its base "
                     "model, changed since. Resume from another one."

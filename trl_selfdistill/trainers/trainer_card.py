@@ -31,15 +31,12 @@ class ModelCardMixin:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """
-        Writes the card of `args.output_dir`, with the Hub id of the training data and further tags, if given; else
-        those of the card before. `model_name` is not used: the card is called after the base model.
-        """
+        """Writes the card of `args.output_dir`, named after the base, with this data's Hub id and these tags, too."""
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir), dataset_name, tags)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Before the weights, PEFT would read and write a card, with the local path of the base. Ours comes after them
+        # PEFT would write a card before the weights, with the local path of the base
         model = self.accelerator.unwrap_model(self.model)
         with patch.object(model, "create_or_update_model_card", lambda output_dir: None, create=True):
             super().save_model(output_dir, _internal_call)
