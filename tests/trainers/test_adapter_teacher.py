@@ -81,16 +81,12 @@ def test_no_second_base_and_the_teacher_does_not_move(tmp_path, name):
     assert sum(p.numel() for p in model.parameters()) == before + added
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
 
-    inputs = dict(input_ids=torch.arange(3, 23).reshape(2, 10), labels=torch.arange(3, 23).reshape(2, 10))
-    sides = []
-    for _ in range(2):
-        sides.append(run.teacher.targets(model, inputs))
-        if run.state.global_step == 0:
-            frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-            run.train()
+    sides = [run.teacher.targets(model, dict(input_ids=IDS, labels=IDS))]
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    run.train()
+    sides.append(run.teacher.targets(model, dict(input_ids=IDS, labels=IDS)))
     assert torch.equal(sides[0].hidden_states, sides[1].hidden_states)
     assert torch.equal(sides[0].lm_head.weight, sides[1].lm_head.weight)
-    assert not sides[0].hidden_states.requires_grad and not sides[0].lm_head.weight.requires_grad
     assert model.active_adapters == ["default"] and model.training
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
@@ -128,16 +124,15 @@ def test_the_output_of_an_earlier_run_is_in_nobodys_way(tmp_path):
         train(tmp_path, other, resume=str(tmp_path / "run" / "checkpoint-1"), **options)
 
 
-def test_the_hash_is_of_the_base_and_of_what_the_adapter_changes(tmp_path):
-    hashes = {name: trainer(tmp_path, adapted(name)).teacher.sha256 for name in ("fresh", "trained", "trained DoRA")}
-    other = adapted("fresh")
-    for name, parameter in other.named_parameters():
+def test_the_teacher_beside_a_fresh_adapter_is_the_base_alone(tmp_path):
+    model = adapted("fresh")
+    before = trainer(tmp_path, model).teacher.sha256
+    for name, parameter in model.named_parameters():
         if "lora_A" in name:
-            parameter.data.normal_()  # the base is the teacher: no part of it
-    assert trainer(tmp_path, other).teacher.sha256 == hashes["fresh"]
-    other.base_model.model.lm_head.weight.data[0, 0] += 1
-    hashes["another base"] = trainer(tmp_path, other).teacher.sha256
-    assert len(set(hashes.values())) == 4
+            parameter.data.normal_()
+    assert trainer(tmp_path, model).teacher.sha256 == before != trainer(tmp_path, adapted("trained")).teacher.sha256
+    model.base_model.model.lm_head.weight.data[0, 0] += 1
+    assert trainer(tmp_path, model).teacher.sha256 != before
 
 
 def test_a_model_that_was_trained_before_gets_a_new_teacher(tmp_path):

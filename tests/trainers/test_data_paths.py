@@ -4,8 +4,7 @@
 import pytest
 import torch
 from conftest import build_model
-from datasets import Dataset
-from sft_runs import FACTS, ROUNDING, TOKENIZER, assert_same_weights, logs, train, trainer
+from sft_runs import ROUNDING, TOKENIZER, assert_same_weights, logs, train, trainer
 
 
 KL_WEIGHT, TEMPERATURE = 0.7, 0.5
@@ -20,39 +19,18 @@ def student(**config):
     return build_model(TOKENIZER, initializer_range=0.4, **config)
 
 
-def to_ids(text: str) -> list[int]:
-    return TOKENIZER(text)["input_ids"]
-
-
-def labelled_fact(row) -> tuple[list[int], list[int]]:
-    """Tokens and labels of a prompt-completion row, by the tokenizer alone."""
-    prompt, whole = to_ids(row["prompt"]), to_ids(row["prompt"] + row["completion"] + TOKENIZER.eos_token)
-    assert whole[: len(prompt)] == prompt
-    return whole, [IGNORED] * len(prompt) + whole[len(prompt) :]
-
-
-TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
-LABELLED_TEXTS = [(ids, ids) for ids in (to_ids(row["text"] + TOKENIZER.eos_token) for row in TEXTS)]
-
-
-def wrapped(examples, length):
-    """The examples end to end, cut every `length` tokens."""
+def wrapped(examples):
+    """The examples end to end, cut every 24 tokens."""
     ids, labels = (sum((example[side] for example in examples), []) for side in (0, 1))
-    return [(ids[i : i + length], labels[i : i + length]) for i in range(0, len(ids), length)]
+    return [(ids[i : i + 24], labels[i : i + 24]) for i in range(0, len(ids), 24)]
 
 
-ONLY = [labelled_fact(row) for row in FACTS]
-# How the data are given, the settings, and the sequences that the models should see
+# Settings, and the sequences that the models should see, made of the tokenised rows
 PATHS = {
-    "prompt-completion": (FACTS, {}, ONLY),
-    "text": (TEXTS, {}, LABELLED_TEXTS),
-    "packing, bfd": (FACTS, dict(packing=True, max_length=64), ONLY),
-    "packing, wrapped": (
-        TEXTS,
-        dict(packing=True, packing_strategy="wrapped", max_length=24),
-        wrapped(LABELLED_TEXTS, 24),
-    ),
-    "padding_free": (FACTS, dict(padding_free=True, max_length=None, per_device_train_batch_size=3), ONLY),
+    "padded": ({}, list),
+    "packing, bfd": (dict(packing=True, max_length=64), list),
+    "packing, wrapped": (dict(packing=True, packing_strategy="wrapped", max_length=24), wrapped),
+    "padding_free": (dict(padding_free=True, max_length=None, per_device_train_batch_size=3), list),
 }
 
 
@@ -90,12 +68,13 @@ OPTIONS = dict(kl_weight=KL_WEIGHT, temperature=TEMPERATURE)
 
 @pytest.mark.parametrize("path, attention", [*((path, "sdpa") for path in PATHS), ("packing, bfd", "eager")])
 def test_loss_and_kl_are_those_of_each_example_by_itself(tmp_path, path, attention):
-    rows, options, examples = PATHS[path]
+    options, sequences = PATHS[path]
     models = [build_model(TOKENIZER, seed, initializer_range=0.4, attn_implementation=attention) for seed in (0, 1)]
-    extra = dict(teacher_model=models[1], train_dataset=Dataset.from_list(rows))
-    run = trainer(tmp_path, models[0], extra, **OPTIONS, **options)
+    rows = trainer(tmp_path).train_dataset
+    run = trainer(tmp_path, models[0], dict(teacher_model=models[1]), **OPTIONS, **options)
     seen = [positions_seen(model) for model in (run.model, run.teacher_model)]
     loss, ce, kl = losses_of(run)
+    examples = sequences([(row["input_ids"], row["labels"]) for row in rows])
     expected = terms(examples, [student(), teacher()])
     assert kl == pytest.approx(expected["kl"].mean().item(), rel=1e-4) and kl > 0.1
     assert ce == pytest.approx(-expected["log_probs"].mean().item(), rel=1e-4)
@@ -109,20 +88,13 @@ def test_loss_and_kl_are_those_of_each_example_by_itself(tmp_path, path, attenti
             assert torch.equal(mine[name], theirs[name])
 
 
-MEMORY = [
-    dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
-    dict(torch_compile=True, torch_compile_backend="eager"),
-]
-
-
-@pytest.mark.parametrize("memory", MEMORY, ids=str)
-def test_what_saves_memory_or_time_changes_nothing(tmp_path, memory):
+def test_torch_compile_changes_nothing(tmp_path):
     def run(**options):
         settings = dict(max_steps=2, optim="sgd", pad_to_multiple_of=32, **OPTIONS)
         settings |= dict(save_strategy="steps", save_steps=1)
         return train(tmp_path, student(num_hidden_layers=1), dict(teacher_model=teacher()), **settings, **options)
 
-    plain, other = run(), run(**memory)
+    plain, other = run(), run(torch_compile=True, torch_compile_backend="eager")
     assert_same_weights(other.accelerator.unwrap_model(other.model), plain.model, atol=1e-6)
     for row, expected in zip(logs(other)[:2], logs(plain)[:2], strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=ROUNDING)
