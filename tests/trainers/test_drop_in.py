@@ -37,15 +37,8 @@ def test_model_by_path_with_init_kwargs_and_arguments_by_position(tmp_path, mode
     args = args or config(tmp_path, SFTConfig, **options)  # a plain config's values are kept
     run = trainer_class(str(model_dir), args, None, DATA)
     assert run.model.config._attn_implementation == "eager" and run.model.dtype == torch.bfloat16
-    assert run.model.model_tags == run.tags
+    assert run.model.model_tags == run.tags == run._tag_names and run._name == run.method_name
     run.train()
-
-
-@pytest.mark.parametrize("trainer_class", CLASSES)
-def test_a_subclass_has_its_own_tags(trainer_class):
-    private, public = (type("Own", (trainer_class,), {name: ["mine"]}) for name in ("_tag_names", "tags"))
-    assert private._tag_names == public._tag_names == ["mine"] and trainer_class._tag_names == trainer_class.tags
-    assert public._name == trainer_class.method_name
 
 
 @pytest.mark.parametrize("trainer_class", CLASSES)

@@ -190,10 +190,7 @@ def restrict_peft_config(config, model: PreTrainedModel, selection: GroupSelecti
             if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
                 trainable.add(path)
     if not trainable:
-        raise ValueError(
-            f"{selection} leaves no linear module to put an adapter on in {type(model).__name__}. Train 'attention' "
-            "or 'mlp'."
-        )
+        raise ValueError(f"{selection} leaves no linear module for an adapter. Train 'attention' or 'mlp'.")
     config = copy.deepcopy(config)
     config.target_modules = trainable
     return config

@@ -111,9 +111,8 @@ def fits_adapter_teacher(model: torch.nn.Module) -> bool:
     )
     if not fits:
         logger.warning(
-            "The teacher is a copy of the whole model. To hold its adapter twice, it must be the only one that is "
-            "active, parameters beside the adapter must not be trained, biases (`bias`) among them, and it must not "
-            "add tokens or have `target_parameters`."
+            "The teacher is a copy of the whole model. To hold its adapter twice, nothing beside it must be trained "
+            "(`bias`), and it must be the only active one, and not add tokens or have `target_parameters`."
         )
     return fits
 

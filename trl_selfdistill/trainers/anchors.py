@@ -164,21 +164,19 @@ def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, D
         if not (is_chat and prompt or isinstance(prompt, str) and prompt.strip()):
             refuse(row, f"must be a text or a conversation, got {prompt!r}")
     token_ids = tokenize_prompts(trainer.processing_class, prompts)
-    num_answer_tokens = 0 if is_text else 1
+    labels = token_ids
+    if not is_text:  # whichever token is the answer's: the KL is between distributions of it
+        labels = [[IGNORE_INDEX] * len(ids) + ids[-1:] for ids in token_ids]
+        token_ids = [ids + ids[-1:] for ids in token_ids]
     for row, ids in enumerate(token_ids, start=1):
-        if not 2 - num_answer_tokens <= len(ids) <= (most or len(ids) + 1) - num_answer_tokens:
-            least = "" if is_text else " with that of an answer"
-            refuse(row, f"has {len(ids)} tokens, not 2 at least and `max_length={most}` at most{least}")
+        if not 2 <= len(ids) <= (most or len(ids)):
+            refuse(row, f"has {len(ids)} tokens with that of an answer, not 2 to `max_length={most}`")
     splits = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     known = [(split, name) for split in splits if isinstance(split, Dataset) for name in _COLUMNS]
     asked = {repr(_question(row)) for split, name in known if name in split.column_names for row in split[name]}
     if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
         refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
-    if is_text:
-        return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": token_ids})
-    # Whichever token is the answer's: the KL is between distributions of it
-    labels = [[IGNORE_INDEX] * len(ids) + ids[-1:] for ids in token_ids]
-    return prompts, Dataset.from_dict({"input_ids": [ids + ids[-1:] for ids in token_ids], "labels": labels})
+    return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": labels})
 
 
 def _add_own_answers(trainer, prompts: list) -> Dataset:

@@ -42,17 +42,6 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         ValueError: If the groups cannot be frozen in this model (see
             [`~trl_selfdistill.parameters.groups.freeze_selection`]), adapters would train frozen groups, or the data
             have no rows or not the columns of a format of TRL.
-
-    Example:
-
-    ```python
-    trainer = FrozenGroupsSFTTrainer(
-        model="Qwen/Qwen2.5-1.5B",
-        args=FrozenGroupsSFTConfig(trainable_groups=["attention"]),
-        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-    )
-    trainer.train()
-    ```
     """
 
     tags = ["trl", "sft", "frozen-groups-sft"]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Runs the teacher once, before training, and keeps its last hidden states as a column of the dataset, as TRL's
-`DPOTrainer` keeps reference log-probabilities. The column is an Arrow file on disk that is memory-mapped.
-"""
+"""Runs the teacher once, before training, and keeps its last hidden states as a column of the dataset on disk."""
 
 import os
 from collections.abc import Callable
@@ -37,9 +34,8 @@ CACHE_COLUMN = "teacher_hidden_states"
 
 class CachedTeacher(Teacher):
     """
-    The hidden states that the teacher with this hash had, stored in `dtype`, and its LM head, which nothing else may
-    change: with both the KL is that over the whole vocabulary. A `ValueError` if a batch is of a dataset that the
-    teacher has not been run on.
+    The hidden states that the teacher with this hash had, in `dtype`, and its LM head: with both the KL is that over
+    the whole vocabulary. A `ValueError` if a batch is of a dataset that the teacher has not been run on.
     """
 
     def __init__(self, sha256: str, lm_head: LMHead, dtype: torch.dtype):
@@ -76,9 +72,9 @@ class CacheCollator:
 
 def precompute_teacher(trainer) -> CachedTeacher:
     """
-    Runs the teacher of a [`SelfDistillSFTTrainer`] over its datasets, or finds what an earlier run has kept, and
-    replaces the datasets and the collator by some with the hidden states. Returns what takes the teacher's place. A
-    collective: the processes share the rows. A `ValueError` if that cannot be done with the datasets or the folder.
+    Runs the teacher of a [`SelfDistillSFTTrainer`] over its datasets, or finds what an earlier run has kept, adds the
+    hidden states to them and the collator, and returns what takes the teacher's place. A collective: the processes
+    share the rows. A `ValueError` if the datasets or the folder do not allow it.
     """
     args, teacher = trainer.args, trainer.teacher
     folder = Path(args.teacher_cache_dir or os.path.join(HF_HOME, "trl_selfdistill", "teacher_cache"))
