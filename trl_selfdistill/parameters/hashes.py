@@ -8,20 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from .structure import base_causal_lm, group_of, named_tensors
 
 
-if is_peft_available():
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-
 # Settings that do not change what a model computes
-_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype"}
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "use_cache"}
 _WITHOUT_EFFECT |= {"inference_mode", "init_lora_weights", "peft_version", "revision", "task_type", "torch_dtype"}
-_WITHOUT_EFFECT |= {"transformers_version", "use_cache"}
-_WITHOUT_EFFECT |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # Trainer sets them to those of the tokenizer
+_WITHOUT_EFFECT |= {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}  # Trainer sets the latter
 
 
 def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
@@ -66,11 +60,7 @@ def hash_model(model: torch.nn.Module, adapters: bool = True) -> str:
     if adapters and is_peft_model(model):
         configs |= model.peft_config
     elif is_peft_model(model):
-        parts = {"modules_to_save", "token_adapter"}
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                parts |= {*module.adapter_layer_names, *module.other_param_names}
-        state = {name: tensor for name, tensor in state.items() if parts.isdisjoint(name.split("."))}
+        state = {name: tensor for name, tensor in state.items() if {*model.peft_config}.isdisjoint(name.split("."))}
     return digest({name: hash_config(config) for name, config in configs.items()} | hash_tensors(state))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the teacher once, before training, and keeps its last hidden states as a column of the dataset on disk."""
 
+import functools
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -54,20 +55,15 @@ class CachedTeacher(Teacher):
         return ModelSide(hidden_states.to(weight.device, weight.dtype), self._lm_head)
 
 
-class CacheCollator:
+def collate_with_states(collator: Callable[[list], dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Puts the cached column of the rows (bytes) into the batch of a collator of the model's own inputs."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
-        self.collator = collator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator([{k: v for k, v in row.items() if k != CACHE_COLUMN} for row in rows])
-        if all(CACHE_COLUMN in row for row in rows):
-            states = [torch.from_numpy(np.frombuffer(bytearray(row[CACHE_COLUMN]), np.uint8)) for row in rows]
-            if len(batch["labels"]) != len(rows):  # padding-free: one line, as accelerate takes batches apart by lines
-                states = [torch.cat(states)]
-            batch[CACHE_COLUMN] = pad_sequence(states, batch_first=True)
-        return batch
+    batch = collator([{name: value for name, value in row.items() if name != CACHE_COLUMN} for row in rows])
+    if all(CACHE_COLUMN in row for row in rows):
+        states = [torch.from_numpy(np.frombuffer(bytearray(row[CACHE_COLUMN]), np.uint8)) for row in rows]
+        if len(batch["labels"]) != len(rows):  # padding-free: one line, as accelerate takes batches apart by lines
+            states = [torch.cat(states)]
+        batch[CACHE_COLUMN] = pad_sequence(states, batch_first=True)
+    return batch
 
 
 def precompute_teacher(trainer) -> CachedTeacher:
@@ -93,7 +89,7 @@ def precompute_teacher(trainer) -> CachedTeacher:
             setattr(owner, name, _with_answers(trainer, name, dataset, folder))
     first = trainer.data_collator([without_unused_columns(trainer, seen)[0]])
     lm_head = _targets(trainer, first).lm_head
-    trainer.data_collator = CacheCollator(trainer.data_collator)
+    trainer.data_collator = functools.partial(collate_with_states, trainer.data_collator)
     teacher.release(trainer.model)
     return CachedTeacher(teacher.sha256, lm_head, getattr(torch, args.teacher_cache_dtype))
 
