@@ -83,7 +83,7 @@ def test_with_which_arguments_the_teacher_is_loaded(tmp_path, teacher_dir, monke
     of_the_tokenizer = dict(revision="v1", trust_remote_code=True)
     assert loads == [of_the_tokenizer | dict(dtype="auto"), of_the_tokenizer]
     run.args.distributed_state = SimpleNamespace(distributed_type="MULTI_GPU")
-    teachers.load_teacher(teacher_dir, run.model, TOKENIZER, run.args)
+    teachers.load_teacher(teacher_dir, run)
     assert loads[2]["device_map"] is None  # TRL's default would spread it over the GPUs
 
 

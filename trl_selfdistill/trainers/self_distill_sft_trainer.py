@@ -106,8 +106,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         elif given is None:
             self.teacher = self.freeze_student()
         else:
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            self.teacher = ModelTeacher(load_teacher(given, self.model, tokenizer, args), self.accelerator)
+            self.teacher = ModelTeacher(load_teacher(given, self), self.accelerator)
         if args.precompute_teacher:
             self.teacher = precompute_teacher(self)
 
@@ -189,15 +188,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             sft_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        ce_kl, aux_loss = student_ce_kl(
-            model,
-            inputs,
-            teacher,
-            ce_weight=0.0 if own_ce else 1.0,
-            kl_weight=args.kl_weight,
-            **args.kl_options,
-            num_items_in_batch=num_items_in_batch,
-        )
+        options = {"ce_weight": 0.0 if own_ce else 1.0, "kl_weight": args.kl_weight, **args.kl_options}
+        ce_kl, aux_loss = student_ce_kl(model, inputs, teacher, **options, num_items_in_batch=num_items_in_batch)
         loss, share = ce_kl.loss, 1.0  # share: what this micro-batch counts of the logged loss, next to its rank's
         if num_items_in_batch is not None:
             # It counts the tokens of every rank, and DDP averages the gradients over the ranks

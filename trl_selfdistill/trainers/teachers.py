@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..losses import LMHead, ModelSide
 from ..parameters.hashes import gathered, hash_model
 from ..parameters.structure import base_causal_lm
+from ..slick.prompt_tokens import text_tokenizer
 from .label_head import check_label_head, label_hidden_states, lm_head_of
-from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     add_label_head_forward,
     create_model_from_path,
@@ -94,28 +94,24 @@ def frozen_head(model: PreTrainedModel) -> LMHead:
         return head.map_tensors(lambda tensor: tensor.detach().clone())
 
 
-def load_teacher(
-    teacher: str | PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SelfDistillSFTConfig,
-) -> PreTrainedModel:
+def load_teacher(teacher: str | PreTrainedModel, trainer) -> PreTrainedModel:
     """
-    Loads the teacher of this path or Hub id, or takes the one that was passed in. A `ValueError` if it shares
+    Loads the teacher of a trainer by path or Hub id, or takes the one that was passed in. A `ValueError` if it shares
     parameters with the student, or its vocabulary or tokenizer is not the student's.
     """
+    args = trainer.args
     if isinstance(teacher, str):
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
         # As `SFTTrainer` does for the model: each process holds the whole of it
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init_kwargs["device_map"] = None
         teacher = create_model_from_path(teacher, **init_kwargs)
-    if not _storages(teacher).isdisjoint(_storages(student)):
+    if not _storages(teacher).isdisjoint(_storages(trainer.model)):
         raise ValueError(
             "`teacher_model` is the model in training itself, or shares parameters. Leave it unset for a frozen copy."
         )
     refuse_adapter_on_head(teacher, "teacher_model")
-    _check_vocabulary(teacher, student, tokenizer, args)
+    _check_vocabulary(teacher, trainer)
     return frozen_copy(teacher) if "forward" in base_causal_lm(teacher).__dict__ else teacher
 
 
@@ -137,8 +133,9 @@ def _storages(model: torch.nn.Module) -> set[int]:
     return {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()} - {0}
 
 
-def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -> None:
-    heads = [base_causal_lm(model).get_output_embeddings().weight for model in (student, teacher)]
+def _check_vocabulary(teacher: PreTrainedModel, trainer) -> None:
+    args = trainer.args
+    heads = [base_causal_lm(model).get_output_embeddings().weight for model in (trainer.model, teacher)]
     sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # under ZeRO-3 the tensor itself is empty
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -149,14 +146,12 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
     if not name:
         return  # built in memory: there is no tokenizer to compare with
     try:
-        revision = (args.teacher_model_init_kwargs or {}).get("revision")
-        teacher_tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=args.trust_remote_code
-        )
+        options = {"revision": (args.teacher_model_init_kwargs or {}).get("revision")}
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
     except (ImportError, OSError, ValueError) as error:  # without one, transformers 4 asks for protobuf or tiktoken
         logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
         return
-    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+    if theirs.get_vocab() != text_tokenizer(trainer.processing_class).get_vocab():
         raise ValueError(f"The tokenizer of the teacher {name!r} is not the student's. Take a teacher with that one.")
 
 
