@@ -4,7 +4,6 @@
 import copy
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
@@ -20,8 +19,7 @@ _SPEC_HELP = (
 )
 
 
-@dataclass(frozen=True)
-class GroupSpec:
+class GroupSpec(NamedTuple):
     """One entry of `frozen_groups` or `trainable_groups`: a group, in some layers or in all, or a pattern of names."""
 
     text: str
@@ -50,8 +48,7 @@ class GroupSpec:
         return name.group == self.group and (self.layers is None or name.layer in self.layers)
 
 
-@dataclass(frozen=True)
-class GroupSelection:
+class GroupSelection(NamedTuple):
     """What a run freezes or trains: the option, `"frozen_groups"` or `"trainable_groups"`, with its entries."""
 
     option: str
@@ -142,8 +139,8 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
             groups = sorted({name.group for name in all_names if name.group is not None}, key=GROUPS.index)
             raise ValueError(
                 f"`{selection.option}` contains {spec.text!r}, which matches no parameter of {type(model).__name__} "
-                f"or not in all its layers. There are {', '.join(groups)} in {num_layers} layers, from 0 (mixers "
-                f"without attention are counted in 'mlp'), as in {all_names[len(all_names) // 2].name!r}. {_SPEC_HELP}"
+                f"or not in all its layers. There are {', '.join(groups)} in {num_layers} layers, from 0, as in "
+                f"{all_names[len(all_names) // 2].name!r}. Mixers without attention are counted in 'mlp'."
             )
     for _, names in tensors:
         selected = [name.name for name in names if selection.selects(name)]

@@ -77,10 +77,10 @@ class AdapterTeacher(Teacher):
             save_file(self._state, partial / SAFETENSORS_WEIGHTS_NAME)
         self._is_kept = True
 
-    def restore(self, student: torch.nn.Module, folder: Path, sha256: str) -> None:
+    def restore(self, student: torch.nn.Module, folder: Path, saved: dict | None) -> None:
         file = folder / SAFETENSORS_WEIGHTS_NAME
         state = load_file(file) if file.is_file() else {}
-        if self._digest(student.active_peft_config, state) != sha256:
+        if saved is None or self._digest(student.active_peft_config, state) != saved["sha256"]:
             return
         if self.adapter_name is None:
             add_frozen_copy(student)
@@ -149,8 +149,7 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
     with _same_trainable(model), torch.random.fork_rng():
         model.add_adapter(TEACHER_ADAPTER, config)
         model.set_adapter(student)
-    # Each tensor as it is: TRL casts the adapter of a quantised model to bf16, a new one is fp32. Those that modules
-    # share under each of their names: the student's and the teacher's come in different orders
+    # Each tensor in its dtype (TRL casts a quantised model's to bf16), and those that modules share by all their names
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         parts = name.split(".")

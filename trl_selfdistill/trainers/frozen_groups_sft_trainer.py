@@ -39,9 +39,8 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         kwargs: The other arguments of [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: If the groups cannot be frozen in this model (see
-            [`~trl_selfdistill.parameters.groups.freeze_selection`]), adapters would train frozen groups, or the data
-            have no rows or not the columns of a format of TRL.
+        ValueError: If [`~trl_selfdistill.parameters.groups.freeze_selection`] cannot freeze the groups, adapters would
+            train frozen ones, or the data have no rows or not the columns of a format of TRL.
     """
 
     tags = ["trl", "sft", "frozen-groups-sft"]
@@ -57,7 +56,6 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             data = given.get(name)
             for part in data.values() if isinstance(data, dict) else [data]:
                 check_rows(args, f"`{name}`", part)
-        # The model as `SFTTrainer` has loaded it: by name, with remote code, quantised, for images
         with peft_configs_made_by(partial(restrict_peft_config, selection=selection)):
             super().__init__(model, args, *positional, **kwargs)
         keep_trainable(self.model)

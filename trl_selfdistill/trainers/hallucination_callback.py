@@ -58,11 +58,11 @@ class HallucinationEvalCallback(TrainerCallback):
     """
     Lets the model answer sets of questions during training, and logs of each set `eval_<set>_accuracy`,
     `eval_<set>_hallucination_rate`, `eval_<set>_abstention_rate` (fractions that add up to 1) and
-    `eval_<set>_forgetting` (the highest accuracy of the run so far minus the present one).
+    `eval_<set>_forgetting` (the highest accuracy of the run so far, resumed or not, minus the present one).
 
     It runs before the first step, and with each evaluation of the trainer or, with `eval_strategy="no"`, at the end of
-    each epoch. The peak is read from the log history, also of a resumed run. By the values, which are part of the
-    trainer's evaluation, transformers can keep the best checkpoint and stop early:
+    each epoch. Under DDP, FSDP2 and ZeRO-3, not FSDP1, each process answers a share of the questions. The values are
+    part of the trainer's evaluation: transformers can keep the best checkpoint by them and stop early.
 
     ```py
     args = SFTConfig(..., eval_strategy="epoch", save_strategy="best", load_best_model_at_end=True,
@@ -71,8 +71,6 @@ class HallucinationEvalCallback(TrainerCallback):
     trainer.add_callback(HallucinationEvalCallback(trainer, {"heldout": heldout, "new": new}))
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))  # after the callback that it reads from
     ```
-
-    Under DDP, FSDP2 and ZeRO-3 each process answers a share of the questions. FSDP1 is not supported.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer to add the callback to, with `trainer.add_callback`.

@@ -72,8 +72,8 @@ class ExactResumeMixin:
 
     def check_run(self, saved: dict, checkpoint: Path) -> None:
         """
-        Raises `ValueError` if this run would not continue `checkpoint`. `saved` is [`describe_run`] of the run that
-        wrote it, empty for a plain `SFTTrainer`. With `ignore_data_skip=True` the training data may be others.
+        Raises `ValueError` if this run would not continue `checkpoint`, whose [`describe_run`] is `saved`, empty for
+        a plain `SFTTrainer`. With `ignore_data_skip=True` the training data may be others.
         """
         expected = saved.get("training_data")
         if self.args.ignore_data_skip or expected is None:

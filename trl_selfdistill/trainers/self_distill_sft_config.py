@@ -63,11 +63,10 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         > Parameters that control the anchors, prompts or texts without labels against forgetting
 
         anchors (`str`, *optional*):
-            `"own_answers"`: before training the model answers the prompts greedily, and its answers are trained on
-            among the other rows. `"kl"`: each step takes as many anchors as rows, and adds
-            `anchor_weight τ² KL(teacher ‖ student)`, for a prompt where its answer begins and for a text at each
-            token, but no CE; `kl_weight` may be 0 then. `"self"`: the same on texts that the teacher samples without
-            a prompt (arXiv 2605.26097).
+            `"own_answers"`: before training the model answers the prompts greedily, and trains on its answers, too.
+            `"kl"`: each step takes as many anchors as rows, and adds `anchor_weight τ² KL(teacher ‖ student)`, where a
+            prompt's answer begins and at each token of a text, but no CE; `kl_weight` may be 0 then. `"self"`: the
+            same on texts that the teacher samples without a prompt (arXiv 2605.26097).
         anchor_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the KL of `"kl"` and `"self"`. Own answers count as the other rows do.
         anchor_dataset_name (`str`, *optional*):

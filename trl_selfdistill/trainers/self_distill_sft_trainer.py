@@ -100,7 +100,6 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         # FSDP and DeepSpeed place a model when training starts: then the teacher alone is checked, mostly its copy
         if weight.numel() and weight.device.type == self.accelerator.device.type:
             check_label_head(student, self.accelerator, "model")
-        # From here on the embeddings are the final ones: `SFTTrainer` may resize them for a new chat template
         if args.takes_snapshot:
             self.add_callback(TeacherSnapshotCallback(self))
         elif given is None:
@@ -135,11 +134,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             )
         super().check_run(saved, checkpoint)
         self.saved_teacher = saved.get("teacher")
-        if self.teacher is None or self.args.takes_snapshot:  # the snapshot's callback checks it
-            return
-        if self.saved_teacher is not None and self.saved_teacher["sha256"] != self.teacher.sha256:
-            self.teacher.restore(self.model, self.teacher_folder, self.saved_teacher["sha256"])
-        check_teacher(self.teacher, self.saved_teacher, checkpoint)
+        if self.teacher is not None and not self.args.takes_snapshot:  # the snapshot's callback does it later
+            self.teacher.restore(self.model, self.teacher_folder, self.saved_teacher)
+            check_teacher(self.teacher, self.saved_teacher, checkpoint)
 
     def on_save_checkpoint(self, folder: Path) -> None:
         super().on_save_checkpoint(folder)

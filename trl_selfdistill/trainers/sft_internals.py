@@ -213,8 +213,7 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
         if label_head is None:
             return original_forward(*args, **kwargs)
         shift_labels = kwargs.pop("labels")[:, 1:]
-        # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run. A model with
-        # images is its own `base_model` in transformers 4.
+        # FSDP and PEFT may replace the backbone; a model with images is its own `base_model` in transformers 4
         backbone = self.model if self.base_model is self else self.base_model
         outputs = backbone(*args, **kwargs)
         mask = shift_labels != IGNORE_INDEX
@@ -222,7 +221,7 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
         hidden_states = hidden_states[mask.to(hidden_states.device)]  # (num_label_tokens, hidden_size)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            # In some families only the model or only the config has both, as transformers' versions go
+            # Only the model or only the config has both in some families
             owner = self if hasattr(self, "num_experts_per_tok") else self.config.get_text_config()
             try:
                 experts = owner.num_experts, owner.num_experts_per_tok

@@ -48,18 +48,18 @@ class TeacherSnapshotCallback(TrainerCallback):
                 f"The teacher's snapshot would come after step {self._step} of {state.max_steps}, so that there would "
                 "be no distillation. Take it earlier, or set `kl_weight=0`."
             )
-        self.trainer.teacher = None
+        trainer, saved = self.trainer, self.trainer.saved_teacher
+        trainer.teacher = None
         if state.global_step >= self._step:  # resumed after the snapshot: the student has moved on since
             if self._is_adapter:
-                self.trainer.teacher = self.trainer.freeze_student()
-                sha256 = (self.trainer.saved_teacher or {}).get("sha256", "")
-                self.trainer.teacher.restore(self.trainer.model, self.folder, sha256)
+                trainer.teacher = trainer.freeze_student()
+                trainer.teacher.restore(trainer.model, self.folder, saved)
             else:
-                model = frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model))
+                model = frozen_copy(trainer.accelerator.unwrap_model(trainer.model))
                 load_saved(model, self.folder)
-                self.trainer.teacher = ModelTeacher(model, self.trainer.accelerator)
-        if self.trainer.resumed_from is not None:
-            check_teacher(self.trainer.teacher, self.trainer.saved_teacher, self.trainer.resumed_from)
+                trainer.teacher = ModelTeacher(model, trainer.accelerator)
+        if trainer.resumed_from is not None:
+            check_teacher(trainer.teacher, saved, trainer.resumed_from)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.teacher is not None or state.global_step < self._step:

@@ -49,8 +49,8 @@ class Teacher:
     def keep(self, folder: Path) -> None:
         """Saves to `folder` what a resumed run could not load from anywhere else."""
 
-    def restore(self, student: torch.nn.Module, folder: Path, sha256: str) -> None:
-        """Takes the place of the teacher in `folder`, if that has this hash: it is of an earlier part of the run."""
+    def restore(self, student: torch.nn.Module, folder: Path, saved: dict | None) -> None:
+        """Takes the place of the teacher in `folder`, if it is `saved`, that of the checkpoint to resume from."""
 
     def release(self, student: torch.nn.Module) -> None:
         """Removes from the student what the teacher has added to it."""
