@@ -7,7 +7,7 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset, DatasetDict
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from sft_runs import FACTS, TOKENIZER, assert_same_weights, config, logs, other_teacher, trainer, weights
+from sft_runs import FACTS, ROUNDING, TOKENIZER, assert_same_weights, config, logs, other_teacher, trainer, weights
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -129,3 +129,15 @@ def test_neftune_noise_is_the_students_alone(tmp_path):
     plain, noisy = targets[:2], targets[2:]
     assert losses[0] != losses[1] and len(plain) == len(noisy) == 2
     assert all(torch.equal(a.hidden_states, b.hidden_states) for a, b in zip(plain, noisy, strict=True))
+
+
+def test_torch_compile_changes_nothing(tmp_path):
+    options = dict(max_steps=2, optim="sgd", pad_to_multiple_of=32, save_strategy="steps", save_steps=1)
+    compiled = dict(torch_compile=True, torch_compile_backend="eager")
+    runs = [trainer(tmp_path, None, other_teacher(), **options, **extra) for extra in ({}, compiled)]
+    for run in runs:
+        run.train()
+    plain, other = runs
+    assert_same_weights(other.accelerator.unwrap_model(other.model), plain.model, atol=1e-6)
+    for row, expected in zip(logs(other)[:2], logs(plain)[:2], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=ROUNDING) and row["kl_loss"] > 1e-3

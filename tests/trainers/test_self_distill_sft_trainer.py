@@ -22,7 +22,7 @@ TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
 ROLES = {"user": "prompt", "assistant": "completion"}
 CHATS = [{"messages": [{"role": role, "content": row[name]} for role, name in ROLES.items()]} for row in FACTS]
 VIRTUAL_TOKENS = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-# What each makes of the data is tested in test_data_paths.py; here, that the metrics are TRL's
+# What each makes of the data is tested in test_label_head.py; here, that the metrics are TRL's
 DATASETS = {
     "prompt-completion": (FACTS, {}),
     "pre-tokenised with labels": (LABELLED, dict(dataset_kwargs={"skip_prepare_dataset": True})),
