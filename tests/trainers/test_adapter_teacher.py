@@ -169,10 +169,7 @@ def test_a_snapshot_is_the_adapter_of_that_step(tmp_path, name):
     sft = train(tmp_path / "sft", adapted(name), stopped, SFTTrainer, **options)
     expected = get_peft_model_state_dict(sft.model, save_embedding_layers=False)
     kept = load_file(tmp_path / "ours/run/_teacher/adapter_model.safetensors")
-    held = get_peft_model_state_dict(run.model, adapter_name=TEACHER_ADAPTER, save_embedding_layers=False)
-    assert expected.keys() == kept.keys() == held.keys()
-    for key, tensor in expected.items():
-        assert torch.equal(tensor, kept[key]) and torch.equal(tensor, held[key])
+    assert expected.keys() == kept.keys() and all(torch.equal(tensor, kept[key]) for key, tensor in expected.items())
     kl = [row.get("kl_loss") for row in logs(run) if "loss" in row]
     assert kl[:3] == [None] * 3 and None not in kl[3:] and kl[-1] > 0
     if name != "with dropout":  # at the step after the snapshot, student and teacher are the same
