@@ -152,10 +152,8 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
     # Each tensor in its dtype (TRL casts a quantised model's to bf16), and those that modules share by all their names
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        if TEACHER_ADAPTER in parts:
-            source = tensors[".".join(student if part == TEACHER_ADAPTER else part for part in parts)]
-            tensor.data = source.detach().clone()
+        if TEACHER_ADAPTER in name:
+            tensor.data = tensors[name.replace(TEACHER_ADAPTER, student)].detach().clone()
 
     saved = [name for name in model.peft_config if name != TEACHER_ADAPTER]
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=saved)

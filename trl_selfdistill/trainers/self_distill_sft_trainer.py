@@ -55,11 +55,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     from datasets import load_dataset
     from trl_selfdistill import SelfDistillSFTTrainer
 
-    trainer = SelfDistillSFTTrainer(
-        model="Qwen/Qwen2.5-1.5B",
-        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-    )
-    trainer.train()
+    dataset = load_dataset("trl-lib/Capybara", split="train")
+    SelfDistillSFTTrainer("Qwen/Qwen2.5-1.5B", train_dataset=dataset).train()
     ```
     """
 
@@ -121,9 +118,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         return self.teacher.model if self.teacher is not None else None
 
     def describe_run(self) -> dict:
-        teacher = None
-        if self.teacher is not None:
-            teacher = {"sha256": self.teacher.sha256, "name_or_path": self._teacher_name}
+        teacher = self.teacher and {"sha256": self.teacher.sha256, "name_or_path": self._teacher_name}
         return {**super().describe_run(), "teacher": teacher, "anchors": self.anchor_settings}
 
     def check_run(self, saved: dict, checkpoint: Path) -> None:

@@ -116,10 +116,7 @@ def load_teacher(teacher: str | PreTrainedModel, trainer) -> PreTrainedModel:
 
 
 def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
-    """
-    Raises `ValueError` if an adapter adds to the LM head, or to single tokens of embeddings that it is tied to, which
-    the loss would not see. `name` is the trainer's argument that `model` is.
-    """
+    """Raises `ValueError` if an adapter, which no loss would see, adds to the LM head of the argument `name`."""
     head = base_causal_lm(model).get_output_embeddings()
     if hasattr(head, "token_adapter") or hasattr(head, "base_layer"):
         raise ValueError(

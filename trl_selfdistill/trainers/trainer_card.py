@@ -17,12 +17,9 @@ from ..parameters.structure import base_causal_lm
 from .sft_internals import get_config_model_id
 
 
-_SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
-    *("weight_decay", "optim", "seed", "data_seed", "bf16", "max_length", "packing", "loss_type"),
-    *("trainable_groups", "frozen_groups"),
-)
-_TEACHER_SETTINGS = ("kl_weight", "temperature")
+_SETTINGS = "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps warmup_ratio weight_decay optim "
+_SETTINGS += "seed data_seed bf16 max_length packing loss_type trainable_groups frozen_groups "
+_TEACHER_SETTINGS = "kl_weight temperature"
 
 
 class ModelCardMixin:
@@ -60,8 +57,8 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     args, model = trainer.args, trainer.model
     values = args.to_dict()
     # A trainer without a teacher may get a configuration with one
-    names = _SETTINGS + (_TEACHER_SETTINGS if hasattr(trainer, "teacher") else ())
-    settings = {name: values[name] for name in names if values.get(name) not in (None, -1)}
+    names = _SETTINGS + (_TEACHER_SETTINGS if hasattr(trainer, "teacher") else "")
+    settings = {name: values[name] for name in names.split() if values.get(name) not in (None, -1)}
     settings |= getattr(trainer, "anchor_settings", None) or {}
     settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
