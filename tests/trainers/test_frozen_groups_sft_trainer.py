@@ -142,13 +142,6 @@ def test_adapters_are_on_the_trainable_groups_alone(tmp_path, model_dir, groups,
         assert bool(rows[group]) == bool(names & expected)
 
 
-def test_a_peft_config_by_position_is_found(tmp_path):
-    run = trainer(tmp_path, None, None, FrozenGroupsSFTTrainer, trainable_groups=["mlp"])
-    given = [None, run.train_dataset, None, TOKENIZER, *[None] * 3, (None, None), *[None] * 3, LoraConfig(r=2)]
-    adapted = FrozenGroupsSFTTrainer(build_model(TOKENIZER), run.args, *given).model
-    assert adapted_modules(adapted) == PROJECTIONS["mlp"]
-
-
 @pytest.mark.parametrize(
     "config, groups, message",
     [

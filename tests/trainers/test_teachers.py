@@ -136,7 +136,6 @@ on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_
     [
         (None, dict(teacher_model="a"), dict(teacher_model_name_or_path="b"), "Set one of them"),
         (None, dict(teacher_model=other_model()), dict(teacher_snapshot_steps=1), "Set one of them"),
-        (None, dict(teacher_model=other_model()), dict(teacher_snapshot_epochs=1.0), "Set one of them"),
         (model, dict(teacher_model=model), {}, "itself, .* Leave it unset"),
         (model, dict(teacher_model=model, peft_config=LoraConfig(**LORA)), {}, "in training itself"),
         (model, dict(teacher_model=in_its_memory), {}, "shares parameters"),
