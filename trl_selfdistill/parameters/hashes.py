@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from .structure import base_causal_lm, group_of, named_tensors
 
 
-# Settings that do not change what a model computes
+# Settings that do not change what a model computes (Trainer sets the ids to those of the tokenizer)
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "use_cache"}
 _WITHOUT_EFFECT |= {"inference_mode", "init_lora_weights", "peft_version", "revision", "task_type", "torch_dtype"}
-_WITHOUT_EFFECT |= {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}  # Trainer sets the latter
+_WITHOUT_EFFECT |= {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:

@@ -88,8 +88,8 @@ def forked(accelerator):
 
 def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
     """
-    Puts as many anchors beside the rows of each micro-batch of a step: `batch["anchors"]` holds the inputs of a
-    forward and the number of tokens that the anchors of the step predict, over all processes.
+    Puts anchors beside the rows of each micro-batch of a step, as many as rows fit: `batch["anchors"]` holds the
+    inputs of a forward and the number of tokens that the anchors of the step predict, over all processes.
     """
     args, accelerator, tp_size = trainer.args, trainer.accelerator, trainer.get_tp_size()
     process, num_processes = accelerator.process_index // tp_size, accelerator.num_processes // tp_size

@@ -47,9 +47,9 @@ class FrozenGroupsSFTConfig(SFTConfig):
     Parameters:
         frozen_groups (`list[str]`, *optional*):
             What not to train. Each entry is a group among `embeddings`, `attention`, `mlp`, `norm` and `lm_head`; a
-            group in some layers, counted from 0, as `mlp:5` or `mlp:0-11`; or a regular expression that is searched in
-            the parameter names, as `re:q_proj`. Tied `embeddings` and `lm_head` go together. By default nothing is
-            frozen, and the run is `SFTTrainer`'s step for step.
+            group in some layers, counted from 0, as `mlp:5` or `mlp:0-11` (both included); or a regular expression
+            that is searched in the parameter names, as `re:q_proj`. Tied `embeddings` and `lm_head` go together. By
+            default nothing is frozen, and the run is `SFTTrainer`'s step for step.
         trainable_groups (`list[str]`, *optional*):
             What to train instead, in the same form. The paper's setting is `["attention"]`.
         verify_frozen (`bool`, *optional*, defaults to `True`):

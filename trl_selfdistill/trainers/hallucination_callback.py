@@ -62,7 +62,7 @@ class HallucinationEvalCallback(TrainerCallback):
 
     It runs before the first step, and with each evaluation of the trainer or, with `eval_strategy="no"`, at the end of
     each epoch. Under DDP, FSDP2 and ZeRO-3, not FSDP1, each process answers a share of the questions. The values are
-    part of the trainer's evaluation: transformers can keep the best checkpoint by them and stop early.
+    part of the trainer's evaluation: transformers can keep the best checkpoint by them and stop early:
 
     ```py
     args = SFTConfig(..., eval_strategy="epoch", save_strategy="best", load_best_model_at_end=True,

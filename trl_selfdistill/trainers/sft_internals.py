@@ -69,7 +69,7 @@ class HookedSFTTrainer(SFTTrainer):
     summed_steps: dict[str, int] = {}  # that the last of the logged sums are of
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
-    _name = property(lambda self: self.method_name)
+    _name = property(lambda self: self.method_name)  # a subclass may set these two, as TRL's trainers do
     _tag_names = property(lambda self: self.tags)
 
     def on_save_model(self, folder: Path) -> None:
