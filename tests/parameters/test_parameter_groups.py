@@ -11,7 +11,7 @@ from conftest import build_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from trl_selfdistill.parameters.groups import GroupSelection, GroupTable, freeze_selection, parameter_table
-from trl_selfdistill.parameters.hashes import digest_groups, hash_parameters, verify_frozen
+from trl_selfdistill.parameters.hashes import digest, hash_parameters, verify_frozen
 from trl_selfdistill.parameters.structure import GROUPS, group_of, named_tensors
 
 
@@ -44,10 +44,8 @@ EXPERTS = "gate_up_proj down_proj" if FUSED else GATED
 
 ARCHITECTURES = {
     "llama": Expected(QKVO, GATED),
-    "qwen3": Expected(QKVO, GATED, norm_in_attention=True, config=HEAD_DIM),
     "qwen3_moe": Expected(QKVO, f"gate {EXPERTS}", norm_in_attention=True, config=HEAD_DIM | MOE),
     "mixtral": Expected(QKVO, f"gate {EXPERTS}" if FUSED else "gate w1 w2 w3", config=MOE),
-    "gemma2": Expected(QKVO, GATED, config=HEAD_DIM | TIED),
     "gemma3_text": Expected(QKVO, GATED, norm_in_attention=True, config=HEAD_DIM | TIED),
     "gemma4_text": Expected(
         QKVO,
@@ -65,9 +63,7 @@ ARCHITECTURES = {
         "embed_tokens embed_positions project_in project_out",
         config=TIED | {"ffn_dim": 32, "word_embed_proj_dim": 8},
     ),
-    "falcon": Expected("query_key_value dense", "dense_h_to_4h dense_4h_to_h", "word_embeddings", config=TIED),
     "mpt": Expected("Wqkv out_proj", "up_proj down_proj", "wte", config=TIED | {"d_model": 16, "n_heads": 2}),
-    "olmo2": Expected(QKVO, GATED, norm_in_attention=True),
     "cohere": Expected(QKVO, GATED, norm_in_attention=True, config=TIED | {"use_qk_norm": True}),
     "deepseek_v3": Expected(
         "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj",
@@ -244,9 +240,5 @@ def test_hashes_see_every_bit_of_what_is_frozen(model, dtype):
     bits[0, 0] ^= 1
     with pytest.raises(ValueError, match=r"1 of 6 frozen parameters in 'mlp' changed: \['model.layers.1.mlp.up_proj"):
         verify_frozen(model, hashes)
-    changed = digest_groups(hash_parameters(model))
-    assert changed["norm"] == digest_groups(hashes)["norm"] and changed["mlp"] != digest_groups(hashes)["mlp"]
-    bits[0, 0] ^= 1
-    weight.data = weight.data.reshape(16, 32)
-    with pytest.raises(ValueError, match="up_proj"):
-        verify_frozen(model, hashes)
+    changed = hash_parameters(model)
+    assert digest(changed["norm"]) == digest(hashes["norm"]) and digest(changed["mlp"]) != digest(hashes["mlp"])

@@ -55,8 +55,7 @@ def test_loss_and_weights_are_those_with_a_copy_of_the_whole_model(tmp_path, nam
     model = adapted(name)
     theirs = train(tmp_path, model, dict(teacher_model=frozen_copy(model)), **settings)
     assert isinstance(ours.teacher, AdapterTeacher) and theirs.teacher_model is not None
-    assert ours.teacher.adapter_name == (None if name in ("fresh", "fresh DoRA", "a whole head") else TEACHER_ADAPTER)
-    # A fresh DoRA scales by the quotient of two equal norms, which is 1 up to rounding
+    assert ours.teacher.adapter_name == (None if name == "fresh" else TEACHER_ADAPTER)
     tolerance = dict(rel=1e-2, abs=1e-3) if bf16 else dict(rel=1e-4, abs=1e-6)
     for ours_row, theirs_row in zip(logs(ours), logs(theirs), strict=True):
         for row in (ours_row, theirs_row):
@@ -82,16 +81,12 @@ def test_no_second_base_and_the_teacher_does_not_move(tmp_path, name):
     assert sum(p.numel() for p in model.parameters()) == before + added
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
 
-    inputs = dict(input_ids=torch.arange(3, 23).reshape(2, 10), labels=torch.arange(3, 23).reshape(2, 10))
-    sides = []
-    for _ in range(2):
-        sides.append(run.teacher.targets(model, inputs))
-        if run.state.global_step == 0:
-            frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-            run.train()
+    sides = [run.teacher.targets(model, dict(input_ids=IDS, labels=IDS))]
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    run.train()
+    sides.append(run.teacher.targets(model, dict(input_ids=IDS, labels=IDS)))
     assert torch.equal(sides[0].hidden_states, sides[1].hidden_states)
     assert torch.equal(sides[0].lm_head.weight, sides[1].lm_head.weight)
-    assert not sides[0].hidden_states.requires_grad and not sides[0].lm_head.weight.requires_grad
     assert model.active_adapters == ["default"] and model.training
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
@@ -129,16 +124,15 @@ def test_the_output_of_an_earlier_run_is_in_nobodys_way(tmp_path):
         train(tmp_path, other, resume=str(tmp_path / "run" / "checkpoint-1"), **options)
 
 
-def test_the_hash_is_of_the_base_and_of_what_the_adapter_changes(tmp_path):
-    hashes = {name: trainer(tmp_path, adapted(name)).teacher.sha256 for name in ("fresh", "trained", "trained DoRA")}
-    other = adapted("fresh")
-    for name, parameter in other.named_parameters():
+def test_the_teacher_beside_a_fresh_adapter_is_the_base_alone(tmp_path):
+    model = adapted("fresh")
+    before = trainer(tmp_path, model).teacher.sha256
+    for name, parameter in model.named_parameters():
         if "lora_A" in name:
-            parameter.data.normal_()  # the base is the teacher: no part of it
-    assert trainer(tmp_path, other).teacher.sha256 == hashes["fresh"]
-    other.base_model.model.lm_head.weight.data[0, 0] += 1
-    hashes["another base"] = trainer(tmp_path, other).teacher.sha256
-    assert len(set(hashes.values())) == 4
+            parameter.data.normal_()
+    assert trainer(tmp_path, model).teacher.sha256 == before != trainer(tmp_path, adapted("trained")).teacher.sha256
+    model.base_model.model.lm_head.weight.data[0, 0] += 1
+    assert trainer(tmp_path, model).teacher.sha256 != before
 
 
 def test_a_model_that_was_trained_before_gets_a_new_teacher(tmp_path):
@@ -161,7 +155,7 @@ def test_weights_that_are_trained_beside_the_adapter_make_the_teacher_a_copy(tmp
     before = run.teacher.targets(run.model, inputs).hidden_states
     run.train()
     assert torch.equal(run.teacher.targets(run.model, inputs).hidden_states, before)
-    assert run.teacher_model is not None and "parameters beside the adapter are trained too" in caplog.text
+    assert run.teacher_model is not None and "nothing beside it must be trained" in caplog.text
 
 
 SNAPSHOT = dict(max_steps=6, save_strategy="steps", save_steps=1, teacher_snapshot_steps=3, learning_rate=2e-2)
@@ -175,10 +169,7 @@ def test_a_snapshot_is_the_adapter_of_that_step(tmp_path, name):
     sft = train(tmp_path / "sft", adapted(name), stopped, SFTTrainer, **options)
     expected = get_peft_model_state_dict(sft.model, save_embedding_layers=False)
     kept = load_file(tmp_path / "ours/run/_teacher/adapter_model.safetensors")
-    held = get_peft_model_state_dict(run.model, adapter_name=TEACHER_ADAPTER, save_embedding_layers=False)
-    assert expected.keys() == kept.keys() == held.keys()
-    for key, tensor in expected.items():
-        assert torch.equal(tensor, kept[key]) and torch.equal(tensor, held[key])
+    assert expected.keys() == kept.keys() and all(torch.equal(tensor, kept[key]) for key, tensor in expected.items())
     kl = [row.get("kl_loss") for row in logs(run) if "loss" in row]
     assert kl[:3] == [None] * 3 and None not in kl[3:] and kl[-1] > 0
     if name != "with dropout":  # at the step after the snapshot, student and teacher are the same
@@ -188,9 +179,6 @@ def test_a_snapshot_is_the_adapter_of_that_step(tmp_path, name):
 
 
 def test_parts_of_a_head_are_refused(tmp_path):
-    on_head = get_peft_model(build_model(TOKENIZER), LoraConfig(target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="Remove `'lm_head'` from your `target_modules`"):
-        trainer(tmp_path, on_head)
     tokens = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6])
     tied = get_peft_model(build_model(TOKENIZER, tie_word_embeddings=True), tokens)
     with pytest.raises(ValueError, match="embeddings that it is tied to.* set `kl_weight=0`"):

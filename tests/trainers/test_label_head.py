@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss is that of the model's own logits in every family, or the family is refused by name."""
+"""
+The loss is that of each example by itself, on both models' own logits, in every family and however the data reach
+them; or the family is refused by name.
+"""
 
 import pytest
 import torch
@@ -33,30 +36,54 @@ OTHERS = {
 }
 
 
-def tiny(name, dtype=torch.float32, seed=0):
+def tiny(name, dtype=torch.float32, seed=0, **options):
     if name not in CONFIG_MAPPING or (name == "doge" and compare_versions("transformers", "<", "5.0")):
         pytest.skip(f"transformers has no {name}, or one that does not run")
-    model = architecture(name, seed, dtype, **OTHERS[name][1] if name in OTHERS else FAMILIES.get(name, {}))
+    options |= OTHERS[name][1] if name in OTHERS else FAMILIES.get(name, {})
+    model = architecture(name, seed, dtype, **options)
     if dtype != torch.float32:  # transformers 4 draws other numbers in another dtype
         model.load_state_dict(tiny(name, seed=seed).state_dict())
     return model
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *ARCHITECTURES])
-def test_the_loss_is_that_of_the_models_own_logits(tmp_path, name):
-    model, teacher = tiny(name), tiny(name, seed=1)
-    options = dict(per_device_train_batch_size=3, router_aux_loss_coef=0.0, **PAPER_SETTING)
-    run = trainer(tmp_path, model, dict(teacher_model=teacher), **options)
-    model.eval()
-    batch = dict(next(iter(run.get_train_dataloader())))
-    counted = batch["labels"][:, 1:] != -100
+def wrapped(examples):
+    """The examples end to end, cut every 24 tokens."""
+    ids, labels = (sum((example[side] for example in examples), []) for side in (0, 1))
+    return [(ids[i : i + 24], labels[i : i + 24]) for i in range(0, len(ids), 24)]
+
+
+# Settings, and the sequences that the models should see, made of the tokenised rows
+PATHS = {
+    "padded": ({}, list),
+    "alone": (dict(per_device_train_batch_size=1), list),  # what Doge sees depends on the padding
+    "packing, bfd": (dict(packing=True, max_length=64), list),
+    "packing, wrapped": (dict(packing=True, packing_strategy="wrapped", max_length=24), wrapped),
+    "padding_free": (dict(padding_free=True, max_length=None), list),
+}
+CASES = [(name, "alone" if name == "doge" else "padded", {}) for name in [*FAMILIES, *ARCHITECTURES]]
+CASES += [("llama", path, {}) for path in PATHS]
+
+
+@pytest.mark.parametrize("name, path, config", [*CASES, ("llama", "packing, bfd", dict(attn_implementation="eager"))])
+def test_the_loss_is_that_of_each_example_on_the_models_own_logits(tmp_path, name, path, config):
+    settings, sequences = PATHS[path]
+    models, rows = [tiny(name, seed=seed, **config) for seed in (0, 1)], trainer(tmp_path).train_dataset
+    options = dict(per_device_train_batch_size=3, router_aux_loss_coef=0.0, **PAPER_SETTING) | settings
+    run = trainer(tmp_path, models[0], dict(teacher_model=models[1]), **options)
+    batches, ce, kl = list(run.get_train_dataloader()), [], []
+    count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     with torch.no_grad():
-        inputs = {key: value for key, value in batch.items() if key != "labels"} | dict(use_cache=False)
-        student, other = (side(**inputs).logits[:, :-1][counted] for side in (model, teacher))
-        loss = run.compute_loss(model, dict(batch))
-    ce = torch.nn.functional.cross_entropy(student, batch["labels"][:, 1:][counted])
-    p, q = ((side / 0.5).log_softmax(-1) for side in (other, student))
-    torch.testing.assert_close(loss, ce + 0.25 * (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-5, atol=1e-5)
+        loss = sum(run.compute_loss(run.model.eval(), dict(batch), num_items_in_batch=count) for batch in batches)
+        for ids, labels in sequences([(row["input_ids"], row["labels"]) for row in rows]):
+            ids, labels = torch.tensor([ids]), torch.tensor(labels)[1:]
+            counted = labels != -100
+            logits = [model(input_ids=ids, use_cache=False).logits[0, :-1][counted].double() for model in models]
+            ce.append(torch.nn.functional.cross_entropy(logits[0], labels[counted], reduction="none"))
+            q, p = ((x / 0.5).log_softmax(-1) for x in logits)
+            kl.append((p.exp() * (p - q)).sum(-1))
+    ce, kl = torch.cat(ce).mean(), torch.cat(kl).mean()
+    torch.testing.assert_close(loss.double(), ce + 0.25 * kl, rtol=1e-4, atol=1e-5)
+    assert kl > 0.01 and (len(run.train_dataset) < len(rows)) == ("packing" in path)
 
 
 @pytest.mark.parametrize("name", OTHERS)

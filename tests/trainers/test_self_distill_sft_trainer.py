@@ -10,18 +10,7 @@ import torch
 from conftest import build_model
 from datasets import Dataset
 from peft import PromptTuningConfig
-from sft_runs import (
-    ARCHITECTURES,
-    FACTS,
-    ROUNDING,
-    TOKENIZER,
-    architecture,
-    config,
-    logs,
-    other_teacher,
-    train,
-    trainer,
-)
+from sft_runs import ARCHITECTURES, FACTS, ROUNDING, TOKENIZER, architecture, config, logs, train, trainer
 from trl import SFTTrainer, TrlParser
 
 from trl_selfdistill import FrozenGroupsSFTConfig, SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -30,17 +19,10 @@ from trl_selfdistill import FrozenGroupsSFTConfig, SelfDistillSFTConfig, SelfDis
 IDS = [TOKENIZER(row["prompt"] + row["completion"])["input_ids"] for row in FACTS]
 LABELLED = [{"input_ids": ids, "labels": [-100, *ids[1:-2], -100, ids[-1]]} for ids in IDS]
 TEXTS = [{"text": row["prompt"] + row["completion"]} for row in FACTS]
-CHATS = [
-    {
-        "messages": [
-            {"role": role, "content": row[column]}
-            for role, column in (("user", "prompt"), ("assistant", "completion"))
-        ]
-    }
-    for row in FACTS
-]
+ROLES = {"user": "prompt", "assistant": "completion"}
+CHATS = [{"messages": [{"role": role, "content": row[name]} for role, name in ROLES.items()]} for row in FACTS]
 VIRTUAL_TOKENS = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-# What each makes of the data is tested in test_data_paths.py; here, that the metrics are TRL's
+# What each makes of the data is tested in test_label_head.py; here, that the metrics are TRL's
 DATASETS = {
     "prompt-completion": (FACTS, {}),
     "pre-tokenised with labels": (LABELLED, dict(dataset_kwargs={"skip_prepare_dataset": True})),
@@ -114,9 +96,9 @@ def doubled_loss(outputs, labels, num_items_in_batch=None):
 def test_kl_is_added_to_another_loss(tmp_path, options, extra):
     """DFT, label smoothing and a loss function of the user's keep what SFTTrainer makes of them."""
     options = dict(max_steps=1, eval_strategy="steps", eval_steps=1, **options)
-    weights = dict(kl_weight=2.0, temperature=0.5)
+    weights, teacher = dict(kl_weight=2.0, temperature=0.5), dict(teacher_model=architecture("llama", 1))
     extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]), compute_metrics=token_metrics, **extra)
-    ours = train(tmp_path, architecture("mixtral"), extra | other_teacher(), **weights, **options)
+    ours = train(tmp_path, architecture("mixtral"), extra | teacher, **weights, **options)
     theirs = train(tmp_path, architecture("mixtral"), extra, SFTTrainer, **options)
     for prefix, row, expected in zip(["", "eval_"], logs(ours), logs(theirs), strict=False):
         assert row.keys() - expected.keys() == {f"{prefix}ce_loss", f"{prefix}kl_loss"}
@@ -165,23 +147,17 @@ def test_config_is_parsed_from_the_command_line_and_from_yaml(tmp_path):
         (dict(kl_weight=-0.1), "`kl_weight` must be .* got -0.1"),
         (dict(kl_weight=float("nan")), "`kl_weight` .* got nan"),
         (dict(kl_weight="1.0"), "`kl_weight` must be a finite number, got '1.0'"),
-        (dict(kl_weight=True), "`kl_weight` .* got True"),
         (dict(temperature=torch.tensor(1.0)), "`temperature` .* got tensor"),
         (dict(teacher_snapshot_steps=2.5), "`teacher_snapshot_steps` must be a whole number, got 2.5"),
         (dict(precompute_teacher="yes"), "`precompute_teacher` must be True or False, got 'yes'"),
-        (dict(verify_frozen=0), "`verify_frozen` must be True or False, got 0"),
         (dict(teacher_model_name_or_path=3), "`teacher_model_name_or_path` must be a text, got 3"),
-        (dict(teacher_model_init_kwargs=["dtype"]), "`teacher_model_init_kwargs` must be a dict, got"),
         (dict(teacher_model_init_kwargs="dtype"), "`teacher_model_init_kwargs` must be a dict, got 'dtype'"),
         (dict(frozen_groups=[1]), r"`frozen_groups` must be a list of texts, got \[1\]"),
         (dict(trainable_groups={"mlp": True}), "`trainable_groups` must be a list of texts, got {"),
-        (dict(frozen_groups=False), "`frozen_groups` must be a list of texts, got False"),
         (dict(temperature=0.0), "`temperature` must be .* got 0.0"),
         (dict(teacher_snapshot_steps=0), "`teacher_snapshot_steps` must be > 0, got 0"),
-        (dict(teacher_snapshot_epochs=-1.0), "`teacher_snapshot_epochs` must be > 0"),
-        (dict(teacher_snapshot_steps=1, teacher_snapshot_epochs=1.0), "Set one of them"),
         (dict(teacher_snapshot_steps=1, teacher_model_name_or_path="org/t"), "Set one of them"),
-        (dict(precompute_teacher=True, teacher_snapshot_steps=3), "before training, and `teacher_snapshot_steps`"),
+        (dict(precompute_teacher=True, teacher_snapshot_steps=3), "before training, `teacher_snapshot_steps` in it"),
         (dict(precompute_teacher=True, teacher_cache_dtype="float16"), "bfloat16, float32, got 'float16'"),
         (dict(logits_dtype="bfloat16"), "float32, None, got 'bfloat16'"),
     ],

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from .ce_kl_torch import TileObjective
 from .fused_head import fused_losses
@@ -50,7 +49,7 @@ def linear_ce_kl(
     kl_weight: float,
     temperature: float = 1.0,
     num_items_in_batch: int | torch.Tensor | None = None,
-    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
+    impl: Literal["auto", "triton", "torch"] = "auto",
     logits_dtype: torch.dtype | None = None,
     memory_budget_mib: float = 1024.0,
 ) -> CEKLOutput:
@@ -82,13 +81,12 @@ def linear_ce_kl(
             Number of labels in the whole (accumulated, distributed) batch. Defaults to those in `shift_labels`.
         impl (`str`, *optional*, defaults to `"auto"`):
             `"triton"` (CUDA) and `"torch"` (any device) form the gradients in the forward pass, in chunks of tokens;
-            `"auto"` takes the first that runs. `"reference"` is the formula above, with all logits in memory.
+            `"auto"` takes the first that runs.
         logits_dtype (`torch.dtype`, *optional*):
-            `torch.float32` keeps the logits of half-precision products in fp32: the gradients' rounding error falls to
-            a fifth, and a GPU takes 1.2 times as long. Elsewhere the products are in fp32, too. By default the logits
-            are rounded to the products' dtype, as those of a model in it.
+            `torch.float32` keeps the logits of half-precision products in fp32: a fifth of the gradients' rounding
+            error, for 1.2 times the time on a GPU. By default they are rounded to the products' dtype.
         memory_budget_mib (`float`, *optional*, defaults to `1024.0`):
-            Memory for the logits of a chunk, in MiB. On a CPU a chunk has at most 512 tokens.
+            Memory for the logits of a chunk, in MiB. A chunk has at least 1 token, and on a CPU at most 512.
 
     Returns:
         [`CEKLOutput`]. Without any label the loss is 0 with zero gradients, and still connected to the graph. A
@@ -106,13 +104,18 @@ def linear_ce_kl(
         if teacher_hidden_states is None or teacher_lm_head is None:
             raise ValueError("The teacher's hidden states and head are needed, or `kl_weight=0`. Got None.")
         teacher = _checked_side("teacher", teacher_hidden_states, teacher_lm_head, shift_labels, vocab_size)
-    if impl not in ("auto", "triton", "torch", "reference"):
-        raise ValueError(f"`impl` must be 'auto', 'triton', 'torch' or 'reference', got {impl!r}.")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"`impl` must be 'auto', 'triton' or 'torch', got {impl!r}.")
     if impl == "auto":
         runs_triton = student_hidden_states.is_cuda and torch.version.cuda and importlib.util.find_spec("triton")
         impl = "triton" if runs_triton and student_hidden_states.dtype != torch.float64 else "torch"
     num_items = None if num_items_in_batch is None else float(num_items_in_batch)  # one look, if it is on a GPU
-    _check_options(shift_labels, num_items, logits_dtype, memory_budget_mib)
+    if num_items is not None and not 0 <= num_items < inf:
+        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items}.")
+    if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
+        raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
     kept = shift_labels != IGNORE_INDEX
     outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
     # Once: each look at a GPU's values waits for all that it has to do
@@ -130,51 +133,9 @@ def linear_ce_kl(
         teacher = teacher and teacher._replace(hidden_states=teacher.hidden_states[index])
     denominator = max(1.0, num_labels if num_items is None else num_items)
     objective = TileObjective(ce_weight, kl_weight, temperature, grad_scale=1 / denominator)
-    if impl == "reference":
-        loss, sums = _reference_losses(student, teacher, labels, objective, logits_dtype)
-    else:
-        loss, sums = fused_losses(student, teacher, labels, objective, impl, logits_dtype, memory_budget_mib)
+    loss, sums = fused_losses(student, teacher, labels, objective, impl, logits_dtype, memory_budget_mib)
     means = sums.detach() / max(1, num_labels)
     return CEKLOutput(loss, *means.unbind(), counts[0])
-
-
-def _reference_losses(student, teacher, labels, objective, logits_dtype):
-    """[`fused_losses`] as a textbook computes them, with all logits in memory."""
-
-    def logits_of(side: ModelSide) -> torch.Tensor:
-        if logits_dtype is None:
-            return side.lm_head.logits(side.hidden_states)
-        with torch.autocast(labels.device.type, enabled=False):
-            dtype = torch.promote_types(side.hidden_states.dtype, logits_dtype)
-            return side.lm_head.logits(side.hidden_states.to(dtype))
-
-    logits = logits_of(student)
-    ce = F.cross_entropy(logits, labels, reduction="none")
-    kl = torch.zeros_like(ce)
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logits = logits_of(teacher)
-        # Of a masked token, -inf - (-inf) would be nan
-        log_q, log_p = (
-            (x / objective.temperature).log_softmax(-1).clamp(min=torch.finfo(x.dtype).min)
-            for x in (logits, teacher_logits)
-        )
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
-    top1 = logits.argmax(-1) == labels
-    sums = torch.stack([ce, kl, entropy, top1.to(ce.dtype)], dim=-1).sum(0)
-    return objective.total(sums), sums
-
-
-def _check_options(shift_labels, num_items, logits_dtype, memory_budget_mib) -> None:
-    if not 0 < memory_budget_mib < inf:
-        raise ValueError(f"`memory_budget_mib` must be finite and > 0, got {memory_budget_mib}.")
-    if num_items is not None and not 0 <= num_items < inf:
-        raise ValueError(f"`num_items_in_batch` must be finite and >= 0, got {num_items}.")
-    if shift_labels.dtype.is_floating_point or shift_labels.dtype == torch.bool:
-        raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
-    if logits_dtype not in (None, torch.float32):
-        raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
 
 
 def _checked_side(name: str, hidden_states: torch.Tensor, lm_head: LMHead, labels: torch.Tensor, vocab_size: int):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of a causal language model in five groups, and what it takes to train only some of them.
+"""Which groups of parameters a run trains (arXiv 2604.15574, Table 1): freezing the others, adapters on these."""
 
-Training the attention alone teaches a task without overwriting what the MLPs know (arXiv 2604.15574, Table 1).
-"""
-
+import copy
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .structure import GROUPS, ParameterName, group_of, named_tensors
@@ -21,8 +19,7 @@ _SPEC_HELP = (
 )
 
 
-@dataclass(frozen=True)
-class GroupSpec:
+class GroupSpec(NamedTuple):
     """One entry of `frozen_groups` or `trainable_groups`: a group, in some layers or in all, or a pattern of names."""
 
     text: str
@@ -51,8 +48,7 @@ class GroupSpec:
         return name.group == self.group and (self.layers is None or name.layer in self.layers)
 
 
-@dataclass(frozen=True)
-class GroupSelection:
+class GroupSelection(NamedTuple):
     """What a run freezes or trains: the option, `"frozen_groups"` or `"trainable_groups"`, with its entries."""
 
     option: str
@@ -63,8 +59,8 @@ class GroupSelection:
         cls, frozen_groups: Sequence[str] | None = None, trainable_groups: Sequence[str] | None = None
     ) -> "GroupSelection | None":
         """
-        Reads lists of entries as [`GroupSpec`] does; a lone string is a list of one entry. `None` if nothing is to be
-        frozen: `None` and `[]` freeze nothing. Raises `ValueError` if both are set or an entry cannot be read.
+        Reads lists of entries as [`GroupSpec`] does; a lone string is a list of one. `None` if nothing is to be
+        frozen. Raises `ValueError` if both are set or an entry cannot be read.
         """
         for option, entries in (("frozen_groups", frozen_groups), ("trainable_groups", trainable_groups)):
             is_list = isinstance(entries, Sequence | Set) and all(isinstance(entry, str) for entry in entries)
@@ -74,10 +70,10 @@ class GroupSelection:
             raise ValueError(f"`frozen_groups={frozen_groups}`, `trainable_groups={trainable_groups}`: set one.")
         if trainable_groups is None and not frozen_groups:
             return None
-        option = "frozen_groups" if trainable_groups is None else "trainable_groups"
-        entries = frozen_groups if trainable_groups is None else trainable_groups
-        entries = [entries] if isinstance(entries, str) else entries
-        return cls(option, tuple(GroupSpec.parse(entry) for entry in entries))
+        option, entries = "trainable_groups", trainable_groups
+        if trainable_groups is None:
+            option, entries = "frozen_groups", frozen_groups
+        return cls(option, tuple(map(GroupSpec.parse, [entries] if isinstance(entries, str) else entries)))
 
     @property
     def entries(self) -> list[str]:
@@ -129,11 +125,9 @@ def parameter_table(model: PreTrainedModel) -> GroupTable:
 def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
     """
     Switches off the gradients of the parameters of a causal language model that a selection does not train, and
-    returns the counts afterwards. What was frozen before stays frozen. On an error no parameter has changed.
-
-    Raises:
-        ValueError: If an entry selects nothing, a tied tensor is selected by some of its names only, a group is asked
-            for while parameters have no group, or nothing is left to train.
+    returns the counts afterwards. What was frozen before stays frozen. A `ValueError`, and nothing has changed, if an
+    entry selects nothing, a tied tensor is selected by some of its names only, a group is asked for while parameters
+    have no group, or nothing is left to train.
     """
     # ProphetNet ties its embeddings to a module outside of its decoder, which has no group and no say
     tensors = [(tensor, [name for name in names if name.group] or names) for tensor, names in named_tensors(model)]
@@ -145,8 +139,8 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
             groups = sorted({name.group for name in all_names if name.group is not None}, key=GROUPS.index)
             raise ValueError(
                 f"`{selection.option}` contains {spec.text!r}, which matches no parameter of {type(model).__name__} "
-                f"or not in all its layers. There are {', '.join(groups)} in {num_layers} layers, from 0 (mixers "
-                f"without attention are counted in 'mlp'), as in {all_names[len(all_names) // 2].name!r}. {_SPEC_HELP}"
+                f"or not in all its layers. There are {', '.join(groups)} in {num_layers} layers, from 0, as in "
+                f"{all_names[len(all_names) // 2].name!r}. Mixers without attention are counted in 'mlp'."
             )
     for _, names in tensors:
         selected = [name.name for name in names if selection.selects(name)]
@@ -170,3 +164,40 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
         if not selection.trains(names[0]):
             tensor.requires_grad_(False)
     return parameter_table(model)
+
+
+def restrict_peft_config(config, model: PreTrainedModel, selection: GroupSelection | None):
+    """
+    A copy of a [`~peft.PeftConfig`] with adapters on the trainable groups of `model` alone. `target_modules` that are
+    unset or `"all-linear"` become the linear modules of these groups; a `ValueError` if there are none. Those of the
+    user's own stay: [`refuse_adapters_elsewhere`] sees what they make. Without a selection all stays.
+    """
+    if selection is None:
+        return config
+    if not hasattr(config, "target_modules"):
+        raise ValueError(f"{selection} needs a PEFT method with `target_modules`, got {type(config).__name__}.")
+    if config.target_modules not in (None, "all-linear"):
+        return config
+    modules, trainable = dict(model.named_modules()), set()
+    for _, names in named_tensors(model):
+        for name in names:
+            path, _, attribute = name.name.rpartition(".")
+            is_linear = isinstance(modules[path], nn.Linear) or type(modules[path]).__name__ == "Conv1D"
+            # The loss of self-distillation reads no adapter of the LM head
+            if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
+                trainable.add(path)
+    if not trainable:
+        raise ValueError(f"{selection} leaves no linear module for an adapter. Train 'attention' or 'mlp'.")
+    config = copy.deepcopy(config)
+    config.target_modules = trainable
+    return config
+
+
+def refuse_adapters_elsewhere(model: nn.Module, selection: GroupSelection) -> None:
+    """Raises `ValueError` if a PEFT model trains something in frozen groups: adapters, biases, copies of modules."""
+    trained = [names[0] for parameter, names in named_tensors(model) if parameter.requires_grad]
+    if elsewhere := [name.name for name in trained if not selection.trains(name)]:
+        raise ValueError(
+            f"{selection}, and the PEFT model trains {len(elsewhere)} tensors in frozen groups: {elsewhere[:3]}. Pass "
+            "a `peft_config` without `target_modules` and `modules_to_save`, and the model without adapters."
+        )

@@ -8,20 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from .structure import base_causal_lm, group_of, named_tensors
 
 
-if is_peft_available():
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-
-# Settings that do not change what a model computes
-_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype"}
+# Settings that do not change what a model computes (Trainer sets the ids to those of the tokenizer)
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "use_cache"}
 _WITHOUT_EFFECT |= {"inference_mode", "init_lora_weights", "peft_version", "revision", "task_type", "torch_dtype"}
-_WITHOUT_EFFECT |= {"transformers_version", "use_cache"}
-_WITHOUT_EFFECT |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # Trainer sets them to those of the tokenizer
+_WITHOUT_EFFECT |= {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def hash_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
@@ -47,11 +41,6 @@ def digest(hashes: dict[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()
 
 
-def digest_groups(hashes: dict[str, dict[str, str]]) -> dict[str, str]:
-    """One SHA-256 a group, over the names and hashes of [`hash_parameters`]."""
-    return {group: digest(members) for group, members in hashes.items()}
-
-
 def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -> None:
     """Raises `ValueError` if a parameter is not bit for bit that of `expected`, an earlier [`hash_parameters`]."""
     parameters = dict(model.named_parameters())
@@ -64,18 +53,14 @@ def verify_frozen(model: PreTrainedModel, expected: dict[str, dict[str, str]]) -
 
 def hash_model(model: torch.nn.Module, adapters: bool = True) -> str:
     """
-    SHA-256 over a model's config, its weights and buffers (quantised ones as packed) and, with `adapters`, those of a
-    PEFT model and their settings. About a second for 1 GB. Under ZeRO-3 a collective; before FSDP shards the model.
+    SHA-256 over a model's config, its weights and buffers (quantised ones as packed) and, with `adapters`, a PEFT
+    model's. About a second for 1 GB. Under ZeRO-3 a collective; before FSDP shards the model.
     """
     state, configs = model.state_dict(keep_vars=True), {"config": base_causal_lm(model).config}
     if adapters and is_peft_model(model):
         configs |= model.peft_config
     elif is_peft_model(model):
-        parts = {"modules_to_save", "token_adapter"}
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                parts |= {*module.adapter_layer_names, *module.other_param_names}
-        state = {name: tensor for name, tensor in state.items() if parts.isdisjoint(name.split("."))}
+        state = {name: tensor for name, tensor in state.items() if {*model.peft_config}.isdisjoint(name.split("."))}
     return digest({name: hash_config(config) for name, config in configs.items()} | hash_tensors(state))
 
 

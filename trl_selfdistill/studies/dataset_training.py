@@ -8,7 +8,7 @@ from transformers import Trainer
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from ..parameters.structure import keep_trainable
-from ..trainers.training_rows import check_rows
+from ..trainers.frozen_groups_sft_trainer import check_rows
 from .arguments import TrainingDataArguments
 from .models import check_model_is_there, load_model_and_tokenizer, loading_options
 from .runs import StudySetup, Variant, train_variant

@@ -2,7 +2,7 @@
 """The teacher of a student with an adapter: the same base model, with a frozen second adapter or with none."""
 
 import copy
-import types
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from .teachers import Teacher, frozen_head
 
 if is_peft_available():
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -34,16 +34,16 @@ TEACHER_ADAPTER = "self_distill_teacher"
 
 class AdapterTeacher(Teacher):
     """
-    The student as it is now, without a second base model in memory. Where the student's adapter changes nothing yet
-    (a fresh one), the teacher is the base with its adapters disabled, and `adapter_name` is `None`; else it is a
-    frozen copy of the adapter, which is added to the student under that name and never saved with it.
+    The student as it is now, without a second base model in memory. Where the student's adapter is a fresh LoRA, the
+    teacher is the base with its adapters disabled, and `adapter_name` is `None`; else it is a frozen copy of the
+    adapter, which is added to the student under that name and never saved with it.
     """
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator):
         if TEACHER_ADAPTER in model.peft_config:  # of an earlier run with the same model
             model.delete_adapter(TEACHER_ADAPTER)
         self._accelerator = accelerator
-        self.adapter_name = None if is_identity(model) else TEACHER_ADAPTER
+        self.adapter_name = None if is_fresh(model) else TEACHER_ADAPTER
         self._is_kept = False
         self.sha256 = self._base_sha256 = hash_model(model, adapters=False)
         if self.adapter_name is not None:
@@ -77,10 +77,10 @@ class AdapterTeacher(Teacher):
             save_file(self._state, partial / SAFETENSORS_WEIGHTS_NAME)
         self._is_kept = True
 
-    def restore(self, student: torch.nn.Module, folder: Path, sha256: str) -> None:
+    def restore(self, student: torch.nn.Module, folder: Path, saved: dict | None) -> None:
         file = folder / SAFETENSORS_WEIGHTS_NAME
         state = load_file(file) if file.is_file() else {}
-        if self._digest(student.active_peft_config, state) != sha256:
+        if saved is None or self._digest(student.active_peft_config, state) != saved["sha256"]:
             return
         if self.adapter_name is None:
             add_frozen_copy(student)
@@ -97,45 +97,32 @@ class AdapterTeacher(Teacher):
 def fits_adapter_teacher(model: torch.nn.Module) -> bool:
     """
     Whether the teacher of `model` can be an adapter in it: a PEFT model with one active adapter of a kind of which it
-    can hold two. Where a PEFT model cannot, the reason is logged: its teacher is a copy of the whole.
+    can hold two, and nothing else to train. A warning where the teacher of a PEFT model is a copy of the whole.
     """
     if not is_peft_model(model):
         return False
     config, adapters = model.active_peft_config, model.active_adapters
-    # With another adapter they would still be read
-    beside = [name for name, p in model.named_parameters() if p.requires_grad and not {*adapters} & {*name.split(".")}]
-    bias = getattr(config, "bias", "none")
-    obstacles = {
-        "it adds tokens or attends to prompts": config.is_prompt_learning or config.is_adaption_prompt,
-        f"{len(adapters)} adapters are active": len(adapters) != 1,
-        f"PEFT trains the base model's own biases with `bias={bias!r}`": bias != "none",
-        f"{len(beside)} parameters beside the adapter are trained too, such as {beside[:1]}": beside,
-        "PEFT holds one adapter only with `target_parameters`": getattr(config, "target_parameters", None),
-    }
-    reason = next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
-    if reason is not None:
-        logger.warning(f"The teacher is a copy of the whole model, as its adapter cannot be held twice: {reason}.")
-    return reason is None
+    trained = (name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad)
+    fits = (
+        len(adapters) == 1
+        and not (config.is_prompt_learning or config.is_adaption_prompt or getattr(config, "target_parameters", None))
+        and getattr(config, "bias", "none") == "none"
+        and all(adapters[0] in parts for parts in trained)  # with another adapter the others would still be read
+    )
+    if not fits:
+        logger.warning(
+            "The teacher is a copy of the whole model. To hold its adapter twice, nothing beside it must be trained "
+            "(`bias`), and it must be the only active one, and not add tokens or have `target_parameters`."
+        )
+    return fits
 
 
-@torch.no_grad()
-def is_identity(model: torch.nn.Module) -> bool:
-    """
-    Whether the active adapter of a PEFT model is a LoRA that changes nothing: every B is zero, as a fresh one's. The
-    magnitudes of a DoRA are those of the base then: the first step that moves them moves B too.
-    """
+def is_fresh(model: torch.nn.Module) -> bool:
+    """Whether the active adapter is a LoRA of linear layers and nothing else, and changes nothing: every B is zero."""
     [adapter] = model.active_adapters
-    if model.peft_config[adapter].peft_type != "LORA":
-        return False
-    zero = (f"lora_B.{adapter}", f"lora_embedding_A.{adapter}")  # an embedding's A starts at zero and its B at random
-    if any(tensor.count_nonzero() for name, tensor in model.named_parameters() if any(part in name for part in zero)):
-        return False
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            own, original = module.modules_to_save[adapter].parameters(), module.original_module.parameters()
-            if not all(torch.equal(a.to(b.dtype), b) for a, b in zip(own, original, strict=True)):
-                return False
-        elif isinstance(module, AuxiliaryTrainingWrapper):
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if adapter in parts and "lora_A" not in parts and ("lora_B" not in parts or parameter.count_nonzero()):
             return False
     return True
 
@@ -152,10 +139,7 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
 
 
 def add_frozen_copy(model: torch.nn.Module) -> None:
-    """
-    Adds a frozen copy of the active adapter, `modules_to_save` included, under the name `TEACHER_ADAPTER`. The active
-    one stays active, and `save_pretrained` (so checkpoints and pushes, too) leaves the copy out unless it is named.
-    """
+    """Adds a frozen copy of the active adapter as `TEACHER_ADAPTER`, which `save_pretrained` leaves out."""
     [student] = model.active_adapters
     config = copy.deepcopy(model.peft_config[student])
     if hasattr(config, "init_lora_weights"):
@@ -165,18 +149,11 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
     with _same_trainable(model), torch.random.fork_rng():
         model.add_adapter(TEACHER_ADAPTER, config)
         model.set_adapter(student)
-    # Each tensor as it is: TRL casts the adapter of a quantised model to bf16, a new one is fp32. Those that modules
-    # share under each of their names: the student's and the teacher's come in different orders
+    # Each tensor in its dtype (TRL casts a quantised model's to bf16), and those that modules share by all their names
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        if TEACHER_ADAPTER in parts:
-            source = tensors[".".join(student if part == TEACHER_ADAPTER else part for part in parts)]
-            tensor.data = source.detach().clone()
+        if TEACHER_ADAPTER in name:
+            tensor.data = tensors[name.replace(TEACHER_ADAPTER, student)].detach().clone()
 
-    def save_pretrained(self, save_directory, safe_serialization=True, selected_adapters=None, *args, **kwargs):
-        if selected_adapters is None:
-            selected_adapters = [name for name in self.peft_config if name != TEACHER_ADAPTER]
-        type(self).save_pretrained(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
-
-    model.save_pretrained = types.MethodType(save_pretrained, model)
+    saved = [name for name in model.peft_config if name != TEACHER_ADAPTER]
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=saved)

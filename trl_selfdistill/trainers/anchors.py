@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Anchors: prompts or texts without labels on which the student is kept near its start, by a KL of their own, or as rows
-with the model's own answers (pseudo-rehearsal, Robins 1995).
-"""
+"""Prompts or texts without labels on which the student stays near its start (pseudo-rehearsal, Robins 1995)."""
 
 import glob
 import random
@@ -34,12 +31,9 @@ _STEPS, _BATCH_SIZE = 32, 64  # for which the teacher writes texts, and how many
 
 class Anchors:
     """
-    Rows with labels where the KL is taken, as an endless sequence. A step takes its rows by their positions, so that
-    a run that is resumed, or split otherwise over micro-batches and processes, takes the same ones.
-
-    Args:
-        trainer ([`SelfDistillSFTTrainer`]): Its teacher writes, when all processes of a step ask for the next texts.
-        dataset (`Dataset`, *optional*): Tokenized rows, again and again; without them, texts that the teacher samples.
+    An endless sequence of rows with labels where the KL is taken: those of a tokenized `dataset` again and again, or
+    texts that the trainer's teacher samples. A step takes its rows by their positions, so that a run that is resumed,
+    or split otherwise over micro-batches and processes, takes the same ones.
     """
 
     def __init__(self, trainer, dataset: Dataset | None = None):
@@ -47,7 +41,7 @@ class Anchors:
         self.dataset, self._trainer, self._written = dataset, trainer, None
         # Whole steps, as writing is a collective
         self._size = _STEPS * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        tokenizer = text_tokenizer(trainer.processing_class)
+        self._tokenizer = tokenizer = text_tokenizer(trainer.processing_class)
         self._begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if dataset is None and self._begin is None:
             raise ValueError("`anchors='self'`: the tokenizer has no token to begin a text with. Set its `bos_token`.")
@@ -64,7 +58,6 @@ class Anchors:
         """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
         trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        tokenizer = text_tokenizer(trainer.processing_class)
         begin = self._begin
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
 
@@ -76,7 +69,7 @@ class Anchors:
         teacher = trainer.teacher.as_model(trainer.model_wrapped)
         with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
             model = accelerator.unwrap_model(model)
-            config = _to_the_end(model, tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
+            config = _to_the_end(model, self._tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
             written = chain.from_iterable(map_in_parallel(write, range(0, self._size, _BATCH_SIZE)))
         return [{"input_ids": [begin, *ids], "labels": [begin, *ids]} for ids in written]
 
@@ -113,13 +106,10 @@ def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
 def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
     """The trainer's `anchor_dataset`, or that of its configuration. A `ValueError` if `anchors` takes not as many."""
     name, is_needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
-    if (num_given := (anchor_dataset is not None) + (name is not None)) != is_needed:
-        reason = "takes no prompts: unset `anchor_dataset` and `anchor_dataset_name`, or set 'own_answers' or 'kl'"
-        if is_needed and num_given:
-            reason = f"got both `anchor_dataset` and `anchor_dataset_name={name!r}`: unset one"
-        elif is_needed:
-            reason = "needs prompts: set `anchor_dataset_name` to a file or a Hub id, or pass `anchor_dataset`"
-        raise ValueError(f"`anchors={args.anchors!r}` {reason}.")
+    num_given = (anchor_dataset is not None) + (name is not None)
+    if num_given != is_needed:
+        which = f"{'one' if is_needed else 'none'} of `anchor_dataset` and `anchor_dataset_name`"
+        raise ValueError(f"`anchors={args.anchors!r}` takes {which}, got {num_given}.")
     if name is None:
         return anchor_dataset
     if (file_format := _FORMATS.get(Path(name).suffix.lower())) and Path(name).is_file():
@@ -130,9 +120,9 @@ def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> 
 
 def prepare_anchors(trainer, dataset: Dataset | None, evaluated: Any) -> dict[str, Any] | None:
     """
-    Sets `trainer.anchors`, or adds own answers to its training data, before it has a teacher. Returns what a resumed
-    run must have in common, as JSON values. A collective. A `ValueError` if prompts or training data do not fit, or a
-    prompt is one of `evaluated`, the trainer's `eval_dataset` as it was given.
+    Sets `trainer.anchors`, or adds own answers to its data. Returns what a resumed run must have in common, as JSON
+    values. A collective. A `ValueError` if prompts or training data do not fit, or a prompt is one of `evaluated`, the
+    trainer's `eval_dataset` as it was given.
     """
     args, rows = trainer.args, None
     if args.anchors is None:
@@ -146,10 +136,8 @@ def prepare_anchors(trainer, dataset: Dataset | None, evaluated: Any) -> dict[st
         trainer.anchors = Anchors(trainer, prepare_rows(trainer, rows).shuffle(seed=args.seed))
     else:
         trainer.anchors = Anchors(trainer)
-    names = ["anchor_weight"] if args.anchors == "kl" else ["anchor_weight", "anchor_max_new_tokens"]
-    settings = {name: getattr(args, name) for name in ("anchors", *names)}
-    if args.anchors != "own_answers":  # which texts, and in which order
-        settings["anchor_seed"] = args.seed
+    settings = {name: getattr(args, name) for name in ("anchors", "anchor_weight", "anchor_max_new_tokens")}
+    settings["anchor_seed"] = args.seed  # which texts, and in which order
     return settings | {f"anchor_{name}": value for name, value in (describe_dataset(rows) or {}).items()}
 
 
@@ -160,10 +148,7 @@ def _question(prompt: str | list[dict]) -> str | list[dict]:
 
 
 def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, Dataset]:
-    """
-    The prompts of an anchor dataset, texts or conversations, and rows with labels where the KL is taken: at each token
-    of a `text`, and of a prompt where its answer begins.
-    """
+    """The prompts of an anchor dataset, and rows with labels at each token of a `text`, or where an answer begins."""
     names = dataset.column_names if isinstance(dataset, Dataset) and len(dataset) else ()
     column = next((name for name in _COLUMNS if name in names), None)
     if column is None:
@@ -179,21 +164,19 @@ def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, D
         if not (is_chat and prompt or isinstance(prompt, str) and prompt.strip()):
             refuse(row, f"must be a text or a conversation, got {prompt!r}")
     token_ids = tokenize_prompts(trainer.processing_class, prompts)
-    num_answer_tokens = 0 if is_text else 1
+    labels = token_ids
+    if not is_text:  # whichever token is the answer's: the KL is between distributions of it
+        labels = [[IGNORE_INDEX] * len(ids) + ids[-1:] for ids in token_ids]
+        token_ids = [ids + ids[-1:] for ids in token_ids]
     for row, ids in enumerate(token_ids, start=1):
-        if not 2 - num_answer_tokens <= len(ids) <= (most or len(ids) + 1) - num_answer_tokens:
-            least = "" if is_text else " with that of an answer"
-            refuse(row, f"has {len(ids)} tokens, not 2 at least and `max_length={most}` at most{least}")
+        if not 2 <= len(ids) <= (most or len(ids)):
+            refuse(row, f"has {len(ids)} tokens with that of an answer, not 2 to `max_length={most}`")
     splits = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     known = [(split, name) for split in splits if isinstance(split, Dataset) for name in _COLUMNS]
     asked = {repr(_question(row)) for split, name in known if name in split.column_names for row in split[name]}
     if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
         refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
-    if is_text:
-        return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": token_ids})
-    # Whichever token is the answer's: the KL is between distributions of it
-    labels = [[IGNORE_INDEX] * len(ids) + ids[-1:] for ids in token_ids]
-    return prompts, Dataset.from_dict({"input_ids": [ids + ids[-1:] for ids in token_ids], "labels": labels})
+    return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": labels})
 
 
 def _add_own_answers(trainer, prompts: list) -> Dataset:
@@ -226,10 +209,8 @@ def own_answers(
     batch_size: int = 8,
 ) -> Dataset:
     """
-    What a model answers to prompts, greedily, as rows to concatenate with a prompt-completion dataset.
-
-    The rows are texts, or messages for conversations: [`~trl.SFTTrainer`] tokenizes them like the other rows, and adds
-    the end of sequence, or the turn's end of the chat template.
+    What a model answers to prompts, greedily, as rows to concatenate with a prompt-completion dataset: texts, or
+    messages for conversations, which [`~trl.SFTTrainer`] tokenizes and ends like the other rows.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, whose generation config says what ends an answer.
@@ -240,10 +221,7 @@ def own_answers(
 
     Returns:
         `Dataset` with the columns `prompt` and `completion`, in the order of `prompts`, without answers that are empty
-        or have no end.
-
-    Raises:
-        ValueError: If no answer is left.
+        or have no end. A `ValueError` if none is left.
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
@@ -265,10 +243,10 @@ def own_answers(
         for prompt, text in zip(prompts, answers, strict=True)
         if text.strip()
     ]
-    left_out = f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
-    left_out += f"`max_new_tokens={max_new_tokens}` and are left out."
-    if not rows:
-        raise ValueError(f"{left_out} Raise it, or give prompts in the format in which the model has learnt to stop.")
     if len(rows) < len(prompts):
+        left_out = f"{len(prompts) - len(rows)} of the model's {len(prompts)} answers are empty or have no end within "
+        left_out += f"`max_new_tokens={max_new_tokens}` and left out. Raise it or use a format that the model can end."
+        if not rows:
+            raise ValueError(left_out)
         logger.warning(left_out)
     return Dataset.from_list(rows)

@@ -41,22 +41,20 @@ class FrozenGroupsSFTConfig(SFTConfig):
     r"""
     Configuration class for the [`FrozenGroupsSFTTrainer`].
 
-    This class includes only the parameters that are specific to training a part of the model. For a full list of
-    training arguments, please refer to the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
+    This class includes only the parameters that are specific to training a part of the model. For the others, please
+    refer to [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
         frozen_groups (`list[str]`, *optional*):
             What not to train. Each entry is a group among `embeddings`, `attention`, `mlp`, `norm` and `lm_head`; a
-            group in some layers, counted from 0, as `mlp:5` or `mlp:0-11` (both ends included); or a regular
-            expression that is searched in the parameter names, as `re:q_proj`. Where the embeddings are tied,
-            `embeddings` and `lm_head` are one tensor and go together. By default nothing is frozen, and the run is
-            `SFTTrainer`'s step for step.
+            group in some layers, counted from 0, as `mlp:5` or `mlp:0-11` (both included); or a regular expression
+            that is searched in the parameter names, as `re:q_proj`. Tied `embeddings` and `lm_head` go together. By
+            default nothing is frozen, and the run is `SFTTrainer`'s step for step.
         trainable_groups (`list[str]`, *optional*):
-            What to train, in the same form; everything else is frozen. The paper's setting is `["attention"]`. Set
-            this or `frozen_groups`, not both.
+            What to train instead, in the same form. The paper's setting is `["attention"]`.
         verify_frozen (`bool`, *optional*, defaults to `True`):
-            Whether to prove that the frozen parameters did not move: their SHA-256 is taken when training starts,
-            compared at each save and at the end (about a second for 1 GB), and stored in `parameter_groups.json`.
+            Whether to prove by SHA-256 that the frozen parameters did not move, at each save and at the end (about a
+            second for 1 GB). It is stored in `parameter_groups.json`.
     """
 
     frozen_groups: list[str] | None = None
@@ -82,10 +80,7 @@ class FrozenGroupsSFTConfig(SFTConfig):
 
 
 def check_options(config: TrainingArguments, config_class: type) -> None:
-    """
-    Makes plain numbers and texts of the options that `config_class` adds to its parent, as the command line does. A
-    `ValueError` if one is not of its type. Groups are left to `GroupSelection`.
-    """
+    """Makes the options that `config_class` adds plain numbers and texts. A `ValueError` if one is not of its type."""
     for name, annotation in config_class.__annotations__.items():
         kind, *others = get_args(annotation) or (annotation,)
         value = getattr(config, name)
@@ -101,10 +96,7 @@ def check_options(config: TrainingArguments, config_class: type) -> None:
 def config_from(
     args: TrainingArguments | None, config_class: type, model: str | PreTrainedModel, suffix: str
 ) -> TrainingArguments:
-    """
-    `args` as a `config_class`, with the values that they have. Without any, `output_dir` is made of the model's name
-    and `suffix`.
-    """
+    """`args` as a `config_class`. Without any, `output_dir` is made of the model's name and `suffix`."""
     if isinstance(args, config_class):
         return args
     if args is None:

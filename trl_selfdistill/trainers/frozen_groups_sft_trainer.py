@@ -6,30 +6,30 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
+from trl import SFTConfig
 
 from ..files import warn_without, write_json
-from ..parameters.groups import GroupTable, freeze_selection
-from ..parameters.hashes import digest_groups, hash_parameters, verify_frozen
+from ..parameters.groups import GroupTable, freeze_selection, refuse_adapters_elsewhere, restrict_peft_config
+from ..parameters.hashes import digest, hash_parameters, verify_frozen
 from ..parameters.structure import keep_trainable
-from .adapter_groups import refuse_adapters_elsewhere, restrict_peft_config
 from .frozen_groups_sft_config import FrozenGroupsSFTConfig, config_from
 from .resume import ExactResumeMixin
 from .sft_internals import HookedSFTTrainer, name_experts, peft_configs_made_by
 from .trainer_card import ModelCardMixin
-from .training_rows import check_rows
 
 
 class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer):
     """
-    Trainer for supervised fine-tuning of some groups of parameters: `SFTTrainer` with the others frozen before there
-    is an optimizer, so that they get no gradient, no optimizer state and no weight decay.
+    Trainer for supervised fine-tuning of some groups of parameters: `SFTTrainer` with the others frozen, so that they
+    get no gradient, no optimizer state and no weight decay.
 
     The table of the groups is printed, kept in `group_table`, and saved with each model in `parameter_groups.json`,
-    with the SHA-256 of what is frozen. With a `peft_config` the adapters go to the linear modules of the trainable
-    groups; `target_modules` of its own that contradict the groups are refused.
+    with the SHA-256 of what is frozen. With a `peft_config` the adapters go to the trainable groups.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -39,20 +39,8 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         kwargs: The other arguments of [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: If the groups cannot be frozen in this model (see
-            [`~trl_selfdistill.parameters.groups.freeze_selection`]), adapters would train frozen groups, or the data
-            have no rows or not the columns of a format of TRL.
-
-    Example:
-
-    ```python
-    trainer = FrozenGroupsSFTTrainer(
-        model="Qwen/Qwen2.5-1.5B",
-        args=FrozenGroupsSFTConfig(trainable_groups=["attention"]),
-        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-    )
-    trainer.train()
-    ```
+        ValueError: If [`~trl_selfdistill.parameters.groups.freeze_selection`] cannot freeze the groups, adapters would
+            train frozen ones, or the data have no rows or not the columns of a format of TRL.
     """
 
     tags = ["trl", "sft", "frozen-groups-sft"]
@@ -68,15 +56,13 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             data = given.get(name)
             for part in data.values() if isinstance(data, dict) else [data]:
                 check_rows(args, f"`{name}`", part)
-        # The model as `SFTTrainer` has loaded it: by name, with remote code, quantised, for images
         with peft_configs_made_by(partial(restrict_peft_config, selection=selection)):
             super().__init__(model, args, *positional, **kwargs)
         keep_trainable(self.model)
         name_experts(self.model)
         if selection is None:
             return
-        # After `SFTTrainer.__init__`, which may load the model, and resize the embeddings for a new chat template:
-        # that makes new parameters, which are trainable. Before the optimizer, which training makes when it starts.
+        # After `SFTTrainer.__init__`, which may load the model and make new, trainable embeddings for a chat template
         if hasattr(self.model, "peft_config"):
             refuse_adapters_elsewhere(self.model, selection)
         self.group_table = freeze_selection(self.model, selection)
@@ -135,10 +121,24 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         digests = {}
         # The hash of a shard is not that of the tensor in a file
         if self._frozen_check is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            digests = digest_groups(self._frozen_check.expected or hash_parameters(self.model))
+            hashes = self._frozen_check.expected or hash_parameters(self.model)
+            digests = {group: digest(members) for group, members in hashes.items()}
         rows = {row.group: row._asdict() | {"frozen_sha256": digests.get(row.group)} for row in self.group_table or ()}
         options = {"frozen_groups": self.args.frozen_groups or None, "trainable_groups": self.args.trainable_groups}
         return {**options, "groups": rows}
+
+
+def check_rows(args: SFTConfig, name: str, data: Any) -> None:
+    """A `ValueError` if `data`, which messages call `name`, has no rows, or columns of none of TRL's formats."""
+    if isinstance(data, Dataset) and not len(data):
+        raise ValueError(f"{name} has no rows: add some.")
+    columns, text = {*(getattr(data, "column_names", None) or ())}, args.dataset_text_field
+    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or columns & {"input_ids", "image", "images"}
+    # With a prompt, TRL asks for a completion, whatever else there is
+    accepted = {"completion"} if "prompt" in columns else {"messages", "conversations", text}
+    if columns and not is_prepared and not columns & accepted:
+        found = ", ".join(sorted(columns))
+        raise ValueError(f"{name} has the columns {found}: give prompt and completion, messages, or {text}.")
 
 
 class _FrozenCheck(TrainerCallback):
@@ -150,8 +150,8 @@ class _FrozenCheck(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.expected = hash_parameters(model)
-        for group, digest in digest_groups(self.expected).items():
-            if self.resumed.get(group) not in (None, digest):
+        for group, members in self.expected.items():
+            if self.resumed.get(group) not in (None, digest(members)):
                 raise ValueError(
                     f"The frozen parameters in '{group}' are not those of the checkpoint: its weights, or its base "
                     "model, changed since. Resume from another one."

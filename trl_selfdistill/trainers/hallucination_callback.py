@@ -15,8 +15,8 @@ from ..slick.prompts import answer_completion, question_prompt
 
 def accepted_answers(facts: Iterable[dict], name: str) -> list[list[str]]:
     """
-    For each row the texts that count as its answer: `answer` and, if there are any, `aliases` (a list). A `ValueError`
-    that names the argument `name` if there is no row, or one that a model could never answer.
+    For each row the texts that count as its answer: `answer` and `aliases` (a list), if any. A `ValueError` that names
+    the argument `name` if there is no row, or one that a model could never answer.
     """
     rows = []
     for fact in facts:
@@ -57,11 +57,11 @@ class HallucinationEvalCallback(TrainerCallback):
     """
     Lets the model answer sets of questions during training, and logs of each set `eval_<set>_accuracy`,
     `eval_<set>_hallucination_rate`, `eval_<set>_abstention_rate` (fractions that add up to 1) and
-    `eval_<set>_forgetting` (the highest accuracy of the run so far minus the present one).
+    `eval_<set>_forgetting` (the highest accuracy of the run so far, resumed or not, minus the present one).
 
-    It runs before the first step, and with each evaluation of the trainer; with `eval_strategy="no"`, at the end of
-    each epoch instead. The peak is read from the log history, also of a resumed run. The values are part of the
-    trainer's evaluation, so that transformers can keep the best checkpoint by them and stop early:
+    It runs before the first step, and with each evaluation of the trainer or, with `eval_strategy="no"`, at the end of
+    each epoch. Under DDP, FSDP2 and ZeRO-3, not FSDP1, each process answers a share of the questions. The values are
+    part of the trainer's evaluation: transformers can keep the best checkpoint by them and stop early:
 
     ```py
     args = SFTConfig(..., eval_strategy="epoch", save_strategy="best", load_best_model_at_end=True,
@@ -70,8 +70,6 @@ class HallucinationEvalCallback(TrainerCallback):
     trainer.add_callback(HallucinationEvalCallback(trainer, {"heldout": heldout, "new": new}))
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))  # after the callback that it reads from
     ```
-
-    Under DDP, FSDP2 and ZeRO-3 each process answers a share of the questions. FSDP1 is not supported.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer to add the callback to, with `trainer.add_callback`.
@@ -85,10 +83,10 @@ class HallucinationEvalCallback(TrainerCallback):
         answer_rules (`dict`, *optional*):
             Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`], such as `{"match": "contains"}`.
         alphas (`Sequence[float]`, *optional*):
-            Shares of the trained weights, such as `(0.4, 0.6, 0.8)`. At the end of training the sets are also asked
-            with weights between the model that this callback was made with and the trained one, logged as
-            `eval_<set>_accuracy_alpha_0.4`: the curve from which to choose the `alpha` of
-            [`~trl_selfdistill.hub.interpolation.interpolate`]. Keeps a copy of the trained weights' start on the CPU.
+            Shares of the trained weights, such as `(0.4, 0.6, 0.8)`. At the end the sets are also asked with weights
+            between the model that this callback was made with, of which it keeps a copy on the CPU, and the trained
+            one, logged as `eval_<set>_accuracy_alpha_0.4`: the curve from which to choose the `alpha` of
+            [`~trl_selfdistill.hub.interpolation.interpolate`].
 
     Raises:
         ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer; if

@@ -48,8 +48,8 @@ def student_ce_kl(
 ) -> tuple[CEKLOutput, torch.Tensor | None]:
     """
     [`~trl_selfdistill.losses.linear_ce_kl`], which takes `options`, of the student on a batch, and the MoE
-    load-balancing loss, where router logits were asked for. Model and inputs are as for [`label_hidden_states`], and
-    `teacher` is what [`Teacher.targets`] returned for the same inputs; `None` with `kl_weight=0`.
+    load-balancing loss, if router logits were asked for. Model and inputs are as for [`label_hidden_states`],
+    `teacher` is what [`Teacher.targets`] returned for these inputs; `None` with `kl_weight=0`.
     """
     return model(**inputs, label_head=functools.partial(_ce_kl, teacher=teacher, **options))
 
@@ -76,9 +76,8 @@ def _ce_kl(model: PreTrainedModel, states: LabelStates, teacher: ModelSide | Non
 def check_label_head(model: torch.nn.Module, accelerator: Accelerator, name: str) -> None:
     """
     Compares the model's own logits of eight tokens, in the accelerator's precision, with those that the loss is
-    computed from. A `ValueError` that names the trainer's argument `name` if they differ: the family does more than
-    scale, cap and project its last hidden states. [`add_label_head_forward`] was called on the model, which is on its
-    device. Under FSDP and DeepSpeed a collective, for a model that is sharded already.
+    computed from. A `ValueError` that names the trainer's argument `name` if they differ. [`add_label_head_forward`]
+    was called on the model, which is on its device and, under FSDP and DeepSpeed, sharded. A collective.
     """
     family = base_causal_lm(accelerator.unwrap_model(model, keep_torch_compile=False))
     refusal = (

@@ -31,8 +31,7 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 
 
 def _is_complete(checkpoint: str | os.PathLike) -> bool:
-    """Whether `Trainer` finished a checkpoint: it writes `trainer_state.json` last."""
-    try:
+    try:  # `Trainer` writes it last
         read_json(Path(checkpoint) / TRAINER_STATE_NAME)
     except (FileNotFoundError, ValueError):
         return False
@@ -42,7 +41,7 @@ def _is_complete(checkpoint: str | os.PathLike) -> bool:
 class ExactResumeMixin:
     """
     Makes a trainer resume exactly or raise an error. `resume_from_checkpoint=True` takes the last complete checkpoint.
-    Each holds [`describe_run`], and [`check_run`] compares it with the present run before anything is loaded.
+    Each holds [`describe_run`], which [`check_run`] compares with the present run before anything is loaded.
     """
 
     resumed_from: Path | None = None  # the checkpoint of this `train()` call
@@ -73,8 +72,8 @@ class ExactResumeMixin:
 
     def check_run(self, saved: dict, checkpoint: Path) -> None:
         """
-        Raises `ValueError` if this run would not continue `checkpoint`. `saved` is [`describe_run`] of the run that
-        wrote it, empty for a plain `SFTTrainer`. With `ignore_data_skip=True` the training data may be others.
+        Raises `ValueError` if this run would not continue `checkpoint`, whose [`describe_run`] is `saved`, empty for
+        a plain `SFTTrainer`. With `ignore_data_skip=True` the training data may be others.
         """
         expected = saved.get("training_data")
         if self.args.ignore_data_skip or expected is None:
@@ -97,8 +96,8 @@ class ExactResumeMixin:
 
 def describe_dataset(dataset: Dataset | IterableDataset | None) -> dict | None:
     """
-    The number of rows (`num_rows`) and the SHA-256 of their tokens and labels in order (`sha256`, `None` where rows
-    become tokens only in a batch). `None` for a stream, which can be read only once.
+    The number of rows (`num_rows`) and the SHA-256 of their tokens and labels in order (`sha256`; `None` where rows
+    become tokens in a batch). `None` for a stream, which is read only once.
     """
     if not isinstance(dataset, Dataset):
         return None

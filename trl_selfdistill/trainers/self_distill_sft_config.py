@@ -14,11 +14,9 @@ from .frozen_groups_sft_config import FrozenGroupsSFTConfig, check_options, help
 
 PAPER_SETTING = {"kl_weight": 1.0, "temperature": 0.5}
 """Of arXiv 2604.15574: `SelfDistillSFTConfig(**PAPER_SETTING)`. The defaults learn more and keep as much."""
-ANCHOR_KINDS = ("own_answers", "kl", "self")
-CACHE_DTYPES = ("bfloat16", "float32")
 _CHOICES = {
-    "teacher_cache_dtype": CACHE_DTYPES,
-    "anchors": (*ANCHOR_KINDS, None),
+    "teacher_cache_dtype": ("bfloat16", "float32"),
+    "anchors": ("own_answers", "kl", "self", None),
     "logits_dtype": ("float32", None),
 }
 _SNAPSHOTS = ("teacher_snapshot_steps", "teacher_snapshot_epochs")
@@ -32,20 +30,18 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     r"""
     Configuration class for the [`SelfDistillSFTTrainer`].
 
-    This class includes only the parameters that are specific to self-distillation. `frozen_groups`, `trainable_groups`
-    and `verify_frozen` are those of [`FrozenGroupsSFTConfig`]; for a full list of training arguments, please refer to
-    the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
+    This class includes only the parameters that are specific to self-distillation. For the others, please refer to
+    [`FrozenGroupsSFTConfig`], [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
         > Parameters that control the distillation loss
 
         kl_weight (`float`, *optional*, defaults to `0.3`):
-            Weight λ of the KL term in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the
-            teacher knows and slow down learning what it does not know. At `0.0`, and without `anchors`, there is no
-            teacher, and the run is `SFTTrainer`'s step for step. The paper's is in `PAPER_SETTING`.
+            Weight λ of the KL in `CE + λ τ² KL(teacher ‖ student)`. Higher values protect more of what the teacher
+            knows and slow down learning. At `0.0`, and without `anchors`, there is no teacher, and the run is
+            `SFTTrainer`'s step for step. The paper's is in `PAPER_SETTING`.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature τ of both models' distributions in the KL term only. Below 1 it sharpens them, so that the KL
-            protects the teacher's top answers rather than its tail.
+            Temperature τ of both models in the KL. Below 1 the KL protects the teacher's top answers, not its tail.
         logits_dtype (`str`, *optional*):
             `"float32"` keeps both models' logits in fp32 in a bf16 or fp16 run on a GPU: a fifth of the rounding error
             in the gradients, for 1.2 times the time of the LM heads. Defaults to the dtype of the run.
@@ -55,27 +51,22 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         teacher_model_name_or_path (`str`, *optional*):
             Path or Hub id of the teacher. Defaults to a frozen copy of the model that is passed to the trainer, whose
             `teacher_model` argument takes a model instance as well.
-        teacher_model_revision (`str`, *optional*):
-            Revision (branch, tag or commit) of the teacher on the Hub.
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` when the teacher is loaded by name. `dtype` defaults to
-            `"float32"`, as for the model itself.
+            Keyword arguments for `from_pretrained` when the teacher is loaded by name, such as its `revision`. `dtype`
+            defaults to `"float32"`, as for the model itself.
         teacher_snapshot_steps (`int`, *optional*):
-            Train plain SFT for this many optimizer steps, then freeze a snapshot of the model as the teacher (kept in
-            `output_dir/_teacher` for resuming) and continue with distillation. For models that are not sharded, full
-            or with one adapter.
+            Train plain SFT for this many steps, then freeze a snapshot of the model as the teacher (kept in
+            `output_dir/_teacher`) and go on with the KL. For models that are not sharded, full or with one adapter.
         teacher_snapshot_epochs (`float`, *optional*):
-            As `teacher_snapshot_steps`, in epochs of the whole data. Stage 1 of the paper is an epoch of its Known
-            facts only.
+            As `teacher_snapshot_steps`, in epochs of the whole data. The paper's stage 1 has its Known facts only.
 
         > Parameters that control the anchors, prompts or texts without labels against forgetting
 
         anchors (`str`, *optional*):
-            `"own_answers"`: before training the model answers the prompts greedily, and its answers are trained on
-            among the other rows. `"kl"`: each step takes as many anchors as rows, and adds
-            `anchor_weight τ² KL(teacher ‖ student)`, for a prompt where its answer begins and for a text at each
-            token, but no CE; `kl_weight` may be 0 then. `"self"`: the same on texts that the teacher samples without
-            a prompt (arXiv 2605.26097).
+            `"own_answers"`: before training the model answers the prompts greedily, and trains on its answers, too.
+            `"kl"`: each step takes as many anchors as rows, and adds `anchor_weight τ² KL(teacher ‖ student)`, where a
+            prompt's answer begins and at each token of a text, but no CE; `kl_weight` may be 0 then. `"self"`: the
+            same on texts that the teacher samples without a prompt (arXiv 2605.26097).
         anchor_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the KL of `"kl"` and `"self"`. Own answers count as the other rows do.
         anchor_dataset_name (`str`, *optional*):
@@ -87,13 +78,12 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         > Parameters that control the teacher cache
 
         precompute_teacher (`bool`, *optional*, defaults to `False`):
-            Whether to run the teacher once over the tokenized datasets before training, and keep its last hidden
-            states at the label positions on disk and only its LM head in memory. The KL stays that over the whole
-            vocabulary, and no step pays for a forward pass of the teacher. Not for streams, snapshots and
-            `anchors="self"`.
+            Whether to run the teacher once before training, and keep its last hidden states at the label positions on
+            disk and only its LM head in memory: the same KL, without a forward pass of the teacher in each step. Not
+            for streams, snapshots, `anchors="self"` and a `data_collator` of your own.
         teacher_cache_dir (`str`, *optional*):
-            Folder for these hidden states, which other runs with the same teacher and data use too. Defaults to
-            `trl_selfdistill/teacher_cache` in `HF_HOME`. Not inside `output_dir`, which is pushed to the Hub.
+            Folder for them, not inside `output_dir`, which is pushed to the Hub. Other runs with the same teacher and
+            data use them too. Defaults to `trl_selfdistill/teacher_cache` in `HF_HOME`.
         teacher_cache_dtype (`str`, *optional*, defaults to `"bfloat16"`):
             `"bfloat16"` (2 bytes a number, rounded to 8 bits of precision) or `"float32"` (4 bytes, as computed).
     """
@@ -102,7 +92,6 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
     temperature: float = 1.0
     logits_dtype: str | None = None
     teacher_model_name_or_path: str | None = None
-    teacher_model_revision: str | None = None
     teacher_model_init_kwargs: dict[str, Any] | str | None = None
     teacher_snapshot_steps: int | None = None
     teacher_snapshot_epochs: float | None = None
@@ -134,25 +123,13 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             raise ValueError(f"`{given[0]}` and `{given[1]}` each choose the teacher. Set one of them.")
         later = given if self.takes_snapshot else ["anchors"] if self.anchors == "self" else []
         if self.precompute_teacher and later:
-            raise ValueError(
-                f"`precompute_teacher=True` runs the teacher before training, and `{later[0]}` needs it in training. "
-                "Leave one of them unset."
-            )
-        metric = self.metric_for_best_model or "loss"
-        if self.takes_snapshot and self.load_best_model_at_end and metric.endswith("loss"):
-            raise ValueError(
-                f"`load_best_model_at_end=True`: after the snapshot of `{given[0]}`, {metric!r} is another loss. Set "
-                "`metric_for_best_model` to 'eval_mean_token_accuracy', for example."
-            )
+            raise ValueError(f"`precompute_teacher` runs the teacher before training, `{later[0]}` in it: unset one.")
         super().__post_init__()
 
     def choose_teacher(self, teacher_model: Any) -> Any:
         """
-        The teacher that is to be loaded: the trainer's `teacher_model` (a name or a model), or that of this
-        configuration.
-
-        Raises:
-            ValueError: If the teacher is given twice, or options for loading one are set and none is loaded.
+        The teacher to load: the trainer's `teacher_model`, a name or a model, or that of this configuration. A
+        `ValueError` if it is given twice, or there are options for loading one and none is loaded.
         """
         for name in _TEACHERS:
             if teacher_model is not None and getattr(self, name) is not None:
@@ -160,9 +137,8 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
         given = teacher_model if teacher_model is not None else self.teacher_model_name_or_path
         if isinstance(given, str | os.PathLike):
             given = os.path.expanduser(given)
-        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-            if getattr(self, name) is not None and not isinstance(given, str):
-                raise ValueError(f"`{name}` is for a teacher that is loaded by name, and none is. Leave it unset.")
+        if self.teacher_model_init_kwargs is not None and not isinstance(given, str):
+            raise ValueError("`teacher_model_init_kwargs` is for a teacher that is loaded by name. Leave it unset.")
         return given
 
     @property

@@ -15,9 +15,9 @@ from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .label_head import check_label_head, student_ce_kl
 from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import add_label_head_forward, frozen_copy
-from .teacher_cache import CACHE_COLUMNS, precompute_teacher
+from .teacher_cache import CACHE_COLUMN, precompute_teacher
 from .teacher_snapshot import TeacherSnapshotCallback
-from .teachers import ModelTeacher, Teacher, UntrainedStudent, check_teacher, load_teacher, refuse_adapter_on_head
+from .teachers import ModelTeacher, Teacher, check_teacher, load_teacher, refuse_adapter_on_head
 
 
 class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
@@ -26,10 +26,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     `CE + kl_weight * temperature**2 * KL(teacher ‖ student)`, where the teacher is a frozen snapshot of the model.
 
     Unlike [`~trl.DistillationTrainer`] and `SDFTTrainer` it needs no generation: it learns the dataset's labels, and
-    both terms are taken at the label positions, with the same denominator.
-
-    Every argument of [`~trl.SFTTrainer`] works as it does there, and groups of parameters can be frozen as in
-    [`FrozenGroupsSFTTrainer`].
+    both terms are taken at the label positions, with the same denominator. Every argument of [`~trl.SFTTrainer`] works
+    as it does there, and groups of parameters can be frozen as in [`FrozenGroupsSFTTrainer`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -37,15 +35,14 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         args ([`SelfDistillSFTConfig`] or [`~transformers.TrainingArguments`], *optional*):
             Configuration. The values of a plain `SFTConfig` or `TrainingArguments` are kept.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher, by path, Hub id or instance. Defaults to `args.teacher_model_name_or_path`, and without that to a
-            frozen copy of `model`. An instance is frozen in place.
+            Teacher, by path, Hub id or instance, which is frozen in place. Defaults to
+            `args.teacher_model_name_or_path`, and without that to a frozen copy of `model`.
         anchor_dataset (`Dataset`, *optional*):
             Prompts or texts for `args.anchors`, in a column `prompt`, `messages` or `text`.
         kwargs: The other arguments of [`~trl.SFTTrainer`].
 
     Attributes:
-        teacher ([`~trl_selfdistill.trainers.teachers.Teacher`] or `None`): The teacher; `None` with `kl_weight=0` and
-            no KL of anchors, and before its snapshot.
+        teacher ([`~trl_selfdistill.trainers.teachers.Teacher`]): `None` without a KL and before its snapshot.
         teacher_folder (`pathlib.Path`): Where a teacher is kept that a resumed run could not load from elsewhere.
 
     Raises:
@@ -58,17 +55,14 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     from datasets import load_dataset
     from trl_selfdistill import SelfDistillSFTTrainer
 
-    trainer = SelfDistillSFTTrainer(
-        model="Qwen/Qwen2.5-1.5B",
-        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-    )
-    trainer.train()
+    dataset = load_dataset("trl-lib/Capybara", split="train")
+    SelfDistillSFTTrainer("Qwen/Qwen2.5-1.5B", train_dataset=dataset).train()
     ```
     """
 
     tags = ["trl", "sft", "self-distill-sft"]
     method_name = "SelfDistillSFT"
-    extra_columns = CACHE_COLUMNS
+    extra_columns = (CACHE_COLUMN,)
 
     def __init__(
         self,
@@ -95,9 +89,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             return
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
-            raise ValueError(
-                "The KL does not run with sequence or context parallelism. Unset it or set `kl_weight=0`."
-            )
+            raise ValueError("No KL with sequence or context parallelism: unset it, or set `kl_weight=0`.")
         refuse_adapter_on_head(self.model, "model")
         student = base_causal_lm(self.model)
         add_label_head_forward(student)
@@ -105,14 +97,12 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         # FSDP and DeepSpeed place a model when training starts: then the teacher alone is checked, mostly its copy
         if weight.numel() and weight.device.type == self.accelerator.device.type:
             check_label_head(student, self.accelerator, "model")
-        # From here on the embeddings are the final ones: `SFTTrainer` may resize them for a new chat template
         if args.takes_snapshot:
             self.add_callback(TeacherSnapshotCallback(self))
         elif given is None:
             self.teacher = self.freeze_student()
         else:
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            self.teacher = ModelTeacher(load_teacher(given, self.model, tokenizer, args), self.accelerator)
+            self.teacher = ModelTeacher(load_teacher(given, self), self.accelerator)
         if args.precompute_teacher:
             self.teacher = precompute_teacher(self)
 
@@ -120,8 +110,6 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         """The student as it is now as a teacher: its adapter, if the model can hold two of them, or a copy."""
         if fits_adapter_teacher(self.model):
             return AdapterTeacher(self.model, self.accelerator)
-        if self.args.precompute_teacher and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return UntrainedStudent(self.model)
         return ModelTeacher(frozen_copy(self.accelerator.unwrap_model(self.model)), self.accelerator)
 
     @property
@@ -130,9 +118,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         return self.teacher.model if self.teacher is not None else None
 
     def describe_run(self) -> dict:
-        teacher = None
-        if self.teacher is not None:
-            teacher = {"sha256": self.teacher.sha256, "name_or_path": self._teacher_name}
+        teacher = self.teacher and {"sha256": self.teacher.sha256, "name_or_path": self._teacher_name}
         return {**super().describe_run(), "teacher": teacher, "anchors": self.anchor_settings}
 
     def check_run(self, saved: dict, checkpoint: Path) -> None:
@@ -143,11 +129,9 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             )
         super().check_run(saved, checkpoint)
         self.saved_teacher = saved.get("teacher")
-        if self.teacher is None or self.args.takes_snapshot:  # the snapshot's callback checks it
-            return
-        if self.saved_teacher is not None and self.saved_teacher["sha256"] != self.teacher.sha256:
-            self.teacher.restore(self.model, self.teacher_folder, self.saved_teacher["sha256"])
-        check_teacher(self.teacher, self.saved_teacher, checkpoint)
+        if self.teacher is not None and not self.args.takes_snapshot:  # the snapshot's callback does it later
+            self.teacher.restore(self.model, self.teacher_folder, self.saved_teacher)
+            check_teacher(self.teacher, self.saved_teacher, checkpoint)
 
     def on_save_checkpoint(self, folder: Path) -> None:
         super().on_save_checkpoint(folder)
@@ -196,15 +180,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             sft_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        ce_kl, aux_loss = student_ce_kl(
-            model,
-            inputs,
-            teacher,
-            ce_weight=0.0 if own_ce else 1.0,
-            kl_weight=args.kl_weight,
-            **args.kl_options,
-            num_items_in_batch=num_items_in_batch,
-        )
+        options = {"ce_weight": 0.0 if own_ce else 1.0, "kl_weight": args.kl_weight, **args.kl_options}
+        ce_kl, aux_loss = student_ce_kl(model, inputs, teacher, **options, num_items_in_batch=num_items_in_batch)
         loss, share = ce_kl.loss, 1.0  # share: what this micro-batch counts of the logged loss, next to its rank's
         if num_items_in_batch is not None:
             # It counts the tokens of every rank, and DDP averages the gradients over the ranks

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The only file that relies on how TRL's `SFTTrainer`, transformers' models, accelerate and DeepSpeed work inside. What a
-new version of theirs could break without an error is tested in tests/trainers/test_sft_internals.py, and with which
-versions in docs/compatibility.md.
+The only file that relies on how TRL, transformers, accelerate and DeepSpeed work inside. What new versions could break
+without an error is tested in tests/trainers/test_sft_internals.py, and with which in docs/compatibility.md.
 """
 
 import copy
@@ -51,6 +50,7 @@ with private_names():
     from trl.models.utils import prepare_deepspeed, prepare_fsdp
     from trl.trainer import sft_trainer
     from trl.trainer import utils as trl_utils
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
     from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head  # not used: tells TRL 1.15's loss
     from trl.trainer.utils import create_model_from_path as create_model_from_path
     from trl.trainer.utils import get_config_model_id as get_config_model_id
@@ -61,10 +61,7 @@ with private_names():
 
 
 class HookedSFTTrainer(SFTTrainer):
-    """
-    `SFTTrainer` with public hooks in place of methods that transformers lets subclasses override by private names. An
-    override calls `super()`, so that mixins can have hooks too.
-    """
+    """`SFTTrainer` with public hooks for private methods. An override calls `super()`: mixins have them, too."""
 
     method_name: str = "SFT"  # in TRL's messages and in the default output folder
     tags: list[str] = ["trl", "sft"]  # of the trained model
@@ -72,11 +69,8 @@ class HookedSFTTrainer(SFTTrainer):
     summed_steps: dict[str, int] = {}  # that the last of the logged sums are of
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        for name, private_name in (("method_name", "_name"), ("tags", "_tag_names")):
-            if name in cls.__dict__:  # a user's subclass may set the private ones, as TRL's own trainers do
-                setattr(cls, private_name, cls.__dict__[name])
+    _name = property(lambda self: self.method_name)  # a subclass may set these two, as TRL's trainers do
+    _tag_names = property(lambda self: self.tags)
 
     def on_save_model(self, folder: Path) -> None:
         """Called on the processes that save, when the model's weights have been written into `folder`."""
@@ -160,12 +154,10 @@ class LabelStates(NamedTuple):
 
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """
-    A copy of `model` for the teacher: no gradients, evaluation mode, and a forward of its own. Those that TRL and
-    accelerate bind to the instance would keep running the student, and accelerate would not prepare the copy anew.
-    """
+    """A copy of `model` for the teacher: without gradients, in evaluation mode, and with a forward of its own."""
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     teacher = _copy_partitioned(model) if partitioned else copy.deepcopy(model)
+    # The forwards that TRL and accelerate bind to the student would run it, and accelerate would not prepare the copy
     for module in (teacher, base_causal_lm(teacher)):
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             module.__dict__.pop(name, None)
@@ -183,10 +175,7 @@ def load_saved(model: PreTrainedModel, folder: str | Path):
 
 def _copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "peft_config"):
-        raise ValueError(
-            "ZeRO-3 has partitioned the adapter, of which the teacher would be a copy. Use ZeRO-2 or FSDP, pass a "
-            "`teacher_model`, or set `kl_weight=0`."
-        )
+        raise ValueError("ZeRO-3 has partitioned the adapter. Use ZeRO-2, FSDP, a `teacher_model` or `kl_weight=0`.")
     config = copy.deepcopy(model.config)
     # While ZeRO-3 is on, transformers partitions what it makes, in the same way
     with patch.object(PreTrainedModel, "initialize_weights"):  # it may index an embedding that is elsewhere
@@ -213,10 +202,9 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator) -> torch.n
 
 def add_label_head_forward(model: PreTrainedModel) -> None:
     """
-    Lets `model(..., labels=labels, label_head=function)` return `function(model, label_states)`, with the
-    [`LabelStates`] of its backbone. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT and
-    accelerate's autocast wrap: parameters are gathered and cast, and prompt-learning tokens are added. The model,
-    without a PEFT wrapper, is changed in place.
+    Lets `model(..., labels=labels, label_head=function)`, without a PEFT wrapper, return `function(model, states)` of
+    the [`LabelStates`] of its backbone. It is a `forward`, as in TRL, because that is what DDP, FSDP, DeepSpeed, PEFT
+    and accelerate's autocast wrap: parameters are gathered and cast, and prompt-learning tokens are added.
     """
     original_forward = model.forward
 
@@ -225,8 +213,7 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
         if label_head is None:
             return original_forward(*args, **kwargs)
         shift_labels = kwargs.pop("labels")[:, 1:]
-        # The backbone is looked up on each call: FSDP and PEFT replace it after this function has run. A model with
-        # images is its own `base_model` in transformers 4.
+        # FSDP and PEFT may replace the backbone; a model with images is its own `base_model` in transformers 4
         backbone = self.model if self.base_model is self else self.base_model
         outputs = backbone(*args, **kwargs)
         mask = shift_labels != IGNORE_INDEX
@@ -234,7 +221,7 @@ def add_label_head_forward(model: PreTrainedModel) -> None:
         hidden_states = hidden_states[mask.to(hidden_states.device)]  # (num_label_tokens, hidden_size)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            # In some families only the model or only the config has both, as transformers' versions go
+            # Only the model or only the config has both in some families
             owner = self if hasattr(self, "num_experts_per_tok") else self.config.get_text_config()
             try:
                 experts = owner.num_experts, owner.num_experts_per_tok

@@ -19,9 +19,9 @@ logger = logging.get_logger(__name__)
 
 class TeacherSnapshotCallback(TrainerCallback):
     """
-    Freezes a snapshot of the student of a [`SelfDistillSFTTrainer`] as its teacher, once, after the configured steps
-    or epochs of plain SFT. It is kept in `output_dir/_teacher`, where a resumed run finds it. A `ValueError` if the
-    model is sharded, its adapter cannot be held twice, the data's length is unknown, or the run ends before it.
+    Freezes the student of a [`SelfDistillSFTTrainer`] as its teacher after the steps or epochs of plain SFT, and keeps
+    it in `output_dir/_teacher`, where a resumed run finds it. A `ValueError` if the model is sharded, its adapter
+    cannot be held twice, the data's length is unknown, or the run ends before it.
     """
 
     def __init__(self, trainer):
@@ -31,47 +31,35 @@ class TeacherSnapshotCallback(TrainerCallback):
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if is_sharded or (is_peft_model(trainer.model) and not self._is_adapter):
             raise ValueError(
-                "A snapshot is of models that are not sharded, full or with one adapter that can be held twice. "
-                "Train stage 1 first, and a second run from its checkpoint."
-            )
-        args, num_batches = trainer.args, None
-        if has_length(trainer.train_dataset):
-            # No more than these: the data loader tells when training starts
-            num_batches = math.ceil(len(trainer.train_dataset) / args.train_batch_size)
-        elif args.teacher_snapshot_epochs is not None:
-            epochs = args.teacher_snapshot_epochs
-            raise ValueError(f"`teacher_snapshot_epochs={epochs}` of a stream: set `teacher_snapshot_steps`.")
-        self._choose_step(num_batches, args.max_steps)
-
-    def _choose_step(self, num_batches: int | None, max_steps: int) -> None:
-        """Chooses the step of the snapshot. Raises `ValueError` if the run is over by then."""
-        args = self.trainer.args
-        if num_batches is not None:
-            steps_per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
-            max_steps = max_steps if max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-        self._step = args.teacher_snapshot_steps
-        if self._step is None:
-            self._step = max(1, math.ceil(args.teacher_snapshot_epochs * steps_per_epoch - 1e-6))
-        if self._step >= max_steps:
-            raise ValueError(
-                f"The teacher's snapshot would come after step {self._step} of {max_steps}, so that there would be no "
-                "distillation. Take it earlier, or set `kl_weight=0`."
+                "A snapshot is of a model that is not sharded, full or with one adapter that can be held twice. Train "
+                "stage 1 first, and a second run from its checkpoint."
             )
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        self._choose_step(len(train_dataloader) if has_length(train_dataloader) else None, state.max_steps)
-        self.trainer.teacher = None
+        self._step = args.teacher_snapshot_steps
+        if self._step is None:
+            if not has_length(train_dataloader):
+                epochs = args.teacher_snapshot_epochs
+                raise ValueError(f"`teacher_snapshot_epochs={epochs}` of a stream: set `teacher_snapshot_steps`.")
+            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            self._step = max(1, math.ceil(args.teacher_snapshot_epochs * steps_per_epoch - 1e-6))
+        if self._step >= state.max_steps:
+            raise ValueError(
+                f"The teacher's snapshot would come after step {self._step} of {state.max_steps}, so that there would "
+                "be no distillation. Take it earlier, or set `kl_weight=0`."
+            )
+        trainer, saved = self.trainer, self.trainer.saved_teacher
+        trainer.teacher = None
         if state.global_step >= self._step:  # resumed after the snapshot: the student has moved on since
             if self._is_adapter:
-                self.trainer.teacher = self.trainer.freeze_student()
-                sha256 = (self.trainer.saved_teacher or {}).get("sha256", "")
-                self.trainer.teacher.restore(self.trainer.model, self.folder, sha256)
+                trainer.teacher = trainer.freeze_student()
+                trainer.teacher.restore(trainer.model, self.folder, saved)
             else:
-                model = frozen_copy(self.trainer.accelerator.unwrap_model(self.trainer.model))
+                model = frozen_copy(trainer.accelerator.unwrap_model(trainer.model))
                 load_saved(model, self.folder)
-                self.trainer.teacher = ModelTeacher(model, self.trainer.accelerator)
-        if self.trainer.resumed_from is not None:
-            check_teacher(self.trainer.teacher, self.trainer.saved_teacher, self.trainer.resumed_from)
+                trainer.teacher = ModelTeacher(model, trainer.accelerator)
+        if trainer.resumed_from is not None:
+            check_teacher(trainer.teacher, saved, trainer.resumed_from)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.teacher is not None or state.global_step < self._step:

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The teacher: a frozen model that the student is pulled to, and which model that is.
-
-It is one of four, all behind [`Teacher`]: a model beside the student ([`ModelTeacher`]), the same base model with
-another adapter or none ([`~trl_selfdistill.trainers.adapter_teacher.AdapterTeacher`]), the student itself before its
-first step ([`UntrainedStudent`]), or answers on disk ([`~trl_selfdistill.trainers.teacher_cache.CachedTeacher`]).
+The teacher, a frozen model that the student is pulled to: a model beside it ([`ModelTeacher`]), the same base model
+with another adapter or none (adapter_teacher.py), or answers on disk (teacher_cache.py).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,15 +9,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..losses import LMHead, ModelSide
 from ..parameters.hashes import gathered, hash_model
 from ..parameters.structure import base_causal_lm
-from ..slick.generation import evaluation_mode
+from ..slick.prompt_tokens import text_tokenizer
 from .label_head import check_label_head, label_hidden_states, lm_head_of
-from .self_distill_sft_config import SelfDistillSFTConfig
 from .sft_internals import (
     add_label_head_forward,
     create_model_from_path,
@@ -42,8 +38,7 @@ class Teacher:
     def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
         """
         The teacher's last hidden states at the label positions of a batch, `(num_label_tokens, teacher_hidden_size)`,
-        and its LM head, both without gradients. `student` is the model in training as accelerate has prepared it,
-        `inputs` are the arguments of its forward, `labels` among them.
+        and its LM head, without gradients. `student` is the prepared model, `inputs` are its forward's, with `labels`.
         """
         raise NotImplementedError
 
@@ -54,8 +49,8 @@ class Teacher:
     def keep(self, folder: Path) -> None:
         """Saves to `folder` what a resumed run could not load from anywhere else."""
 
-    def restore(self, student: torch.nn.Module, folder: Path, sha256: str) -> None:
-        """Takes the place of the teacher in `folder`, if that has this hash: it is of an earlier part of the run."""
+    def restore(self, student: torch.nn.Module, folder: Path, saved: dict | None) -> None:
+        """Takes the place of the teacher in `folder`, if it is `saved`, that of the checkpoint to resume from."""
 
     def release(self, student: torch.nn.Module) -> None:
         """Removes from the student what the teacher has added to it."""
@@ -63,8 +58,8 @@ class Teacher:
 
 class ModelTeacher(Teacher):
     """
-    A model beside the student, frozen in place. The accelerator places it, or shards it like the student under FSDP
-    and ZeRO-3, in the student's mixed precision. A `ValueError` under FSDP if only the main process holds the weights.
+    A model beside the student, frozen in place, in the student's mixed precision and, under FSDP and ZeRO-3, sharded
+    like it. A `ValueError` under FSDP if only the main process holds the weights.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
@@ -74,9 +69,7 @@ class ModelTeacher(Teacher):
         self._accelerator = accelerator
         is_fsdp = accelerator.distributed_type == DistributedType.FSDP
         if is_fsdp and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-            raise ValueError(
-                "`fsdp_cpu_ram_efficient_loading: true` leaves most processes no weights to copy. Set it to false."
-            )
+            raise ValueError("`fsdp_cpu_ram_efficient_loading: true` leaves processes no weights. Set it to false.")
         self._lm_head: LMHead | None = None
         if is_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             # It is read outside of the forward, where shards are not gathered: each process keeps it whole
@@ -92,18 +85,6 @@ class ModelTeacher(Teacher):
         return ModelSide(hidden_states, lm_head)
 
 
-class UntrainedStudent(Teacher):
-    """The student before its first step, which answers as a copy of it would. To answer in advance only."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.sha256 = hash_model(model)
-
-    def targets(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ModelSide:
-        with evaluation_mode(student):
-            hidden_states = label_hidden_states(student, inputs)
-        return ModelSide(hidden_states, frozen_head(student))
-
-
 def frozen_head(model: PreTrainedModel) -> LMHead:
     """A model's LM head without gradients. Under ZeRO-3, where this is a collective, a copy that is whole."""
     head = lm_head_of(base_causal_lm(model))
@@ -113,38 +94,29 @@ def frozen_head(model: PreTrainedModel) -> LMHead:
         return head.map_tensors(lambda tensor: tensor.detach().clone())
 
 
-def load_teacher(
-    teacher: str | PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SelfDistillSFTConfig,
-) -> PreTrainedModel:
+def load_teacher(teacher: str | PreTrainedModel, trainer) -> PreTrainedModel:
     """
-    Loads the teacher that the user has named by path or Hub id, as `args` says, or takes the one that was passed in. A
-    `ValueError` if it shares parameters with the student, or its vocabulary or tokenizer is not the student's.
+    Loads the teacher of a trainer by path or Hub id, or takes the one that was passed in. A `ValueError` if it shares
+    parameters with the student, or its vocabulary or tokenizer is not the student's.
     """
+    args = trainer.args
     if isinstance(teacher, str):
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
-        if args.teacher_model_revision is not None:
-            init_kwargs.setdefault("revision", args.teacher_model_revision)
         # As `SFTTrainer` does for the model: each process holds the whole of it
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init_kwargs["device_map"] = None
         teacher = create_model_from_path(teacher, **init_kwargs)
-    if not _storages(teacher).isdisjoint(_storages(student)):
+    if not _storages(teacher).isdisjoint(_storages(trainer.model)):
         raise ValueError(
             "`teacher_model` is the model in training itself, or shares parameters. Leave it unset for a frozen copy."
         )
     refuse_adapter_on_head(teacher, "teacher_model")
-    _check_vocabulary(teacher, student, tokenizer, args)
+    _check_vocabulary(teacher, trainer)
     return frozen_copy(teacher) if "forward" in base_causal_lm(teacher).__dict__ else teacher
 
 
 def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
-    """
-    Raises `ValueError` if an adapter adds to the LM head, or to single tokens of embeddings that it is tied to: the
-    loss is computed from the head's weights as they are stored. `name` is the trainer's argument that `model` is.
-    """
+    """Raises `ValueError` if an adapter, which no loss would see, adds to the LM head of the argument `name`."""
     head = base_causal_lm(model).get_output_embeddings()
     if hasattr(head, "token_adapter") or hasattr(head, "base_layer"):
         raise ValueError(
@@ -154,12 +126,13 @@ def refuse_adapter_on_head(model: torch.nn.Module, name: str) -> None:
 
 
 def _storages(model: torch.nn.Module) -> set[int]:
-    """Addresses of a model's parameters: `load_state_dict(assign=True)` shares the memory, not the `Parameter`."""
+    # Addresses, as `load_state_dict(assign=True)` shares the memory, not the `Parameter`
     return {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()} - {0}
 
 
-def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -> None:
-    heads = [base_causal_lm(model).get_output_embeddings().weight for model in (student, teacher)]
+def _check_vocabulary(teacher: PreTrainedModel, trainer) -> None:
+    args = trainer.args
+    heads = [base_causal_lm(model).get_output_embeddings().weight for model in (trainer.model, teacher)]
     sizes = [getattr(head, "ds_shape", head.shape)[0] for head in heads]  # under ZeRO-3 the tensor itself is empty
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -170,21 +143,17 @@ def _check_vocabulary(teacher, student, tokenizer, args: SelfDistillSFTConfig) -
     if not name:
         return  # built in memory: there is no tokenizer to compare with
     try:
-        teacher_tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-        )
+        options = {"revision": (args.teacher_model_init_kwargs or {}).get("revision")}
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
     except (ImportError, OSError, ValueError) as error:  # without one, transformers 4 asks for protobuf or tiktoken
         logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
         return
-    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+    if theirs.get_vocab() != text_tokenizer(trainer.processing_class).get_vocab():
         raise ValueError(f"The tokenizer of the teacher {name!r} is not the student's. Take a teacher with that one.")
 
 
 def check_teacher(teacher: Teacher | None, saved: dict | None, checkpoint: Path) -> None:
-    """
-    Raises `ValueError` if the teacher of a run (`None` before its snapshot) is not that of the checkpoint that it
-    resumes from, of which `saved` holds `sha256` and `name_or_path`.
-    """
+    """Raises `ValueError` if a run's teacher (`None` before its snapshot) is not `saved`, that of its checkpoint."""
     if (teacher is None) != (saved is None):
         raise ValueError(
             f"{checkpoint} was written with{'out' if saved is None else ''} a teacher, and this run would go on with"

@@ -17,12 +17,9 @@ from ..parameters.structure import base_causal_lm
 from .sft_internals import get_config_model_id
 
 
-_SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
-    *("weight_decay", "optim", "seed", "data_seed", "bf16", "max_length", "packing", "loss_type"),
-    *("trainable_groups", "frozen_groups"),
-)
-_TEACHER_SETTINGS = ("kl_weight", "temperature", "teacher_model_revision")
+_SETTINGS = "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps warmup_ratio weight_decay optim "
+_SETTINGS += "seed data_seed bf16 max_length packing loss_type trainable_groups frozen_groups "
+_TEACHER_SETTINGS = "kl_weight temperature"
 
 
 class ModelCardMixin:
@@ -31,15 +28,12 @@ class ModelCardMixin:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """
-        Writes the card of `args.output_dir`, with the Hub id of the training data and further tags, if given; else
-        those of the card before. `model_name` is not used: the card is called after the base model.
-        """
+        """Writes the card of `args.output_dir`, named after the base, with this data's Hub id and these tags, too."""
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir), dataset_name, tags)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Before the weights, PEFT would read and write a card, with the local path of the base. Ours comes after them
+        # PEFT would write a card before the weights, with the local path of the base
         model = self.accelerator.unwrap_model(self.model)
         with patch.object(model, "create_or_update_model_card", lambda output_dir: None, create=True):
             super().save_model(output_dir, _internal_call)
@@ -63,8 +57,8 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     args, model = trainer.args, trainer.model
     values = args.to_dict()
     # A trainer without a teacher may get a configuration with one
-    names = _SETTINGS + (_TEACHER_SETTINGS if hasattr(trainer, "teacher") else ())
-    settings = {name: values[name] for name in names if values.get(name) not in (None, -1)}
+    names = _SETTINGS + (_TEACHER_SETTINGS if hasattr(trainer, "teacher") else "")
+    settings = {name: values[name] for name in names.split() if values.get(name) not in (None, -1)}
     settings |= getattr(trainer, "anchor_settings", None) or {}
     settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
