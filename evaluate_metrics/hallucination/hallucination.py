@@ -25,6 +25,7 @@ Args:
     questions (`list[str]`, *optional*): The questions, shown with `detailed`.
     match (`str`, defaults to `"exact"`): `"contains"` looks for the reference among the words of the answer.
     squad (`bool`, defaults to `False`): Normalise as SQuAD's script does, to the letter.
+    strip_accents (`bool`, defaults to `False`): "São Tomé" is "Sao Tome".
     exact_numbers (`bool`, defaults to `False`): "17.89" is not "1789"; for SQuAD's script it is.
     abstention_patterns (`list[str]`, *optional*): Regular expressions in place of the list of the package.
     detailed (`bool`, defaults to `False`): Whether to add `tables` and `examples`.
@@ -32,7 +33,7 @@ Args:
 Returns:
     A flat dict of fractions in [0, 1], each with the ends of its 95 % interval, `<name>_ci_low` and `<name>_ci_high`;
     `None` for a share of nothing.
-    `hallucination_rate`, `accuracy`, `abstention_rate`, `num_predictions`, `omniscience_index` (in [-1, 1]),
+    `hallucination_rate`, `accuracy`, `abstention_rate`, `f1`, `num_predictions`, `omniscience_index` (in [-1, 1]),
     `correct_given_attempted`, `f_score` (without an interval); with a baseline `baseline_accuracy`,
     `forgetting_rate`, `induced_hallucination_rate`, `acquisition_rate`, `net_change` (in [-1, 1]), `mcnemar_p_value`;
     with categories `factual_stability`, `factual_plasticity`; with groups `category/<name>/<rate>` and

@@ -3,6 +3,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,18 +36,19 @@ class AnswerJudge:
         match (`str`, *optional*, defaults to `"exact"`):
             `"exact"`: the whole answer is one of the accepted forms. `"contains"`: an accepted form is among the words
             of the answer, whole words only ("17" is not in "1789"), for models that answer in sentences.
-        squad, exact_numbers: See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
+        squad, strip_accents, exact_numbers: See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
         abstention_patterns (`Iterable[str]`, *optional*, defaults to `ABSTENTION_PATTERNS`):
             Regular expressions in lower case, searched for in [`fold_answer`] of an answer. They replace the list;
             `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.
 
     Raises:
-        ValueError: If `match` is another word.
+        ValueError: If `match` is another word, or a pattern is not a regular expression.
         TypeError: If `abstention_patterns` is a single string.
     """
 
     match: Literal["exact", "contains"] = "exact"
     squad: bool = False
+    strip_accents: bool = False
     exact_numbers: bool = False
     abstention_patterns: Iterable[str] | None = None
 
@@ -56,17 +58,19 @@ class AnswerJudge:
         if isinstance(self.abstention_patterns, str):
             raise TypeError(f"`abstention_patterns` is the text {self.abstention_patterns!r}; pass a list of patterns")
         patterns = ABSTENTION_PATTERNS if self.abstention_patterns is None else self.abstention_patterns
-        self._abstentions = [re.compile(pattern) for pattern in patterns]
+        try:
+            self._abstentions = [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise ValueError(f"`abstention_patterns` has {error.pattern!r}, no regular expression: {error}") from error
 
     def normalize(self, text: str) -> str:
         """The form in which `text` is compared. An answer of nothing but articles (blood type "A") keeps them."""
-        return normalize_answer(text, squad=self.squad, exact_numbers=self.exact_numbers) or fold_answer(text)
+        options = {"squad": self.squad, "strip_accents": self.strip_accents, "exact_numbers": self.exact_numbers}
+        return normalize_answer(text, **options) or fold_answer(text)
 
     def outcome(self, prediction: str, accepted: Sequence[str]) -> Outcome:
         """Whether `prediction` is right, declines to answer ("I don't know, France?" does), or neither of the two."""
-        parted = (lambda text: {text}) if self.squad else with_parted
-        answers = {self.normalize(text) for text in parted(prediction)} - {""}
-        if any(self.normalize(text) in answers for form in accepted for text in parted(form)):
+        if self._is_form(prediction, accepted):
             return "correct"  # before the patterns, as "Unknown" may be the answer
         folded = fold_answer(prediction)
         if not folded or any(pattern.search(folded) for pattern in self._abstentions):
@@ -77,3 +81,17 @@ class AnswerJudge:
                 if any(form and contains_words(answer, form) for form in forms):
                     return "correct"
         return "hallucinated"
+
+    def _is_form(self, prediction: str, accepted: Sequence[str]) -> bool:
+        parted = (lambda text: {text}) if self.squad else with_parted
+        answers = {self.normalize(text) for text in parted(prediction)} - {""}
+        return any(self.normalize(text) in answers for form in accepted for text in parted(form))
+
+    def f1(self, prediction: str, accepted: Sequence[str]) -> float:
+        """SQuAD's token F1 of `prediction` with the nearest of the `accepted` forms, in [0, 1]."""
+        if self._is_form(prediction, accepted):
+            return 1.0
+        words = Counter(self.normalize(prediction).split())
+        forms = [Counter(self.normalize(form).split()) for form in accepted]
+        # Without a word on either side there is no F1
+        return max((2 * (words & form).total() / max(1, (words + form).total()) for form in forms), default=0.0)

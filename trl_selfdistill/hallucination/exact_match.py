@@ -24,6 +24,7 @@ _UNSEEN = "\ufe00-\ufe0f\U000e0100-\U000e01ef\u034f\u115f\u1160\u3164\uffa0\u280
 _UNSEEN += "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u0652\u0670\u06d6-\u06ed"
 _STRESS = re.compile("(?<=[аеиоуыэюяієαεηιουω])\u0301+")  # of Cyrillic in dictionaries, of Greek not in capitals
 _TONES = re.compile("([ou])([\u0300\u0301\u0303\u0309\u0323])([aey])(?!\\w)")  # Vietnamese, on either vowel
+_ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
 _ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
 _SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
@@ -58,7 +59,9 @@ def as_seen(text: str) -> str:
     return re.sub(r"(?<=\d) - (?=\d)", "-", unicodedata.normalize("NFKC", "".join(map(_as_seen, text))))
 
 
-def normalize_answer(text: str, *, squad: bool = False, exact_numbers: bool = False) -> str:
+def normalize_answer(
+    text: str, *, squad: bool = False, strip_accents: bool = False, exact_numbers: bool = False
+) -> str:
     """
     Returns the form in which answers are compared: without case, punctuation, English articles and invisible
     characters, with single spaces. What differs in Unicode alone (full-width letters, composed accents, kinds of
@@ -68,6 +71,9 @@ def normalize_answer(text: str, *, squad: bool = False, exact_numbers: bool = Fa
         text (`str`): An answer.
         squad (`bool`, *optional*, defaults to `False`):
             Whether to do what SQuAD's script does and no more: lower case, no ASCII punctuation, no English articles.
+        strip_accents (`bool`, *optional*, defaults to `False`):
+            Whether Latin, Greek and Cyrillic letters lose their accents ("São Tomé" is "sao tome"). Letters of their
+            own, such as the first of "Łódź", stay.
         exact_numbers (`bool`, *optional*, defaults to `False`):
             Whether numbers keep their signs, decimal points and the separators of dates. SQuAD's script drops them, so
             that "17.89" is "1789". A comma goes either way: "1,789" is "1789".
@@ -76,6 +82,8 @@ def normalize_answer(text: str, *, squad: bool = False, exact_numbers: bool = Fa
         text = as_seen(as_seen(text).casefold()).replace("i\u0307", "i")  # what is left of a dotted capital
         text = text.replace("\u0565\u0582", "\u0565\u057e")  # Armenian "and", as a ligature and in two letters
         text = unicodedata.normalize("NFC", _STRESS.sub("", unicodedata.normalize("NFD", text)))
+    if strip_accents:
+        text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
     kept = [pattern for pattern, is_kept in ((_IN_NUMBERS, exact_numbers), (_IN_NAMES, not squad)) if is_kept]
     parts = re.split(f"({'|'.join(kept)})", text.lower()) if kept else [text.lower()]
     for i in range(0, len(parts), 2):  # the others are in numbers and names
@@ -87,10 +95,13 @@ def normalize_answer(text: str, *, squad: bool = False, exact_numbers: bool = Fa
     return _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
 
 
-# Letters of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, hiragana, Chinese characters
-_UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3005-\u309f\u3400-\u9fff\U00020000-\U0003ffff]+")
+# Beginnings of the names of characters whose scripts put no spaces between words
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+_UNSPACED += ("JAVANESE", "BALINESE", "TAI ", "NEW TAI", "YI ")
 # What follows a Korean noun without a space
-_PARTICLES = "(은|는|이|가|을|를|의|에서?|으?로|와|과|도|만)?(이?(다|고|며|[었였].*)|입니다|이?에요|예요)?"
+_PARTICLES = re.compile(
+    "(은|는|이|가|을|를|의|에서?|으?로|와|과|도|만)?(이?(다|고|며|[었였].*)|입니다|이?에요|예요)?( |$)"
+)
 
 
 def part_words(text: str) -> str:
@@ -100,13 +111,23 @@ def part_words(text: str) -> str:
 
 def contains_words(text: str, words: str) -> bool:
     """
-    Whether normalized `words` are among those of a normalized `text`, as whole words or before a Korean particle.
-    Letters of a script without spaces (Chinese, Japanese, Thai ...) may stand anywhere among others of it.
+    Whether normalized `words` are among those of a normalized `text`, as whole words. Beside a letter of a script
+    without spaces (Chinese, Japanese, Thai ...) any word may end, but within katakana, and before a Korean particle.
     """
-    if _UNSPACED.search(words):
-        return words in text
-    parted = _UNSPACED.sub(r" \g<0> ", f" {text} ")
-    return re.search(f" {re.escape(words)}{_PARTICLES} ", parted) is not None
+    ends = ((match.start(), match.start() + len(words)) for match in re.finditer(f"(?={re.escape(words)})", text))
+    return any(_may_part(text, a) and (_may_part(text, b) or bool(_PARTICLES.match(text, b))) for a, b in ends)
+
+
+def _may_part(text: str, position: int) -> bool:
+    if position in (0, len(text)) or " " in text[position - 1 : position + 1]:
+        return True
+    before, after = text[position - 1 : position + 1]
+    scripts = [unicodedata.name(character, "") for character in (before, after)]
+    is_katakana, is_korean = ([script.startswith(name) for script in scripts] for name in ("KATAKANA", "HANGUL"))
+    # A mark on the character before it, one number, or one foreign name
+    if unicodedata.category(after)[0] == "M" or (before.isnumeric() and after.isnumeric()) or all(is_katakana):
+        return False
+    return any(script.startswith(_UNSPACED) for script in scripts) or is_korean == [False, True]
 
 
 def exact_match(prediction: str, accepted: Iterable[str]) -> bool:

@@ -56,9 +56,10 @@ def score_hallucinations(
     Returns:
         `dict`: Fractions in [0, 1], each with the ends of its 95 % interval over facts under `<name>_ci_low` and
         `<name>_ci_high` (`mean_interval`, for a number in [-1, 1] `balance_interval`, in
-        trl_selfdistill/hallucination/intervals.py); `None` for no facts.
+        trl_selfdistill/hallucination/intervals.py); `None` for no facts,
+        and for the interval of one F1.
 
-        - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `num_predictions`.
+        - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `f1`, `num_predictions`.
         - `omniscience_index`, correct minus hallucinated, in [-1, 1] (AA-Omniscience, arXiv 2511.13029);
           `correct_given_attempted`, of the answers that are no abstentions the share that is correct, and `f_score`,
           the harmonic mean of it and the accuracy, without an interval (SimpleQA, arXiv 2411.04368).
@@ -96,9 +97,10 @@ def score_hallucinations(
     for i, aliases in enumerate(references):
         if not any(map(judge.normalize, aliases)):
             raise ValueError(f"`references[{i}]` is {aliases!r}, of which normalizing leaves nothing; add an alias")
-    answers = {"outcome": np.array([*map(judge.outcome, columns["predictions"], references)])}
+    judged = {"outcome": (judge.outcome, "predictions"), "f1": (judge.f1, "predictions")}
     if baseline_predictions is not None:
-        answers["baseline_outcome"] = np.array([*map(judge.outcome, columns["baseline_predictions"], references)])
+        judged["baseline_outcome"] = judge.outcome, "baseline_predictions"
+    answers = {name: np.array([*map(judged_by, columns[of], references)]) for name, (judged_by, of) in judged.items()}
     result = _rates(answers)
     if categories is not None:
         labels, right = np.array(columns["categories"]), answers["outcome"] == "correct"
@@ -146,6 +148,7 @@ def _rows(values: Any, name: str) -> list:
 def _rates(answers: dict[str, np.ndarray]) -> dict[str, float | None]:
     right, wrong = answers["outcome"] == "correct", answers["outcome"] == "hallucinated"
     rates = {name: _mean(answers["outcome"] == outcome) for name, outcome in RATES.items()}
+    rates["f1"] = _mean(answers["f1"])
     rates["correct_given_attempted"] = _mean(right[right | wrong])
     rates["omniscience_index"] = balance_interval(int(right.sum()), int(wrong.sum()), len(right))
     result: dict[str, float | None] = {"num_predictions": len(right)}
@@ -164,8 +167,9 @@ def _rates(answers: dict[str, np.ndarray]) -> dict[str, float | None]:
     return result | _flat(rates)
 
 
-def _mean(outcomes: np.ndarray) -> tuple[float | None, ...]:
-    return mean_interval(outcomes) if len(outcomes) else (None, None, None)
+def _mean(values: np.ndarray) -> tuple[float | None, ...]:
+    numbers = np.clip(mean_interval(values), 0.0, 1.0).tolist() if len(values) else [np.nan] * 3
+    return tuple(None if np.isnan(number) else number for number in numbers)
 
 
 def _flat(intervals: dict[str, tuple]) -> dict[str, float | None]:
