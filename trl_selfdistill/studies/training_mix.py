@@ -60,8 +60,8 @@ def build_training_mix(
     annotated: Dataset, settings: MixSettings, seed: int = 0, exclude: Iterable[str] = ()
 ) -> dict[str, Dataset]:
     """
-    Chooses relations, and facts of them at random, of which no answer makes up more than its share, from those of
-    [`~trl_selfdistill.slick.slick.annotate_facts`]. No invented subject has a name of theirs, nor one of `exclude`.
+    Chooses relations, and draws facts of them of which no answer makes up more than its share. The `annotated` ones
+    come from [`~trl_selfdistill.slick.slick.annotate_facts`]. No invented one has a name of theirs or of `exclude`.
 
     Returns:
         `dict[str, Dataset]`: `known`, `new` and `heldout`, each with the facts' columns and `prompt` and

@@ -231,9 +231,9 @@ def _cycled(items: range, number: int, generator: random.Random) -> list[int]:
 
 def mask_unlikely_tokens(dataset: Dataset, model: PreTrainedModel, max_perplexity: float) -> Dataset:
     """
-    Takes the labels off the tokens of a dataset that [`~trl.SFTTrainer`] has prepared of which the model before
-    training finds the perplexity, one over the probability, above `max_perplexity` (selective token masking, arXiv
-    2501.14315). A `ValueError` if no label is left.
+    Takes the labels off the tokens that the model before training finds unlikely (selective token masking, arXiv
+    2501.14315). [`~trl.SFTTrainer`] has prepared `dataset`; `max_perplexity` is the largest perplexity, one over the
+    probability, of a token that keeps its label. A `ValueError` if none does.
     """
 
     def mask(rows: dict) -> dict:
