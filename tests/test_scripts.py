@@ -52,6 +52,12 @@ def test_help_is_the_docstring_with_commands(name, monkeypatch, capsys):
     assert docstring.count("\n    trl-selfdistill ") >= 2  # tests/test_documents.py parses them
 
 
+def test_a_flag_that_is_unknown_is_named_before_those_that_are_missing(capsys):
+    with pytest.raises(SystemExit):
+        run_script("check.py", "--aftr", "model")
+    assert capsys.readouterr().err.endswith("error: unrecognized argument --aftr, did you mean --after?\n")
+
+
 def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     given = ["--model_name_or_path", toy_study.model, "--facts", toy_study.facts]
     run_script("annotate_facts.py", "--output_dir", tmp_path, *given, *SLICK, "--seed", 42, "--bf16", "false")

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,11 @@ class ScriptParser(TrlParser):
         self.exit(self.usage_status, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
+        known = [*self._option_string_actions, "--config"]
+        for flag in (word.partition("=")[0] for word in args or () if word.startswith("--")):
+            if not any(name.startswith(flag) for name in known):  # before argparse misses what it stands for
+                near = get_close_matches(flag, known, 1)
+                self.error(f"unrecognized argument {flag}" + (f", did you mean {near[0]}?" if near else ""))
         namespace, others = super().parse_known_args(args, namespace)
         if hasattr(namespace, "bf16"):
             self.precision = choose_precision(namespace)
