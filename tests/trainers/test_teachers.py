@@ -143,6 +143,7 @@ on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_
         (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320: take one of the"),
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Take a"),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* by name"),
+        (None, {}, dict(teacher_snapshot_steps=1, load_best_model_at_end=True), "`metric_for_best_model`"),
         (None, VIRTUAL_TOKENS, dict(teacher_snapshot_steps=1), "one adapter that can be held twice. Train stage 1"),
     ],
 )
@@ -205,15 +206,20 @@ def test_a_snapshot_that_never_comes_is_refused(tmp_path):
     assert ["kl_loss" in row for row in logs(train(tmp_path, teacher_snapshot_epochs=1e-9))[:2]] == [False, True]
     stream = dict(train_dataset=Dataset.from_list(FACTS).to_iterable_dataset())
     with pytest.raises(ValueError, match="`teacher_snapshot_epochs=1.0` .* `teacher_snapshot_steps`"):
-        train(tmp_path, None, stream, teacher_snapshot_epochs=1.0)
+        trainer(tmp_path, None, stream, teacher_snapshot_epochs=1.0)
     assert "kl_loss" in logs(train(tmp_path, None, stream, teacher_snapshot_steps=1))[1]
-    late = [dict(teacher_snapshot_epochs=1.0), dict(max_steps=-1, num_train_epochs=1.5, teacher_snapshot_epochs=1.8)]
+    late = [dict(teacher_snapshot_steps=3), dict(teacher_snapshot_epochs=1.0)]  # of three steps, an epoch of three
+    late += [dict(max_steps=-1, num_train_epochs=1.5, teacher_snapshot_epochs=1.8)]
     late += [dict(max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2, teacher_snapshot_steps=4)]
     for options in late:
         with pytest.raises(ValueError, match="after step . of ., so that there would be no distillation"):
-            train(tmp_path, **options)
+            trainer(tmp_path, **options)
     with pytest.raises(ValueError, match="after step 3 of 3"):
-        train(tmp_path, None, stream, teacher_snapshot_steps=3)
+        trainer(tmp_path, None, stream, teacher_snapshot_steps=3)
+    run = trainer(tmp_path, max_steps=-1, num_train_epochs=1, teacher_snapshot_steps=2)
+    run.args.num_train_epochs = 0.5  # set later: refused when training starts
+    with pytest.raises(ValueError, match="after step 2 of 2"):
+        run.train()
 
 
 def test_resuming_after_the_snapshot_needs_it(tmp_path):

@@ -34,20 +34,31 @@ class TeacherSnapshotCallback(TrainerCallback):
                 "A snapshot is of a model that is not sharded, full or with one adapter that can be held twice. Train "
                 "stage 1 first, and a second run from its checkpoint."
             )
+        num_batches = None  # at most: the data loader tells when training starts
+        if has_length(trainer.train_dataset):
+            num_batches = math.ceil(len(trainer.train_dataset) / trainer.args.train_batch_size)
+        self._choose_step(num_batches, trainer.args.max_steps)
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def _choose_step(self, num_batches: int | None, max_steps: int) -> None:
+        """Chooses the step of the snapshot. Raises `ValueError` if the run is over by then."""
+        args = self.trainer.args
+        if num_batches is not None:
+            steps_per_epoch = math.ceil(num_batches / args.gradient_accumulation_steps)
+            max_steps = max_steps if max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
         self._step = args.teacher_snapshot_steps
         if self._step is None:
-            if not has_length(train_dataloader):
+            if num_batches is None:
                 epochs = args.teacher_snapshot_epochs
                 raise ValueError(f"`teacher_snapshot_epochs={epochs}` of a stream: set `teacher_snapshot_steps`.")
-            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
             self._step = max(1, math.ceil(args.teacher_snapshot_epochs * steps_per_epoch - 1e-6))
-        if self._step >= state.max_steps:
+        if self._step >= max_steps:
             raise ValueError(
-                f"The teacher's snapshot would come after step {self._step} of {state.max_steps}, so that there would "
-                "be no distillation. Take it earlier, or set `kl_weight=0`."
+                f"The teacher's snapshot would come after step {self._step} of {max_steps}, so that there would be no "
+                "distillation. Take it earlier, or set `kl_weight=0`."
             )
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self._choose_step(len(train_dataloader) if has_length(train_dataloader) else None, state.max_steps)
         trainer, saved = self.trainer, self.trainer.saved_teacher
         trainer.teacher = None
         if state.global_step >= self._step:  # resumed after the snapshot: the student has moved on since
