@@ -4,6 +4,7 @@
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,11 +33,17 @@ def machine(monkeypatch, tmp_path):
         ("study --config_file ddp", 0, "ddp.yaml starts 8 processes.* torch finds 0 here. Use --config_file cpu.$"),
         ("study --num_processes 3", 2, "ddp.yaml starts 3 processes.*finds 2 here. Set --num_processes 2"),
         ("mix --accelerate_config fsdp2 --num_processes 4 --num_machines 2", 1, "2 processes.* Set --num_processes 2"),
-        ("check --num_processes none", 1, "--num_processes: invalid int value: 'none'"),
+        ("mix --num_machines 0", 1, "--num_machines: must be a whole number from 1 on, got '0'"),
+        ("check --num_processes none", 1, "--num_processes: must be a whole number"),
+        ("mix --config broken.yaml", 0, "--config: 'broken.yaml' is not YAML: .*expected ',' or ']'"),
+        ("mix --config_file list.yaml", 0, "'list.yaml' must hold `name: value` in each line"),
         ("report", 0, "report needs no_such_package. Run: pip install no_such_package"),
     ],
 )
-def test_wrong_input_is_one_sentence(monkeypatch, capsys, line, num_gpus, message):
+def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, line, num_gpus, message):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("relations: [P17\nseed: 0\n")
+    Path("list.yaml").write_text("- relations\n")
     monkeypatch.setattr(cli, "STUDY_PACKAGES", ("peft", *["no_such_package"] * (line == "report")))
     monkeypatch.setattr("sys.argv", ["trl-selfdistill", *line.split()])
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: num_gpus)

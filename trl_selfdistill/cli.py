@@ -82,9 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         text = f"{what}: a YAML file, or one of {', '.join(_configs(folder))}"
         start.add_argument(*names, type=partial(_config_path, folder), metavar="NAME|FILE", help=text)
-    numbers = ("num_processes", "num_machines", "num_cpu_threads_per_process", "machine_rank", "main_process_port")
-    for name in (*numbers, "main_process_ip", "gpu_ids"):
-        start.add_argument(f"--{name}", type=int if name in numbers else None, metavar="N" if name in numbers else "X")
+    for name in ("num_processes", "num_machines", "num_cpu_threads_per_process"):
+        start.add_argument(f"--{name}", type=_positive_integer, metavar="N")
+    for name in ("machine_rank", "main_process_ip", "main_process_port", "gpu_ids"):
+        start.add_argument(f"--{name}", metavar="X")
     parser = _Parser(
         "trl-selfdistill",
         usage="%(prog)s COMMAND [flags]\n       %(prog)s COMMAND --help",
@@ -97,8 +98,15 @@ def make_parser() -> argparse.ArgumentParser:
     for name, script in PROGRAMS.items():
         text = ast.get_docstring(ast.parse((shipped("scripts") / script).read_text(encoding="utf-8")))
         summary = " ".join(text.partition("\n\n")[0].split()).replace("%", "%%")
-        commands.add_parser(name, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
+        usage = f"{parser.prog} {name} [flags]\n       {parser.prog} {name} --help"
+        commands.add_parser(name, usage=usage, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
     return parser
+
+
+def _positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _configs(folder: str) -> dict[str, str]:
@@ -109,6 +117,14 @@ def _config_path(folder: str, value: str) -> str:
     configs = _configs(folder)
     if value not in configs and not Path(value).is_file():
         raise argparse.ArgumentTypeError(f"{value!r} is no file and none of {', '.join(configs)}")
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(configs.get(value, value)).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{value!r} must hold `name: value` in each line, as a YAML mapping")
     return configs.get(value, value)
 
 
