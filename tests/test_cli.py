@@ -4,6 +4,7 @@
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,18 +33,23 @@ def machine(monkeypatch, tmp_path):
         ("study --config_file ddp", 0, "ddp.yaml starts 8 processes.* torch finds 0 here. Use --config_file cpu.$"),
         ("study --num_processes 3", 2, "ddp.yaml starts 3 processes.*finds 2 here. Set --num_processes 2"),
         ("mix --accelerate_config fsdp2 --num_processes 4 --num_machines 2", 1, "2 processes.* Set --num_processes 2"),
+        ("study --num_processes 0", 0, r"usage: trl-selfdistill .*--num_processes: must be 1 or more, got 0"),
+        ("study --num_machines 2", 0, "you need to specify the main process IP"),
+        ("study --config_file wrong.yaml", 0, "wrong.yaml is no configuration of accelerate: 'list' object has no"),
         ("check --num_processes none", 1, "--num_processes: invalid int value: 'none'"),
         ("report", 0, "report needs no_such_package. Run: pip install no_such_package"),
     ],
 )
-def test_wrong_input_is_one_sentence(monkeypatch, capsys, line, num_gpus, message):
+def test_wrong_input_is_one_sentence(monkeypatch, capsys, tmp_path, line, num_gpus, message):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("- a\n")
     monkeypatch.setattr(cli, "STUDY_PACKAGES", ("peft", *["no_such_package"] * (line == "report")))
     monkeypatch.setattr("sys.argv", ["trl-selfdistill", *line.split()])
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: num_gpus)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     status = 1 if line.startswith("check ") else 2
-    assert ended.value.code == status and re.search(message, capsys.readouterr().err)
+    assert ended.value.code == status and re.search(message, capsys.readouterr().err, re.DOTALL)
 
 
 @pytest.mark.parametrize(

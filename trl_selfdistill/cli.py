@@ -56,6 +56,9 @@ def main() -> int:
     script = str(shipped("scripts") / PROGRAMS[command])
     if missing := [name for name in STUDY_PACKAGES if command in NEED_STUDY and find_spec(name) is None]:
         parser.error(f"{command} needs {', '.join(missing)}. Run: pip install {' '.join(missing)}")
+    for name in ("num_processes", "num_machines", "num_cpu_threads_per_process"):
+        if options.get(name, 1) < 1:
+            parser.error(f"argument --{name}: must be 1 or more, got {options[name]}")
     words = sys.argv[1:]
     words.remove(command)
     os.environ["TRL_SELFDISTILL_COMMAND"] = shlex.join([parser.prog, command, *words])  # its usage, and for cards
@@ -64,7 +67,7 @@ def main() -> int:
         runpy.run_path(script, run_name="__main__")
     try:
         return _launch([script, *(["--config", config] if config else []), *flags], options)
-    except (ConnectionError, ImportError, ValueError) as error:  # accelerate's: the program has its own processes
+    except (AssertionError, ConnectionError, ImportError, ValueError) as error:  # not the program's, which is apart
         parser.error(str(error))
 
 
@@ -97,7 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, script in PROGRAMS.items():
         text = ast.get_docstring(ast.parse((shipped("scripts") / script).read_text(encoding="utf-8")))
         summary = " ".join(text.partition("\n\n")[0].split()).replace("%", "%%")
-        commands.add_parser(name, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
+        usage = "%(prog)s [flags]\n       %(prog)s --help"
+        commands.add_parser(name, usage=usage, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
     return parser
 
 
@@ -119,6 +123,7 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from yaml import YAMLError
 
     num_gpus = torch.accelerator.device_count()
     if num_gpus == 0:
@@ -135,7 +140,11 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
         else:  # accelerate would start a single one on a CPU
             options["config_file"] = _config_path("scripts/accelerate_configs", "ddp" if num_gpus else "cpu")
     if "config_file" in options:
-        _check_gpus(load_config_from_file(options["config_file"]), options, num_gpus)
+        try:
+            config = load_config_from_file(options["config_file"])
+        except (AttributeError, TypeError, YAMLError) as error:
+            raise ValueError(f"{options['config_file']} is no configuration of accelerate: {error}") from error
+        _check_gpus(config, options, num_gpus)
     words = [f"--{name}={value}" for name, value in options.items()]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program, which says how to go on
     try:
