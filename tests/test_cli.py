@@ -37,6 +37,7 @@ def machine(monkeypatch, tmp_path):
         ("check --num_processes none", 1, "--num_processes: must be a whole number"),
         ("mix --config broken.yaml", 0, "--config: 'broken.yaml' is not YAML: .*expected ',' or ']'"),
         ("mix --config_file list.yaml", 0, "'list.yaml' must hold `name: value` in each line"),
+        ("study --num_machines 2", 0, "you need to specify the main process IP"),
         ("report", 0, "report needs no_such_package. Run: pip install no_such_package"),
     ],
 )
@@ -50,7 +51,7 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, line, num_gp
     with pytest.raises(SystemExit) as ended:
         cli.main()
     status = 1 if line.startswith("check ") else 2
-    assert ended.value.code == status and re.search(message, capsys.readouterr().err)
+    assert ended.value.code == status and re.search(message, capsys.readouterr().err, re.DOTALL)
 
 
 @pytest.mark.parametrize(

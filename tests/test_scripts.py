@@ -52,10 +52,17 @@ def test_help_is_the_docstring_with_commands(name, monkeypatch, capsys):
     assert docstring.count("\n    trl-selfdistill ") >= 2  # tests/test_documents.py parses them
 
 
-def test_a_flag_that_is_unknown_is_named_before_those_that_are_missing(capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--aftr model", "--aftr, did you mean --after?"),
+        ("--num_process 2", "--num_process, did you mean --num_processes?"),
+    ],
+)
+def test_a_flag_that_is_unknown_is_named_before_those_that_are_missing(capsys, flags, message):
     with pytest.raises(SystemExit):
-        run_script("check.py", "--aftr", "model")
-    assert capsys.readouterr().err.endswith("error: unrecognized argument --aftr, did you mean --after?\n")
+        run_script("check.py", *flags.split())
+    assert capsys.readouterr().err.endswith(f"error: unrecognized argument {message}\n")
 
 
 def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
@@ -160,6 +167,8 @@ def check_trained(model, folder) -> set[str]:
         ("--mix a --splits heldout", "`splits` may hold known and new.*heldout is for evaluation only"),
         ("--dataset_name data --dataset_train_split sft", r"data: no split 'sft'; there are \['train'\]"),
         ("--dataset_name holes.jsonl", r"holes.jsonl` \(split 'train'\), row 2: there is no completion; fill it in"),
+        ("--dataset_name turns.jsonl", "turns.jsonl` .*: messages is 'hello'; give text, or a list of `role` and"),
+        ("--dataset_name numbers.jsonl", "numbers.jsonl` .*: (prompt|completion) is 1; give text, or a list of"),
         ("--dataset_name qa.jsonl", "qa.jsonl` .*'train'.* has the columns answer, prompt: give prompt and"),
         ("--dataset_name qa.jsonl --model_name_or_path no/model", "`model_name_or_path`: 'no/model' is neither a fo"),
     ],
@@ -169,6 +178,8 @@ def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypa
     Dataset.from_list(TEXT).save_to_disk("data")
     write_jsonl("holes.jsonl", [TEXT[0], {"prompt": "Q"}])
     write_jsonl("qa.jsonl", [{"prompt": "Q", "answer": "A"}])
+    write_jsonl("turns.jsonl", [{"messages": "hello"}])
+    write_jsonl("numbers.jsonl", [{"prompt": 1, "completion": 1}])
     model = ("--model_name_or_path", toy_study.model, "--output_dir", "out")
     with pytest.raises((SystemExit, ValueError)) as ended:
         run_script("self_distill_sft.py", *model, *flags.split(), *OWN_FLAGS)
@@ -177,7 +188,12 @@ def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("line", "error"),
-    [("num_knwon: 3", "num_knwon"), ("num_known: 0", "`num_known` must be"), ("num_known: [3", "expected ',' or ']'")],
+    [
+        ("num_knwon: 3", "--num_knwon, did you mean --num_known?"),
+        ("num_kno: 3", "--num_kno, did you mean --num_known?"),  # no name is shortened here
+        ("num_known: 0", "`num_known` must be"),
+        ("num_known: [3", "expected ',' or ']'"),
+    ],
 )
 def test_a_mistake_in_a_config_file_is_told_without_a_traceback(tmp_path, capsys, line, error):
     (tmp_path / "config.yaml").write_text(f"{line}\n")

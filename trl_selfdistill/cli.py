@@ -64,7 +64,7 @@ def main() -> int:
         runpy.run_path(script, run_name="__main__")
     try:
         return _launch([script, *(["--config", config] if config else []), *flags], options)
-    except (ConnectionError, ImportError, ValueError) as error:  # accelerate's: the program has its own processes
+    except (AssertionError, ConnectionError, ImportError, ValueError) as error:  # not the program's, which is apart
         parser.error(str(error))
 
 
@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, script in PROGRAMS.items():
         text = ast.get_docstring(ast.parse((shipped("scripts") / script).read_text(encoding="utf-8")))
         summary = " ".join(text.partition("\n\n")[0].split()).replace("%", "%%")
-        usage = f"{parser.prog} {name} [flags]\n       {parser.prog} {name} --help"
+        usage = "%(prog)s [flags]\n       %(prog)s --help"
         commands.add_parser(name, usage=usage, help=summary, parents=[launcher], add_help=False, allow_abbrev=False)
     return parser
 

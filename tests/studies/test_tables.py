@@ -91,6 +91,7 @@ def test_rows_may_lack_columns_and_nest_values_of_different_shapes(tmp_path):
         ("i.xlsx", "PK", "i.xlsx: tables are read from .jsonl, .json, .csv, .tsv and .parquet"),
         ("j.csv", b"relation,subject\nP17,Lyon\nP17,K\xf6ln\n", "j.csv, line 3: it is not UTF-8"),
         ("k.csv", "relation,subject\n".encode("utf-16"), "k.csv, line 1: it is not UTF-8"),
+        ("l.parquet", b"PAR1", "l.parquet: not Parquet (Parquet file size is 4 bytes"),
         ("m.csv", "a,b,a\n1,2,3\n", "m.csv, line 1: give the columns different names"),
         ("o.csv", "", "o.csv (split 'train'): there are no rows in it"),
         ("q.jsonl", '{"a": 1}\n{"b": {"c": 18446744073709551615}}\n', "q.jsonl, line 2 or above: there is a value"),

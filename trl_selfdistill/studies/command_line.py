@@ -42,15 +42,23 @@ class ScriptParser(TrlParser):
         self.exit(self.usage_status, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        known = [*self._option_string_actions, "--config"]
         for flag in (word.partition("=")[0] for word in args or () if word.startswith("--")):
-            if not any(name.startswith(flag) for name in known):  # before argparse misses what it stands for
-                near = get_close_matches(flag, known, 1)
-                self.error(f"unrecognized argument {flag}" + (f", did you mean {near[0]}?" if near else ""))
+            if not any(name.startswith(flag) for name in (*self._option_string_actions, "--config")):
+                self._refuse(flag)  # before argparse misses what it stands for
         namespace, others = super().parse_known_args(args, namespace)
         if hasattr(namespace, "bf16"):
             self.precision = choose_precision(namespace)
         return namespace, others
+
+    def set_defaults_with_config(self, **kwargs):
+        for flag in super().set_defaults_with_config(**kwargs)[:1]:
+            self._refuse(flag)
+        return []
+
+    def _refuse(self, flag: str) -> None:
+        known = [*self._option_string_actions, "--config", "--num_processes"]
+        near = [name for name in known if flag[2:] in name] or get_close_matches(flag, known, 1)
+        self.error(f"unrecognized argument {flag}" + (f", did you mean {near[0]}?" if near else ""))
 
 
 def _show_error(prog: str, kind: type, error: BaseException, trace: TracebackType) -> None:

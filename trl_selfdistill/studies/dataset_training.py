@@ -37,6 +37,10 @@ def train_as_asked(
         for name in {"prompt", "completion", "text", "messages"} & {*table.column_names}:
             if (row := table.data.column(name).is_null().index(True).as_py()) >= 0:
                 raise ValueError(f"{source}, row {row + 1}: there is no {name}; fill it in or leave the row out")
+            value = table[0][name]
+            has_turns = isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+            if not (has_turns if name == "messages" else has_turns or isinstance(value, str)):
+                raise ValueError(f"{source}: {name} is {value!r}; give text, or a list of `role` and `content`")
         return table
 
     model, options = model_args.model_name_or_path, {"peft_config": get_peft_config(model_args)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, DownloadManager, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 
 def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -87,10 +88,11 @@ def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dat
         return _choose(data if isinstance(data, DatasetDict) else {"train": data}, split, path)
     try:
         builder = load_dataset_builder(os.fspath(path), config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read here, nor as a dataset of the Hub ({error})") from error
-    if builder.name not in ("csv", "json") or getattr(builder.config, "field", None):
-        return load_dataset(os.fspath(path), config, split=split)
+        if builder.name not in ("csv", "json") or getattr(builder.config, "field", None):
+            return load_dataset(os.fspath(path), config, split=split)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        message = f"{path} cannot be read here, nor as a dataset of the Hub ({error.__cause__ or error})"
+        raise ValueError(message) from error
     files = _choose({str(name): files for name, files in builder.config.data_files.items()}, split, path)
     parse = partial(_parse_csv, delimiter=builder.config.sep) if builder.name == "csv" else _parse_json
     copies = DownloadManager().download_and_extract(files)
@@ -100,7 +102,10 @@ def _open(path: str | os.PathLike, split: str, config: str | None = None) -> Dat
 def _open_file(file: Path) -> Dataset | Iterator[tuple[str, Any]]:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        return Dataset.from_parquet(os.fspath(file))
+        try:
+            return Dataset.from_parquet(os.fspath(file))
+        except (ValueError, DatasetGenerationError) as error:
+            raise ValueError(f"{file}: not Parquet ({error.__cause__ or error})") from error
     if suffix not in _PARSERS:
         raise ValueError(f"{file}: tables are read from {', '.join(_PARSERS)} and .parquet files; convert it")
     return _read_text(os.fspath(file), file, _PARSERS[suffix])
