@@ -5,6 +5,7 @@ import ast
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 from graphlib import TopologicalSorter
 from importlib import import_module
 from importlib.metadata import packages_distributions
@@ -103,14 +104,14 @@ def test_modules_import_each_other_without_cycles():
 
 def foreign_private_names(text: str) -> set[str]:
     """
-    Names with an underscore in front that are TRL's, transformers' or PEFT's, not this package's or torch's: what is
-    imported, TRL's modules among it, attributes, and whatever overrides or asks for one of theirs.
+    Names with an underscore in front that are TRL's, transformers' or PEFT's, not this package's, torch's or
+    argparse's: what is imported, TRL's modules among it, attributes, and whatever overrides or asks for one of theirs.
     """
     froms = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and not node.level]
     imported = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
     found = {name for name in imported if re.search(r"^trl\.\w+\.|\b_[A-Za-z]", name)}
     text = re.sub(r"\btorch(\.\w+)+", "torch", text)
-    found |= set(re.findall(r"\.(_[a-z]\w*)", text)) - OWN_NAMES - {*dir(NamedTuple("T", []))}
+    found |= set(re.findall(r"\.(_[a-z]\w*)", text)) - OWN_NAMES - {*dir(NamedTuple("T", [])), *dir(ArgumentParser())}
     named = re.findall(r"\b_[a-z]\w*", text)
     return found | {name for name in named if any(hasattr(cls, name) for cls in FOREIGN_CLASSES)}
 

@@ -192,6 +192,7 @@ def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypa
         ("num_knwon: 3", "--num_knwon, did you mean --num_known?"),
         ("num_kno: 3", "--num_kno, did you mean --num_known?"),  # no name is shortened here
         ("num_known: 0", "`num_known` must be"),
+        ("num_known: {a: 3}", "argument --num_known: expected one number, got {'a': 3}"),
         ("num_known: [3", "expected ',' or ']'"),
     ],
 )

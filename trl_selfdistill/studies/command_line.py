@@ -51,6 +51,10 @@ class ScriptParser(TrlParser):
         return namespace, others
 
     def set_defaults_with_config(self, **kwargs):
+        for name, value in kwargs.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if isinstance(value, list | dict) and action and action.type in (int, float) and action.nargs is None:
+                self.error(f"argument --{name}: expected one number, got {value!r}")
         for flag in super().set_defaults_with_config(**kwargs)[:1]:
             self._refuse(flag)
         return []
