@@ -4,7 +4,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -157,10 +157,14 @@ def generate_tokens(
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    # `generate` takes from the model's own config what `config` leaves out; a PEFT model may have one, too
-    own = {m: m.generation_config for m in (model, base_causal_lm(model)) if "generation_config" in vars(m)}
-    for module in own:
-        module.generation_config = GenerationConfig()
+    # `generate` takes from the model's own config what `config` leaves out; a PEFT model may have one, too.
+    # A `generate` of the instance alone is the `custom_generate` of its checkpoint: `functools.partial` of a function
+    own = {module: {**vars(module)} for module in (model, base_causal_lm(model))}
+    for module, attributes in own.items():
+        if isinstance(attributes.get("generate"), partial):
+            del module.generate
+        if "generation_config" in attributes:
+            module.generation_config = GenerationConfig()
     try:
         output = model.generate(
             input_ids=input_ids.to(model.device),
@@ -169,8 +173,8 @@ def generate_tokens(
             synced_gpus=synced_gpus or None,  # None: transformers decides
         )
     finally:
-        for module, own_config in own.items():
-            module.generation_config = own_config
+        for module, attributes in own.items():
+            vars(module).update(attributes)
     stop_ids = set(config.eos_token_id)
     written = []
     for ids in output[:, width:].tolist():

@@ -164,8 +164,10 @@ def annotate_facts(
         `Dataset`: The facts that are not exemplars, in their order, with the new columns, the same on each process.
 
     Raises:
-        `ValueError`: If a relation has too few facts, or the progress file is of other work.
+        `ValueError`: If there are no facts, a relation has too few, or the progress file is of other work.
     """
+    if not len(facts):
+        raise ValueError("`facts` has no rows; add some")
     exemplars, kept = reserve_exemplars(facts, settings.num_prompts, settings.num_shots, settings.seed)
     asked = facts.select(kept)
     relations, questions = asked["relation"][:], asked["question"][:]
