@@ -54,7 +54,10 @@ def test_only_the_model_its_card_and_its_evaluation_are_published_with_the_base_
 
 
 NAMED = {
-    "config.json": {"auto_map": {"AutoModelForCausalLM": "modeling_tiny.Tiny", "AutoConfig": "o/r--config_tiny.C"}},
+    "config.json": {
+        "auto_map": {"AutoModelForCausalLM": "modeling_tiny.tiny", "AutoConfig": "o/r--config_tiny.C"},
+        "a": "x.Y",
+    },
     "processor_config.json": {"image_processor": {"auto_map": {"AutoImageProcessor": "image_tiny.Images"}}},
     "generation_config.json": {"custom_pipelines": {"my-task": {"impl": "pipeline_tiny.Pipeline", "pt": ["Auto"]}}},
     "model.safetensors.index.json": {"weight_map": {"a": "model-1-of-1.safetensors"}},
@@ -117,7 +120,7 @@ def test_a_token_in_a_text_stops_the_publication_and_is_not_shown(checkpoint, mo
     "missing, license, message",
     [
         (None, None, "license of sft is not known.*org/model.*`--license apache-2.0`"),
-        ("model.safetensors", "mit", "sft holds no weights"),
+        ("model.safetensors", "mit", "sft itself holds no weights"),
         ("model_card.json", "mit", "or no model_card.json. Pass what a trainer saved"),
         ("", "mit", "nothing is not a folder"),
     ],

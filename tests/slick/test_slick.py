@@ -218,6 +218,8 @@ def annotate_on_this_process(folder: Path) -> None:
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="relation 'P495' has 2 facts, and `num_shots` = 2"):
         annotate(SCORE, facts=build_facts().select(range(5)))
+    with pytest.raises(ValueError, match="`facts` has no rows"):
+        annotate(SCORE, facts=build_facts().select([]))
     with pytest.raises(ValueError, match="aliases"):
         annotate(SCORE, facts=build_facts().remove_columns("aliases"))
     for wrong in ({"num_prompts": 0}, {"method": "guess"}):

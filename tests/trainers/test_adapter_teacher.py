@@ -176,6 +176,9 @@ def test_a_snapshot_is_the_adapter_of_that_step(tmp_path, name):
         assert kl[3] == pytest.approx(0, abs=1e-6)
     saved = load_file(tmp_path / "ours/run/checkpoint-6/adapter_model.safetensors")
     assert saved.keys() == expected.keys() and not any(TEACHER_ADAPTER in key for key in saved)
+    run.model.add_adapter("later", LoraConfig(target_modules=["q_proj"]))  # the teacher alone is left out
+    run.model.save_pretrained(tmp_path / "all")
+    assert {path.parent.name for path in (tmp_path / "all").rglob("*.safetensors")} == {"all", "later"}
 
 
 def test_parts_of_a_head_are_refused(tmp_path):

@@ -211,7 +211,7 @@ REFUSED = [
     (dict(anchors="kl"), dict(anchor_dataset=["a"]), r"must be a `Dataset` .* got \['a'\]"),
     (dict(anchors="kl"), given(["a b", " "]), "row 2: `prompt` must be a text or a conversation, got ' '"),
     (dict(anchors="own_answers"), given(["a b", None]), "row 2: `prompt` must be a text .* got None"),
-    (dict(anchors="kl"), given(["What?", "a"], "text"), "row 2: `text` has 1 tokens .* not 2 to"),
+    (dict(anchors="kl"), given(["What?", "a"], "text"), "row 2: `text` has 1 tokens, not 2 to"),
     (dict(anchors="kl", max_length=8), given(["ab", "What " * 20]), "row 2: .* of an answer, .*`max_length=8`"),
     (dict(anchors="kl"), given(eval_dataset={"one": EVALUATED}), "row 3: .* is one of 1 .* `eval_dataset`, too: 'Q"),
     (dict(anchors="kl", packing=True), given(eval_dataset=EVALUATED), "row 3: `prompt` is one of 1 .* 'Q"),

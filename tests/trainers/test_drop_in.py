@@ -37,7 +37,7 @@ def test_model_by_path_with_init_kwargs_and_arguments_by_position(tmp_path, mode
     args = args or config(tmp_path, SFTConfig, **options)  # a plain config's values are kept
     run = trainer_class(str(model_dir), args, None, DATA)
     assert run.model.config._attn_implementation == "eager" and run.model.dtype == torch.bfloat16
-    assert run.model.model_tags == run.tags == run._tag_names and run._name == run.method_name
+    assert run.model.model_tags == run.tags == trainer_class._tag_names and run._name == run.method_name
     run.train()
 
 

@@ -207,6 +207,9 @@ def test_data_that_cannot_be_seen_in_advance_are_refused(tmp_path):
     collator = trainer(tmp_path, arguments=data()).data_collator
     with pytest.raises(ValueError, match="and got a `data_collator` of function. Leave one"):  # it may draw at random
         trainer(tmp_path, arguments=data() | {"data_collator": lambda rows: collator(rows)}, **cached(tmp_path))
+    collator.padding_free = True  # TRL's own, which joins rows
+    joined = trainer(tmp_path, arguments=data() | {"data_collator": collator}, **cached(tmp_path / "joined"))
+    assert len(joined.train_dataset) == len(ROWS)
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="Mamba takes no joined rows (`position_ids`)")

@@ -143,7 +143,7 @@ on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_
         (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320: take one of the"),
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Take a"),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* by name"),
-        (None, {}, dict(teacher_snapshot_steps=1, load_best_model_at_end=True), "`metric_for_best_model`"),
+        (None, {}, dict(teacher_snapshot_steps=1, load_best_model_at_end=True), "'loss' is another loss"),
         (None, VIRTUAL_TOKENS, dict(teacher_snapshot_steps=1), "one adapter that can be held twice. Train stage 1"),
     ],
 )

@@ -21,10 +21,10 @@ _TOKEN = re.compile(r"hf_oauth_[\w.-]{20,}|hf_[A-Za-z0-9]{20,}")
 # The value after the name of a secret, of a flag, in the environment or in JSON; and who logs in by a URL
 _SECRET = re.compile(
     r"""(\w*(?<!eos_)(?<!pad_)(?:token|passw(?:or)?d|secret|(?:api|access)[_-]?key)"?(?:\s*[=:]\s*|\s+))(?!--)"""
-    r"""(?:'[^']*'|"[^"]*"|[^\s'"])+|(?<=://)[^/@\s]+(?=@)""",
+    r"""(?:"(?:[^"\\]|\\.)*"(?=\s*[,}])|(?:'[^']*'|"[^"]*"|[^\s'"])+)|(?<=://)[^/@\s]+(?=@)""",
     re.IGNORECASE,
 )
-_FLAG_FOLDER_REST = re.compile(r"([\w.-]+=)?(?:(?:/|~|\.\.)(?:.*/)?)?(.*)")
+_FLAG_FOLDER_REST = re.compile(r"([\w.-]+=)?(?:(?=/|~|\.\.).*/)?(.*)")
 _NO_PROGRAM = re.compile(r"^(-c?)?$|kernel_launcher\.py$")  # an interactive session, a notebook
 
 
@@ -50,7 +50,7 @@ def hide_tokens(text: str) -> str:
 
 def portable_command(words: Sequence[str]) -> str:
     """A command line to show to others: without secrets, and of paths that are not relative the last part alone."""
-    parts = (_FLAG_FOLDER_REST.fullmatch(" ".join(word.split())).groups("") for word in words)
+    parts = (_FLAG_FOLDER_REST.fullmatch(" ".join(word.split()).rstrip("/")).groups("") for word in words)
     line = " ".join(flag + shlex.quote(rest) for flag, rest in parts)
     line = line.encode(errors="replace").decode()  # names of files may hold bytes that are no text
     return hide_tokens(_SECRET.sub(r"\g<1>HIDDEN", line))

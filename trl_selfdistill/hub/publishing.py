@@ -26,7 +26,8 @@ MODEL_FILES = (
     + ("normalizer.json", "word_*.json", "*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
     + ("custom_generate/*.py", "custom_generate/requirements.txt", "*_tokenizer/*.json", "LICENSE*", "NOTICE*")
 )
-_CLASS = re.compile(r'"(\w+)\.[A-Z_]\w*"')  # `repository--module.Class` is elsewhere
+_CLASSES = re.compile(r'"(?:auto_map|impl)"\s*:\s*("[^"]*"|\{[^}]*\})')  # objects of classes, by their names
+_MODULE = re.compile(r'"([\w.]+)\.\w+"')  # `repository--module.Class` is elsewhere
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)  # as transformers' loader finds them
 
 
@@ -74,7 +75,7 @@ def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
 def _named_in(folder: Path) -> set[str]:
     """The files that others name: shards of weights, modules of configurations, and what these import in turn."""
     texts = [path.read_text(encoding="utf-8") for path in folder.glob("*config.json")]
-    modules = [name for text in texts if re.search('"(auto_map|impl)"', text) for name in _CLASS.findall(text)]
+    modules = [name for text in texts for classes in _CLASSES.findall(text) for name in _MODULE.findall(classes)]
     for name in modules:
         path = folder / f"{name}.py"
         imported = _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8")) if path.is_file() else []
@@ -98,7 +99,10 @@ def plan_model(
         raise PublishError(f"{folder} names {min(lost)}, which is no file of its own in it. Copy it there.")
     record, given = read_record(folder), {"license": license, "base_model": base_model}
     if "training" not in record or not any(name.endswith(".safetensors") for name in files):
-        raise PublishError(f"{folder} holds no weights (.safetensors) or no {RECORD_FILE}. Pass what a trainer saved.")
+        advice = (
+            "Pass what a trainer saved. PEFT puts an adapter there that is called 'default', others in sub-folders."
+        )
+        raise PublishError(f"{folder} itself holds no weights (.safetensors) or no {RECORD_FILE}. {advice}")
     record["training"] |= {name: value for name, value in given.items() if value is not None}
     card = render_model_card(record)
     if card.data.license is None:

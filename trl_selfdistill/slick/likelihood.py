@@ -71,6 +71,8 @@ def score_answers(
         `list[AnswerScore]`: A score for each prompt. A `ValueError` if the lists differ in length, or a prompt has no
         accepted answer or one that is not one line.
     """
+    if len(prompts) != len(accepted_answers):
+        raise ValueError(f"`prompts` has {len(prompts)} entries and `accepted_answers` {len(accepted_answers)}")
     rows_of_prompts = _tokenize(tokenizer, prompts, accepted_answers)
     _, terminator_ids = answer_ends(model, text_tokenizer(tokenizer))
     negligible = math.inf if greedy_only else _NEGLIGIBLE_LOG_PROB

@@ -167,7 +167,7 @@ def annotate_facts(
         `ValueError`: If there are no facts, a relation has too few, or the progress file is of other work.
     """
     if not len(facts):
-        raise ValueError("`facts` has no rows. Pass some.")
+        raise ValueError("`facts` has no rows; add some")
     exemplars, kept = reserve_exemplars(facts, settings.num_prompts, settings.num_shots, settings.seed)
     asked = facts.select(kept)
     relations, questions = asked["relation"][:], asked["question"][:]

@@ -2,7 +2,7 @@
 """The teacher of a student with an adapter: the same base model, with a frozen second adapter or with none."""
 
 import copy
-import functools
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,5 +155,9 @@ def add_frozen_copy(model: torch.nn.Module) -> None:
         if TEACHER_ADAPTER in name:
             tensor.data = tensors[name.replace(TEACHER_ADAPTER, student)].detach().clone()
 
-    saved = [name for name in model.peft_config if name != TEACHER_ADAPTER]
-    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=saved)
+    def save_pretrained(self, save_directory, safe_serialization=True, selected_adapters=None, *args, **kwargs):
+        # Those that there are then: the user may add and delete adapters
+        names = selected_adapters or [name for name in self.peft_config if name != TEACHER_ADAPTER]
+        type(self).save_pretrained(self, save_directory, safe_serialization, names, *args, **kwargs)
+
+    model.save_pretrained = types.MethodType(save_pretrained, model)

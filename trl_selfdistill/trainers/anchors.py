@@ -168,9 +168,10 @@ def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, D
     if not is_text:  # whichever token is the answer's: the KL is between distributions of it
         labels = [[IGNORE_INDEX] * len(ids) + ids[-1:] for ids in token_ids]
         token_ids = [ids + ids[-1:] for ids in token_ids]
+    which = "" if is_text else " with that of an answer"
     for row, ids in enumerate(token_ids, start=1):
         if not 2 <= len(ids) <= (most or len(ids)):
-            refuse(row, f"has {len(ids)} tokens with that of an answer, not 2 to `max_length={most}`")
+            refuse(row, f"has {len(ids)} tokens{which}, not 2 to `max_length={most}`")
     splits = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     known = [(split, name) for split in splits if isinstance(split, Dataset) for name in _COLUMNS]
     asked = {repr(_question(row)) for split, name in known if name in split.column_names for row in split[name]}

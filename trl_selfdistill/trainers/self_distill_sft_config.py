@@ -126,7 +126,10 @@ class SelfDistillSFTConfig(FrozenGroupsSFTConfig):
             raise ValueError(f"`precompute_teacher` runs the teacher before training, `{later[0]}` in it: unset one.")
         metric = self.metric_for_best_model or "loss"
         if self.takes_snapshot and self.load_best_model_at_end and metric.endswith("loss"):
-            raise ValueError(f"`metric_for_best_model`: {metric!r} changes with `{given[0]}`. Set an accuracy.")
+            raise ValueError(
+                f"`load_best_model_at_end=True`: after the snapshot of `{given[0]}`, {metric!r} is another loss. Set "
+                "`metric_for_best_model` to 'eval_mean_token_accuracy', for example."
+            )
         super().__post_init__()
 
     def choose_teacher(self, teacher_model: Any) -> Any:

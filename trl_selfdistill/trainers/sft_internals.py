@@ -69,8 +69,11 @@ class HookedSFTTrainer(SFTTrainer):
     summed_steps: dict[str, int] = {}  # that the last of the logged sums are of
     extra_columns: tuple[str, ...] = ()  # of the prepared dataset, which reach the collator beside TRL's
 
-    _name = property(lambda self: self.method_name)  # a subclass may set these two, as TRL's trainers do
-    _tag_names = property(lambda self: self.tags)
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name, private_name in (("method_name", "_name"), ("tags", "_tag_names")):
+            if name in cls.__dict__:  # a user's subclass may set the private ones, as TRL's own trainers do
+                setattr(cls, private_name, cls.__dict__[name])
 
     def on_save_model(self, folder: Path) -> None:
         """Called on the processes that save, when the model's weights have been written into `folder`."""

@@ -109,7 +109,8 @@ def _fingerprint(trainer, name: str, dataset: Dataset) -> str:
         )
     settings = {"column": CACHE_COLUMN, "dtype": trainer.args.teacher_cache_dtype}
     settings |= {"teacher": trainer.teacher.sha256, "data": description["sha256"]}
-    settings |= {"padding_free": str(trainer.padding_free), "mixed_precision": trainer.accelerator.mixed_precision}
+    settings |= {"mixed_precision": trainer.accelerator.mixed_precision}
+    settings |= {"padding_free": str(trainer.data_collator.padding_free)}  # of TRL's own collator if it was passed
     return digest(settings)[:32]
 
 
@@ -142,7 +143,7 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
     """Runs the teacher over this process's share of the rows, and writes one Arrow file."""
     accelerator, collator, dtype = trainer.accelerator, trainer.data_collator, trainer.args.teacher_cache_dtype
     # Each row by itself where rows are joined: in a state-space model it would see the one before it
-    batch_size = 1 if trainer.padding_free else trainer.args.train_batch_size
+    batch_size = 1 if collator.padding_free else trainer.args.train_batch_size
     dataset = without_unused_columns(trainer, dataset)
     share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
     starts = range(0, len(share), batch_size)
