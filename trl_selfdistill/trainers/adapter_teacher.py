@@ -121,8 +121,9 @@ def is_fresh(model: torch.nn.Module) -> bool:
     """Whether the active adapter is a LoRA of linear layers and nothing else, and changes nothing: every B is zero."""
     [adapter] = model.active_adapters
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if adapter in parts and "lora_A" not in parts and ("lora_B" not in parts or parameter.count_nonzero()):
+        before, found, _ = f"{name}.".partition(f".{adapter}.")
+        kind = before.rpartition(".")[2]
+        if found and kind != "lora_A" and (kind != "lora_B" or parameter.count_nonzero()):
             return False
     return True
 

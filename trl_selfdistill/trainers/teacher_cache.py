@@ -142,9 +142,10 @@ def _with_answers(trainer, name: str, dataset: Dataset, cache_dir: Path) -> Data
 def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
     """Runs the teacher over this process's share of the rows, and writes one Arrow file."""
     accelerator, collator, dtype = trainer.accelerator, trainer.data_collator, trainer.args.teacher_cache_dtype
-    # Each row by itself where rows are joined: in a state-space model it would see the one before it
-    batch_size = 1 if collator.padding_free else trainer.args.train_batch_size
+    batch_size = 1 if collator.padding_free else trainer.args.train_batch_size  # each joined row by itself
     dataset = without_unused_columns(trainer, dataset)
+    if collator.padding_free and len(dataset):
+        _refuse_rows_that_meet(trainer, dataset)
     share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
     starts = range(0, len(share), batch_size)
     file = folder / f"rows-{accelerator.process_index:05d}.arrow"
@@ -166,6 +167,20 @@ def _write_share(trainer, dataset: Dataset, folder: Path) -> None:
         # A forward may gather the shards of all processes: each makes as many
         for _ in range(max(gather_object([len(starts)])) - len(starts)):
             _targets(trainer, collator([dataset[0]]))
+
+
+def _refuse_rows_that_meet(trainer, dataset: Dataset) -> None:
+    """Refuses a teacher whose answers to a row depend on the row before it, which is another one in each epoch."""
+    row, first = dataset[len(dataset) - 1], dataset[0]
+    count = int(_label_counts(trainer.data_collator([row])).sum())
+    before = (first, {**first, "input_ids": first["input_ids"][::-1]})
+    states = [_targets(trainer, trainer.data_collator([other, row])).hidden_states for other in before]
+    own, beside = (part[len(part) - count :].float() for part in states)
+    if count and not torch.allclose(own, beside, rtol=0, atol=1e-3 * own.abs().max().item()):
+        raise ValueError(
+            "`precompute_teacher=True`: in this teacher a row sees the one before it in a batch, whatever the "
+            "`position_ids`. Set `packing=False` and `padding_free=False`, or unset it."
+        )
 
 
 def _targets(trainer, batch: dict[str, torch.Tensor]) -> ModelSide:
