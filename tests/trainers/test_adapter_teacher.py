@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from sft_runs import TOKENIZER, StopAt, assert_same_weights, logs, train, trainer
 from trl import SFTTrainer
 
-from trl_selfdistill.trainers.adapter_teacher import TEACHER_ADAPTER, AdapterTeacher
+from trl_selfdistill.parameters.hashes import hash_model
+from trl_selfdistill.trainers.adapter_teacher import TEACHER_ADAPTER, AdapterTeacher, is_fresh
 from trl_selfdistill.trainers.sft_internals import frozen_copy
 
 
@@ -122,6 +123,17 @@ def test_the_output_of_an_earlier_run_is_in_nobodys_way(tmp_path):
     other = get_peft_model(build_model(TOKENIZER), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
     with pytest.raises(ValueError, match="The teacher is not the one that"):
         train(tmp_path, other, resume=str(tmp_path / "run" / "checkpoint-1"), **options)
+
+
+def test_an_adapter_may_have_the_name_of_a_module():
+    config = dict(**LORA, init_lora_weights=False)
+    models = [
+        get_peft_model(build_model(TOKENIZER), LoraConfig(**config), adapter_name=n) for n in ("lora_A", "model")
+    ]
+    assert not is_fresh(models[0])
+    hashes = {hash_model(model, adapters=False) for model in models}
+    models[1].get_base_model().model.norm.weight.data[0] += 1
+    assert len(hashes) == 1 and hash_model(models[1], adapters=False) not in hashes
 
 
 def test_the_teacher_beside_a_fresh_adapter_is_the_base_alone(tmp_path):
