@@ -11,7 +11,6 @@ Input: two checkpoints of one model, or a LoRA adapter. Output: a checkpoint wit
     trl-selfdistill interpolate --end outputs/adapter --alpha 0.5 --output_dir outputs/adapter-0.5
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
@@ -37,12 +36,8 @@ class InterpolationArguments:
 
 def main(args: InterpolationArguments) -> None:
     """Writes the checkpoint."""
-    if not PartialState().is_main_process:
-        return
-    try:
+    if PartialState().is_main_process:
         print(f"Model: {interpolate(args.end, args.alpha, args.output_dir, args.start)}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"Nothing was written. {error}")
 
 
 if __name__ == "__main__":
