@@ -229,6 +229,7 @@ HIDDEN, HEAD, LABELS = torch.zeros(4, 3), LMHead(torch.zeros(6, 3)), torch.tenso
         ({}, dict(logits_dtype=torch.bfloat16), "`logits_dtype` must be None or torch.float32, got torch.bfloat16"),
         ({}, dict(kl_weight=math.nan), "`kl_weight` .* got 1.0, nan and 1.0"),
         ({}, dict(temperature=0.0), "`temperature` > 0, got 1.0, 1.0 and 0.0"),
+        ({}, dict(memory_budget_mib=0), "`memory_budget_mib` must be finite and > 0, got 0"),
         ({}, dict(num_items_in_batch=math.nan), "`num_items_in_batch` .* got nan"),
         ({1: LMHead(torch.zeros(6, 3), torch.zeros(1))}, {}, r"`student_lm_head.bias` .*\(6,\), got \(1,\)"),
         ({3: LMHead(torch.zeros(6, 3), logit_softcap=0.0)}, {}, "`teacher_lm_head.logit_softcap` .* got 0.0"),

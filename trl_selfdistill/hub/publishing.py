@@ -99,9 +99,7 @@ def plan_model(
         raise PublishError(f"{folder} names {min(lost)}, which is no file of its own in it. Copy it there.")
     record, given = read_record(folder), {"license": license, "base_model": base_model}
     if "training" not in record or not any(name.endswith(".safetensors") for name in files):
-        advice = (
-            "Pass what a trainer saved. PEFT puts an adapter there that is called 'default', others in sub-folders."
-        )
+        advice = "Pass what a trainer saved. PEFT puts adapters of other names than 'default' into sub-folders."
         raise PublishError(f"{folder} itself holds no weights (.safetensors) or no {RECORD_FILE}. {advice}")
     record["training"] |= {name: value for name, value in given.items() if value is not None}
     card = render_model_card(record)

@@ -116,6 +116,8 @@ def linear_ce_kl(
         raise ValueError(f"`shift_labels` must be integers, got {shift_labels.dtype}.")
     if logits_dtype not in (None, torch.float32):
         raise ValueError(f"`logits_dtype` must be None or torch.float32, got {logits_dtype}.")
+    if not 0 < memory_budget_mib < inf:
+        raise ValueError(f"`memory_budget_mib` must be finite and > 0, got {memory_budget_mib}.")
     kept = shift_labels != IGNORE_INDEX
     outside = kept & ((shift_labels < 0) | (shift_labels >= vocab_size))
     # Once: each look at a GPU's values waits for all that it has to do
@@ -134,8 +136,7 @@ def linear_ce_kl(
     denominator = max(1.0, num_labels if num_items is None else num_items)
     objective = TileObjective(ce_weight, kl_weight, temperature, grad_scale=1 / denominator)
     loss, sums = fused_losses(student, teacher, labels, objective, impl, logits_dtype, memory_budget_mib)
-    means = sums.detach() / max(1, num_labels)
-    return CEKLOutput(loss, *means.unbind(), counts[0])
+    return CEKLOutput(loss, *(sums.detach() / max(1, num_labels)).unbind(), counts[0])
 
 
 def _checked_side(name: str, hidden_states: torch.Tensor, lm_head: LMHead, labels: torch.Tensor, vocab_size: int):
