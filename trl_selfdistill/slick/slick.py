@@ -81,8 +81,7 @@ class SlickSettings:
 PRESETS = {
     # arXiv 2405.05904, section 3: 10 random 4-shot prompts, each greedy and 16 samples at T = 0.5 with top-k 40
     "gekhman2024": SlickSettings(num_prompts=10, method="generate"),
-    # arXiv 2604.15574: "several" few-shot prompts and about 20 draws in all. 5 x 4 is this package's choice, and so
-    # are temperature and top-k, those of 2405.05904
+    # arXiv 2604.15574: "several" few-shot prompts and about 20 draws in all; the rest is this package's choice
     "kaplan2026": SlickSettings(num_prompts=5, num_samples=4, method="generate"),
     # The sampling of 2405.05904 with fewer prompts and without drawing: minutes on a CPU
     "quick": SlickSettings(num_prompts=4, method="score"),
@@ -96,9 +95,9 @@ def reserve_exemplars(
     Sets facts of each relation aside as exemplars and draws the exemplars of each prompt from them.
 
     A relation gives `num_prompts * num_shots` facts, or a tenth of its facts if that is less, but at least
-    `num_shots`. As far as these allow, the exemplars of a prompt have distinct answers, and prompts share few.
-    Returns for each relation its prompts, each a list of `(question, answer)`, and the rows of `facts` that are left.
-    Raises `ValueError` if a relation has no fact left to ask.
+    `num_shots`. As far as these allow, the exemplars of a prompt have distinct answers, and prompts share few. Returns
+    for each relation its prompts, each a list of `(question, answer)`, and the rows of `facts` that are left. A
+    `ValueError` if a relation has none left to ask.
     """
     fact_ids, questions, answers = facts["fact_id"][:], facts["question"][:], facts["answer"][:]
     rows_of_relation: dict[str, list[int]] = {}
@@ -155,8 +154,8 @@ def annotate_facts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SlickSettings`], *optional*, defaults to `PRESETS["quick"]`): How to ask.
         prompt_function (`Callable`, *optional*, defaults to [`~trl_selfdistill.slick.prompts.few_shot_prompt`]):
-            Makes the prompt of a question and its exemplars, pairs of question and answer: a text or, as
-            [`~trl_selfdistill.slick.prompts.few_shot_messages`], a conversation for the chat template.
+            Makes the prompt of a question and its exemplars, pairs of question and answer: a text, or a conversation
+            for the chat template ([`~trl_selfdistill.slick.prompts.few_shot_messages`]).
         batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
         progress_file (`str` or `os.PathLike`, *optional*): JSON lines of the results, to continue a stopped run.
 

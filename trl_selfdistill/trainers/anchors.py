@@ -57,14 +57,13 @@ class Anchors:
     def _write(self, part: int) -> list[dict[str, list[int]]]:
         """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
         trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
-        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         begin = self._begin
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
 
         def write(first: int) -> list[list[int]]:
             torch.manual_seed(random.Random(f"{args.seed}/{part}/{first}").getrandbits(32))
             prompts = [[begin]] * min(_BATCH_SIZE, self._size - first)
-            return generate_tokens(model, prompts, config, is_sharded and accelerator.num_processes > 1)
+            return generate_tokens(model, prompts, config)
 
         teacher = trainer.teacher.as_model(trainer.model_wrapped)
         with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):

@@ -45,8 +45,6 @@ def log_beside_training(trainer: Trainer, metrics: dict[str, float]) -> None:
 def answers_in_training(trainer: Trainer, prompts: Sequence[str], batch_size: int = 64, **settings) -> list[str]:
     """[`answer_prompts`] of a trainer's model in its precision, under DDP, FSDP2 and ZeRO-3 too. A collective."""
     accelerator = trainer.accelerator
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    settings["synced_gpus"] = is_sharded and accelerator.num_processes > 1
     settings["batch_size"] = min(batch_size, -(-len(prompts) // accelerator.num_processes))  # a share for each
     model = accelerator.unwrap_model(trainer.model_wrapped)
     with accelerator.autocast():  # one around all forward passes: each by itself would cast all of the weights
