@@ -147,8 +147,7 @@ def generate_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], config
     """
     Generates the tokens after each prompt (token ids, of any lengths) in one batch, up to the first stop token and
     with it. The model is in evaluation mode, and its own generation config does not apply: `config` has a list as
-    `eos_token_id`, and `pad_token_id`. With sharded weights (FSDP, ZeRO-3) a collective: each process goes on until
-    all end.
+    `eos_token_id`, and `pad_token_id`. A collective if the weights are sharded: processes go on until all end.
     """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])

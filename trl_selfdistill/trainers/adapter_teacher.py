@@ -42,7 +42,6 @@ class AdapterTeacher(Teacher):
         if TEACHER_ADAPTER in model.peft_config:  # of an earlier run with the same model
             model.delete_adapter(TEACHER_ADAPTER)
         self.adapter_name = None if is_fresh(model) else TEACHER_ADAPTER
-        self._is_kept = False
         self.sha256 = self._base_sha256 = hash_model(model, adapters=False)
         if self.adapter_name is not None:
             add_frozen_copy(model)
@@ -68,12 +67,9 @@ class AdapterTeacher(Teacher):
             yield model
 
     def keep(self, folder: Path) -> None:
-        if self.adapter_name is None or self._is_kept:
-            return
-        with written_whole(folder) as partial:
-            partial.mkdir()
-            save_file(self._state, partial / SAFETENSORS_WEIGHTS_NAME)
-        self._is_kept = True
+        if self.adapter_name is not None:
+            with written_whole(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
+                save_file(self._state, partial)
 
     def restore(self, student: torch.nn.Module, folder: Path, saved: dict | None) -> None:
         file = folder / SAFETENSORS_WEIGHTS_NAME
@@ -85,7 +81,6 @@ class AdapterTeacher(Teacher):
             self.adapter_name = TEACHER_ADAPTER
         set_peft_model_state_dict(student, state, TEACHER_ADAPTER)
         self._take_state(student)
-        self._is_kept = True
 
     def release(self, student: torch.nn.Module) -> None:
         if self.adapter_name is not None:

@@ -82,9 +82,8 @@ class HallucinationEvalCallback(TrainerCallback):
             Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`], such as `{"match": "contains"}`.
         alphas (`Sequence[float]`, *optional*):
             Shares of the trained weights, such as `(0.4, 0.6, 0.8)`. At the end the sets are also asked with weights
-            between the model that this callback was made with, of which it keeps a copy on the CPU, and the trained
-            one, logged as `eval_<set>_accuracy_alpha_0.4`: the curve from which to choose the `alpha` of
-            [`~trl_selfdistill.hub.interpolation.interpolate`].
+            between those that this callback was made with, copied to the CPU, and the trained ones. The curve, logged
+            as `eval_<set>_accuracy_alpha_0.4`, is for [`~trl_selfdistill.hub.interpolation.interpolate`].
 
     Raises:
         ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer; if
