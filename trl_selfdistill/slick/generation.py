@@ -160,13 +160,14 @@ def generate_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], config
             del module.generate
         if "generation_config" in attributes:
             module.generation_config = GenerationConfig()
-    is_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    is_sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    is_sharded |= any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # ZeRO-3
     try:
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=config,
-            synced_gpus=is_fsdp or None,  # transformers knows of ZeRO-3, and of FSDP's wrapper only
+            synced_gpus=is_sharded or None,  # transformers does not know of FSDP2, nor always of ZeRO-3
         )
     finally:
         for module, attributes in own.items():

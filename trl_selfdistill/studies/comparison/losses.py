@@ -66,7 +66,7 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
         with `labels` before the first step.
 
         At the start both gradients are zero. So they are compared where Adam's first step leads: `args.learning_rate`
-        times the sign of the cross-entropy's gradient away. The model is unchanged afterwards.
+        times the sign of the cross-entropy's gradient away (nearer, the KL is quadratic). The model stays as it is.
         """
         labels = inputs["labels"][:, 1:]
         mask = labels != IGNORE_INDEX

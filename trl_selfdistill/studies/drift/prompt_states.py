@@ -53,7 +53,8 @@ def prompt_states(
     The states of `model`, in the wrapper that gathers its shards, on prompts after the decoder blocks `layers`, from
     1, the last one after the final norm. A collective: each process measures a share of the prompts and gets all
     states, on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes (fp32, as fp16
-    puts a floor of about 1e-5 nats under a KL): 0.63 GB for 1,000 prompts and two layers of Qwen2.5-1.5B.
+    puts a floor of about 1e-5 nats under a KL): 0.63 GB for 1,000 prompts and two layers of Qwen2.5-1.5B. The
+    log-probabilities are of the whole vocabulary, as the top tokens miss what moves into the tail.
     """
     # Prompts of similar length share a batch, for little padding
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))
