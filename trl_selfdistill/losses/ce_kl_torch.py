@@ -27,6 +27,10 @@ class TileObjective(NamedTuple):
     temperature: float  # of both distributions in the KL; the cross-entropy is at temperature 1
     grad_scale: float  # one over the number of labels in the batch
 
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Returns the loss, from the tokens' sums `(4,)` of cross-entropy, KL, entropy and top-1."""
+        return (self.ce_weight * sums[0] + self.kl_weight * self.temperature**2 * sums[1]) * self.grad_scale
+
 
 def ce_kl_tile_(
     student: Tile,

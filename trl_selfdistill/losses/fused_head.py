@@ -88,10 +88,8 @@ def fused_losses(
             if needed[2]:
                 bias_grad = grad_logits.sum(0, dtype=sum_dtype)
                 grads[2] = bias_grad if start == 0 else grads[2] + bias_grad
-    ce_weight, kl_weight, temperature, grad_scale = objective
-    loss = (ce_weight * sums[0] + kl_weight * temperature**2 * sums[1]) * grad_scale
-    scaled = functools.partial(scaled, scale=grad_scale / tile_objective.grad_scale)
-    return _KnownGradients.apply(loss, grads, scaled, *inputs), sums
+    scaled = functools.partial(scaled, scale=objective.grad_scale / tile_objective.grad_scale)
+    return _KnownGradients.apply(objective.total(sums), grads, scaled, *inputs), sums
 
 
 class _KnownGradients(torch.autograd.Function):

@@ -81,7 +81,8 @@ class SlickSettings:
 PRESETS = {
     # arXiv 2405.05904, section 3: 10 random 4-shot prompts, each greedy and 16 samples at T = 0.5 with top-k 40
     "gekhman2024": SlickSettings(num_prompts=10, method="generate"),
-    # arXiv 2604.15574: "several" few-shot prompts and about 20 draws in all; the rest is this package's choice
+    # arXiv 2604.15574: "several" few-shot prompts and about 20 draws in all. 5 x 4 is this package's choice, and so
+    # are temperature and top-k, those of 2405.05904
     "kaplan2026": SlickSettings(num_prompts=5, num_samples=4, method="generate"),
     # The sampling of 2405.05904 with fewer prompts and without drawing: minutes on a CPU
     "quick": SlickSettings(num_prompts=4, method="score"),

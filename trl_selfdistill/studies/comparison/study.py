@@ -125,16 +125,17 @@ class _Runs(NamedTuple):
         trained, target = self._folder(variant, seed), self._folder(variant, seed, "wise_ft-")
 
         def work(partial: Path) -> None:
-            tuned, records = dict(setup.load(trained)[0].named_parameters()), []
-            with setup.to_ask() as (model, tokenizer):
-                # Only the model itself takes memory of the device
-                start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-                for weight in mixing_weights:
-                    with torch.no_grad():
-                        for name, parameter in model.named_parameters():
-                            parameter.copy_(torch.lerp(start[name], tuned[name], weight))
+            tuned = dict(setup.load(trained)[0].named_parameters())
+
+            def ask(weight: float) -> AccuracyRecord:
+                # A model for each weight: autocast would keep the casts of the weights before
+                with setup.to_ask() as (model, tokenizer), torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        parameter.lerp_(tuned[name].to(parameter.device), weight)
                     answers = {name: ask_facts(model, tokenizer, facts) for name, facts in self.facts.asked.items()}
-                    records.append(AccuracyRecord(0, weight, answers))
+                return AccuracyRecord(0, weight, answers)
+
+            records = [ask(weight) for weight in mixing_weights]
             if PartialState().is_main_process:
                 write_records(partial / RECORDS_FILE, records)
 
