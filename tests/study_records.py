@@ -45,7 +45,7 @@ def write_result(folder: Path, records: list[AccuracyRecord], **training) -> Pat
     """A folder as a training stage leaves it, without the weights."""
     folder.mkdir(parents=True)
     write_records(folder / "accuracy.jsonl", records)
-    content = dict(origin="org/model", base_model="org/model", started_from="stage1", trainer="SFTTrainer")
+    content = dict(base_model="org/model", started_from="stage1", trainer="SFTTrainer")
     content |= dict(mix={"mix": {"new_facts": "invented"}, "seed": 0}, splits=["known", "new"], precision="float32")
     content |= dict(settings={"learning_rate": 1e-4, "seed": 0}, log_history=[], seconds_per_step=1.25, num_steps=20)
     content |= dict(trainable_parameters=5_000_000, parameters=20_000_000)

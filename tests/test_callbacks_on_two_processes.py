@@ -63,7 +63,7 @@ def run_on_two_processes(folder: Path) -> None:
         model = build_answering_model(TOKENIZER)
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
-        seen["answers"] = answer_prompts(model, TOKENIZER, PROMPTS, synced_gpus=True, batch_size=2)
+        seen["answers"] = answer_prompts(model, TOKENIZER, PROMPTS, batch_size=2)
         prompts = trained.callback_handler.callbacks[-1].prompts
         torch.save(tuple(prompt_states(model, prompts, (1, 2), batch_size=2)), folder / f"states{rank}.pt")
     write_json(folder / f"{rank}.json", seen)

@@ -20,9 +20,9 @@ def shipped(path: str) -> Path:
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yields `<path>.partial`, to write a file or a folder to. It takes the place of `path`, whose parent is made if
-    missing, when the block ends. After an error or a kill `path` is what it was before, but for a kill in the instant
-    in which a folder is replaced. An `OSError` if one of the two is a folder and the other a file.
+    Yields `<path>.partial`, to write a file or a folder to, which takes the place of `path` when the block ends. After
+    an error or a kill `path` is what it was before, but for a kill in the instant in which a folder is replaced. An
+    `OSError` if one of the two is a folder and the other a file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

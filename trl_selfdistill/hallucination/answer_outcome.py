@@ -34,16 +34,14 @@ class AnswerJudge:
 
     Args:
         match (`str`, *optional*, defaults to `"exact"`):
-            `"exact"`: the whole answer is one of the accepted forms. `"contains"`: an accepted form is among the words
-            of the answer, whole words only ("17" is not in "1789"), for models that answer in sentences.
+            `"exact"`: the whole answer is an accepted form. `"contains"`, for models that answer in sentences: an
+            accepted form is among the words of the answer ("17" is not in "1789").
         squad, strip_accents, exact_numbers: See [`~trl_selfdistill.hallucination.exact_match.normalize_answer`].
         abstention_patterns (`Iterable[str]`, *optional*, defaults to `ABSTENTION_PATTERNS`):
             Regular expressions in lower case, searched for in [`fold_answer`] of an answer. They replace the list;
             `[*ABSTENTION_PATTERNS, ...]` adds to it. An empty answer is an abstention whatever the patterns.
 
-    Raises:
-        ValueError: If `match` is another word, or a pattern is not a regular expression.
-        TypeError: If `abstention_patterns` is a single string.
+    Raises `ValueError` for another `match` or a pattern that is no regular expression, `TypeError` for a lone pattern.
     """
 
     match: Literal["exact", "contains"] = "exact"

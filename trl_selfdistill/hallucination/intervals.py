@@ -33,13 +33,12 @@ def mean_interval(values: np.ndarray) -> Interval:
     facts and the mean squares MS of the analysis of variance, the variance of the mean is
     (MS_seeds + MS_facts - MS_error) / (S F), at least MS_facts / (S F), with Satterthwaite's degrees of freedom
     (1946), at least min(S, F) - 1. In simulations 0.91 to 0.99 of these intervals held the mean at 3 seeds and more,
-    0.87 to 0.98 at 2. That of outcomes ends at 0 and 1, and holds Wilson's (1927) if under ten facts have one.
+    0.87 to 0.98 at 2. Those of outcomes stay in [0, 1], and hold Wilson's (1927) if under ten facts have one.
 
     Args:
         values (`np.ndarray` of shape `(num_facts,)` or `(num_seeds, num_facts)`):
-            A value for each fact, the same facts in the same order under each seed: booleans for outcomes such as
-            right and wrong; any other dtype holds numbers, even if they happen to be 0 and 1. To compare two runs,
-            pass the differences of their outcomes as numbers, fact by fact.
+            A value for each fact, the facts in one order under each seed. Booleans are outcomes, such as right and
+            wrong; other dtypes hold numbers, such as the differences of two runs, fact by fact.
 
     Returns:
         [`Interval`]: Its ends are NaN for a single fact with a number. `ValueError` if there are no values.
@@ -65,9 +64,8 @@ def mean_interval(values: np.ndarray) -> Interval:
 
 def balance_interval(num_gained: float, num_lost: float, num_facts: float) -> Interval:
     """
-    The share of the facts that were gained minus that of the facts that were lost, such as the change of an accuracy
-    on the same facts, with the score interval for paired proportions of Tango (1998), which stays wide where nothing
-    changed in a few facts.
+    The share of the facts that were gained minus that of the facts that were lost, such as the change of an accuracy,
+    with Tango's score interval for paired proportions (1998), which stays wide where nothing changed in a few facts.
 
     ```python
     >>> [round(number, 3) for number in balance_interval(0, 0, 50)]

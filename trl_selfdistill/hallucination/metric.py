@@ -55,9 +55,8 @@ def score_hallucinations(
 
     Returns:
         `dict`: Fractions in [0, 1], each with the ends of its 95 % interval over facts under `<name>_ci_low` and
-        `<name>_ci_high` (`mean_interval`, for a number in [-1, 1] `balance_interval`, in
-        trl_selfdistill/hallucination/intervals.py); `None` for no facts,
-        and for the interval of one F1.
+        `<name>_ci_high` (`mean_interval`, in [-1, 1] `balance_interval`, of hallucination/intervals.py); `None` for no
+        facts, and for the interval of one F1.
 
         - `hallucination_rate`, `accuracy`, `abstention_rate` (they add up to 1), `f1`, `num_predictions`.
         - `omniscience_index`, correct minus hallucinated, in [-1, 1] (AA-Omniscience, arXiv 2511.13029);

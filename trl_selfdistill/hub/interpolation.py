@@ -104,16 +104,12 @@ def _write_weights(names: dict[str, Path], earlier: dict[str, Path], alpha: floa
             if before.shape != after.shape:
                 shapes = f"{tuple(before.shape)} in `start` and {tuple(after.shape)} in `end`"
                 raise ValueError(f"{name} is of shape {shapes}. Pass two checkpoints of one model.")
-            tensors[name] = _between(name, before, after, alpha)
+            if before.dtype == after.dtype and torch.equal(before, after):
+                continue
+            if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in (before, after)):
+                raise ValueError(f"{name} is quantised ({after.dtype}): interpolate dequantised models, or adapters.")
+            tensors[name] = torch.lerp(before.float(), after.float(), alpha).to(after.dtype)
         save_file(tensors, output / path.name, {"format": "pt"})
-
-
-def _between(name: str, before: torch.Tensor, after: torch.Tensor, alpha: float) -> torch.Tensor:
-    if before.dtype == after.dtype and torch.equal(before, after):
-        return after
-    if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in (before, after)):
-        raise ValueError(f"{name} is quantised ({after.dtype}): interpolate dequantised models, or adapters.")
-    return torch.lerp(before.float(), after.float(), alpha).to(after.dtype)
 
 
 def _scaled(config: dict, alpha: float) -> dict:

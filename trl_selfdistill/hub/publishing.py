@@ -89,9 +89,8 @@ def plan_model(
 ) -> Publication:
     """
     What of the checkpoint in `folder`, which is not changed, goes to the repository `repo_id`, with a card that says
-    what is known only now: its license and the Hub id of its base model, which default to those in its card, and that
-    of the facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is
-    missing.
+    what is known only now: `license` and the Hub id of its base model, by default those in its card, and that of the
+    facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is missing.
     """
     named = _named_in(folder)
     files = select_files(folder, [*MODEL_FILES, *named])

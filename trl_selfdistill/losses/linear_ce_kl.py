@@ -68,7 +68,7 @@ def linear_ce_kl(
 
     Args:
         student_hidden_states (`torch.Tensor` of shape `(num_tokens, student_hidden_size)`):
-            The student's last hidden states. Pass the label positions only: nothing is gained from the others.
+            The student's last hidden states. Pass the label positions only.
         student_lm_head ([`LMHead`]): The student's LM head.
         teacher_hidden_states (`torch.Tensor` of shape `(num_tokens, teacher_hidden_size)`, *optional*):
             The teacher's last hidden states at the same positions. No gradient flows to the teacher.
@@ -80,8 +80,7 @@ def linear_ce_kl(
         num_items_in_batch (`int` or `torch.Tensor`, *optional*):
             Number of labels in the whole (accumulated, distributed) batch. Defaults to those in `shift_labels`.
         impl (`str`, *optional*, defaults to `"auto"`):
-            `"triton"` (CUDA) and `"torch"` (any device) form the gradients in the forward pass, in chunks of tokens;
-            `"auto"` takes the first that runs.
+            `"triton"` runs on CUDA, `"torch"` on any device; `"auto"` takes the first that runs.
         logits_dtype (`torch.dtype`, *optional*):
             `torch.float32` keeps the logits of half-precision products in fp32: a fifth of the gradients' rounding
             error, for 1.2 times the time on a GPU. By default they are rounded to the products' dtype.

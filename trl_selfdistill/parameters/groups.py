@@ -124,10 +124,9 @@ def parameter_table(model: PreTrainedModel) -> GroupTable:
 
 def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> GroupTable:
     """
-    Switches off the gradients of the parameters of a causal language model that a selection does not train, and
-    returns the counts afterwards. What was frozen before stays frozen. A `ValueError`, and nothing has changed, if an
-    entry selects nothing, a tied tensor is selected by some of its names only, a group is asked for while parameters
-    have no group, or nothing is left to train.
+    Switches off the gradients of the parameters that a selection does not train, and returns the counts afterwards.
+    What was frozen stays so. A `ValueError`, and nothing has changed, if an entry selects nothing or a part of a tied
+    tensor's names, a group is asked for while parameters have none, or nothing is left to train.
     """
     # ProphetNet ties its embeddings to a module outside of its decoder, which has no group and no say
     tensors = [(tensor, [name for name in names if name.group] or names) for tensor, names in named_tensors(model)]

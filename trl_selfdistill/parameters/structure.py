@@ -8,8 +8,8 @@
 - `mlp`: the rest of a block: dense MLP, experts, routers, layer scales, and what mixes the sequence without being
   attention (state-space, recurrent and convolution mixers: a Mamba model has no `attention`).
 
-Decided by the structure of the model (its embedding modules, its lists of blocks, the classes of the modules in them),
-for every architecture of transformers, and most remote code. The rest, such as a vision tower, has no group.
+Decided by the embedding modules, the lists of blocks and the classes of the modules in them, for every architecture of
+transformers, and most remote code. The rest, such as a vision tower, has no group.
 """
 
 import re

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import torch
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hallucination.answer_outcome import fold_answer
@@ -67,7 +68,6 @@ def predict_answers(
     max_new_tokens: int = 32,
     batch_size: int = 64,
     seed: int = 0,
-    synced_gpus: bool = False,
 ) -> list[list[str]]:
     """
     Generates the answers to each prompt (first lines, stripped): the greedy one, or `num_samples` sampled ones.
@@ -85,8 +85,6 @@ def predict_answers(
         max_new_tokens (`int`, *optional*, defaults to `32`): Longest answer in tokens, with the one that ends it.
         batch_size (`int`, *optional*, defaults to `64`): Sequences generated at once. Each sample is a sequence.
         seed (`int`, *optional*, defaults to `0`): Samples also depend on `batch_size` and the other prompts.
-        synced_gpus (`bool`, *optional*, defaults to `False`):
-            Whether the weights are sharded (FSDP2, ZeRO-3): each process, with as many prompts, goes on until all end.
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
@@ -105,7 +103,7 @@ def predict_answers(
         torch.manual_seed(seed)
         for begin in range(0, len(order), step):
             batch = order[begin : begin + step]
-            written = generate_tokens(model, [token_ids[i] for i in batch], config, synced_gpus)
+            written = generate_tokens(model, [token_ids[i] for i in batch], config)
             # With the stop token: the text before its newline belongs to the answer
             texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for row, text in enumerate(texts):
@@ -122,13 +120,12 @@ def answer_prompts(
     max_new_tokens: int = 32,
     progress_file: str | os.PathLike | None = None,
     title: str | None = "Answers",
-    synced_gpus: bool = False,
 ) -> list[str]:
     """
     The greedy answer to each prompt, the same on every process. A collective, in which each answers a share.
 
     Args:
-        model, tokenizer, prompts, max_new_tokens, synced_gpus: As in [`predict_answers`].
+        model, tokenizer, prompts, max_new_tokens: As in [`predict_answers`].
         batch_size (`int`, *optional*, defaults to `64`): Prompts generated at once; what an interruption loses.
         progress_file (`str` or `os.PathLike`, *optional*): JSON lines of the answers, to continue a stopped run. A
             `ValueError` if it is of other prompts, settings or weights.
@@ -140,19 +137,17 @@ def answer_prompts(
     units = {str(begin): prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)}
 
     def answer(name: str, part: Sequence) -> list[str]:
-        return [text for [text] in predict_answers(model, tokenizer, part, synced_gpus=synced_gpus, **settings)]
+        return [text for [text] in predict_answers(model, tokenizer, part, **settings)]
 
     work.do(answer, units, title)
     return [text for name in units for text in work.results[name]]
 
 
-def generate_tokens(
-    model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, synced_gpus: bool = False
-) -> list[list[int]]:
+def generate_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:
     """
     Generates the tokens after each prompt (token ids, of any lengths) in one batch, up to the first stop token and
     with it. The model is in evaluation mode, and its own generation config does not apply: `config` has a list as
-    `eos_token_id`, and `pad_token_id`. `synced_gpus` is as in [`predict_answers`].
+    `eos_token_id`, and `pad_token_id`. A collective if the weights are sharded: processes go on until all end.
     """
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
@@ -165,12 +160,14 @@ def generate_tokens(
             del module.generate
         if "generation_config" in attributes:
             module.generation_config = GenerationConfig()
+    is_sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    is_sharded |= any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # ZeRO-3
     try:
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=config,
-            synced_gpus=synced_gpus or None,  # None: transformers decides
+            synced_gpus=is_sharded or None,  # transformers does not know of FSDP2, nor always of ZeRO-3
         )
     finally:
         for module, attributes in own.items():

@@ -20,8 +20,7 @@ from .prompt_tokens import text_tokenizer, tokenize_answers
 
 _MIN_SHARED_PREFIX = 16  # tokens, below which sharing them saves less than handling the cache costs
 _NEGLIGIBLE_LOG_PROB = math.log(1e-6)  # a further form of an answer that is less likely counts as impossible
-# Cache layers of keys and values alone. Of the hybrid layers that inherit from these, `batch_repeat_interleave` would
-# repeat the keys and values, and not the states.
+# Cache layers of keys and values alone: of hybrid ones, `batch_repeat_interleave` would not repeat the states
 _SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _END = -1  # stands for "one of the terminators" in place of a token
 

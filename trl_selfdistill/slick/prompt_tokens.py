@@ -19,13 +19,9 @@ def tokenize_prompts(
 ) -> list[list[int]]:
     """
     Returns the token ids of prompts, texts or conversations for the chat template: those that [`~trl.SFTTrainer`]
-    begins a row of prompt and completion with.
-
-    The special tokens that a tokenizer puts before a text are there once, also where a chat template has written them
-    into the text. Those that it puts behind it are not, as the text goes on.
-
-    Raises:
-        ValueError: If the tokenizer splits a text otherwise where it adds special tokens.
+    begins a row of prompt and completion with. The special tokens that a tokenizer puts before a text are there once,
+    also where a chat template has written them; those that it puts behind it are not. A `ValueError` if the tokenizer
+    splits a text otherwise where it adds special tokens.
     """
     if not prompts:
         return []

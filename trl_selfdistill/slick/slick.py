@@ -96,9 +96,9 @@ def reserve_exemplars(
     Sets facts of each relation aside as exemplars and draws the exemplars of each prompt from them.
 
     A relation gives `num_prompts * num_shots` facts, or a tenth of its facts if that is less, but at least
-    `num_shots`. As far as these allow, the exemplars of a prompt have distinct answers, and prompts share few.
-    Returns for each relation its prompts, each a list of `(question, answer)`, and the rows of `facts` that are left.
-    Raises `ValueError` if a relation has no fact left to ask.
+    `num_shots`. As far as these allow, the exemplars of a prompt have distinct answers, and prompts share few. Returns
+    for each relation its prompts, each a list of `(question, answer)`, and the rows of `facts` that are left. A
+    `ValueError` if a relation has none left to ask.
     """
     fact_ids, questions, answers = facts["fact_id"][:], facts["question"][:], facts["answer"][:]
     rows_of_relation: dict[str, list[int]] = {}
@@ -155,8 +155,8 @@ def annotate_facts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SlickSettings`], *optional*, defaults to `PRESETS["quick"]`): How to ask.
         prompt_function (`Callable`, *optional*, defaults to [`~trl_selfdistill.slick.prompts.few_shot_prompt`]):
-            Makes the prompt of a question and its exemplars, pairs of question and answer: a text or, as
-            [`~trl_selfdistill.slick.prompts.few_shot_messages`], a conversation for the chat template.
+            Makes the prompt of a question and its exemplars, pairs of question and answer: a text, or a conversation
+            for the chat template ([`~trl_selfdistill.slick.prompts.few_shot_messages`]).
         batch_size (`int`, *optional*, defaults to `64`): Sequences in one forward pass.
         progress_file (`str` or `os.PathLike`, *optional*): JSON lines of the results, to continue a stopped run.
 

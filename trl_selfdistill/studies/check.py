@@ -196,13 +196,13 @@ def compare_answers(known: Dataset, answers: list[str], tolerance: float, **abou
     columns = {"relations": known["relation"][:], "questions": known["question"][:], "detailed": True}
     scores = score_hallucinations(answers, accepted, baseline_predictions=known["base_answer"][:], **columns)
     examples, tables = scores.pop("examples"), scores.pop("tables")
-    rows = [
+    changes = [(row["outcome"] == "correct") - (row["baseline_outcome"] == "correct") for row in examples]
+    lost = [
         {"fact_id": fact_id, "relation": row["relation"], "question": row["question"], "answer": row["references"][0]}
         | {"base_answer": row["baseline_prediction"], "model_answer": row["prediction"], "outcome": row["outcome"]}
-        | {"change": (row["outcome"] == "correct") - (row["baseline_outcome"] == "correct")}
-        for fact_id, row in zip(known["fact_id"], examples, strict=True)
+        for fact_id, row, change in zip(known["fact_id"], examples, changes, strict=True)
+        if change == -1
     ]
-    changes = [row.pop("change") for row in rows]
     verdict = judge_loss(changes.count(-1), changes.count(1), len(changes), tolerance)
     return {
         **about,
@@ -215,7 +215,7 @@ def compare_answers(known: Dataset, answers: list[str], tolerance: float, **abou
         "scores": {name: value for name, value in scores.items() if "/" not in name},
         "base_scores": score_hallucinations(known["base_answer"][:], accepted),
         "relations": tables["relation"],
-        "lost": [row for row, change in zip(rows, changes, strict=True) if change == -1],
+        "lost": lost,
         "environment": describe_environment(),
     }
 

@@ -7,7 +7,6 @@ from datasets import Dataset
 from transformers import Trainer
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from ..parameters.structure import keep_trainable
 from ..trainers.frozen_groups_sft_trainer import check_rows
 from .arguments import TrainingDataArguments
 from .models import check_model_is_there, load_model_and_tokenizer, loading_options
@@ -58,7 +57,6 @@ def train_as_asked(
         eval_dataset=load(data.dataset_test_split) if config.eval_strategy != "no" else None,
         **options,
     )
-    keep_trainable(trainer.model)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     if config.push_to_hub:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model answers to questions, zero-shot and greedily, how that changes in training, and what is forgotten."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +56,8 @@ def forgetting(records: list[AccuracyRecord]) -> np.ndarray:
     What a run forgot of each held-out fact: right (1) or wrong (0) at the run's peak accuracy, minus the same at its
     end (arXiv 2604.15574), of shape `(num_facts,)`, in the order of the facts' ids.
 
-    The mean is peak minus final accuracy. Choosing the best of several noisy evaluations inflates it, in every run
-    alike. To compare two runs, subtract these numbers fact by fact.
+    The mean is peak minus final accuracy, which the choice of the best evaluation inflates in every run alike. To
+    compare two runs, subtract these numbers fact by fact.
     """
     peak = max(records, key=lambda record: record.accuracy("heldout"))
     return peak.outcomes("heldout") - records[-1].outcomes("heldout")
@@ -80,29 +81,27 @@ def judge_answers(facts: Dataset, answers: list[str]) -> dict[str, FactAnswer]:
     return dict(zip(facts["fact_id"], judged, strict=True))
 
 
+@dataclass(eq=False)
 class FactAccuracyCallback(TrainerCallback):
     """
-    Asks sets of facts before the first step, at the ends of epochs and at the end, logs `eval_<set>_accuracy`,
-    `eval_<set>_hallucination_rate` and `eval_<set>_abstention_rate` to the trainer's reporters and adds an
-    [`AccuracyRecord`] to a JSONL file.
+    Asks sets of facts during training. It logs `eval_<set>_accuracy`, `eval_<set>_hallucination_rate` and
+    `eval_<set>_abstention_rate`, and adds an [`AccuracyRecord`] to a JSONL file.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer whose model is evaluated. Add the callback to it.
         fact_sets (`dict[str, Dataset]`): Sets of facts by name.
-        path (`Path`): File of the records. A run that starts without any evaluates before its first step. A resumed
-            one drops those of the steps that it repeats, and makes up for one that is missing.
+        path (`Path`): File of the records. A resumed run drops those of the steps that it repeats, and makes up for
+            one that is missing.
         eval_epochs (`int`, *optional*, defaults to `1`): Epochs from one evaluation to the next; 0: the end only.
-        before (`bool`, *optional*, defaults to `True`): Whether to evaluate before the first step.
+        before (`bool`, *optional*, defaults to `True`):
+            Whether to evaluate before the first step, if there is no record yet.
     """
 
-    def __init__(
-        self, trainer: Trainer, fact_sets: dict[str, Dataset], path: Path, eval_epochs: int = 1, before: bool = True
-    ):
-        self.trainer = trainer
-        self.fact_sets = fact_sets
-        self.path = path
-        self.eval_epochs = eval_epochs
-        self.before = before
+    trainer: Trainer
+    fact_sets: dict[str, Dataset]
+    path: Path
+    eval_epochs: int = 1
+    before: bool = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         last = on_main_process(lambda: self._drop_records_after(state.global_step))
@@ -146,12 +145,12 @@ class FactAccuracyCallback(TrainerCallback):
 
 
 def write_records(path: Path, records: list[AccuracyRecord]) -> None:
-    """Writes a file of records, one JSON line each."""
+    """Writes records as JSON lines."""
     write_jsonl(path, [record._asdict() for record in records])
 
 
 def read_records(path: Path) -> list[AccuracyRecord]:
-    """Reads a file of records."""
+    """Reads what [`write_records`] wrote."""
     records = []
     for record in read_jsonl(path):
         sets = record.pop("answers").items()

@@ -55,12 +55,9 @@ def load_model_and_tokenizer(
     init_kwargs: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Loads a causal language model and its tokenizer with `from_pretrained`. A folder with an adapter gives its base
-    with the adapter, as a [`~peft.PeftModel`] that can be trained further. Of `config` the revision, dtype, attention
-    and quantisation are used; `init_kwargs` are further arguments of `from_pretrained`, which go before.
-
-    Returns:
-        The model in evaluation mode, and the tokenizer with a padding token (EOS where it has none).
+    Loads a causal language model, in evaluation mode, and its tokenizer, with a padding token (EOS where it has none).
+    A folder with an adapter gives a [`~peft.PeftModel`] that can be trained further. Of `config` the revision, dtype,
+    attention and quantisation are used; `init_kwargs` are further arguments of `from_pretrained`, which go before.
     """
     config = ModelConfig() if config is None else config
     check_model_is_there(name_or_path, config.model_revision)
@@ -142,8 +139,8 @@ def loading_options(config: ModelConfig) -> dict[str, Any]:
 
 def model_identity(model: str, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
     """
-    The arguments and the inputs by which a stage depends on a model. A Hub id is an argument. A folder is an input, as
-    it counts by its content, so that a study may be moved.
+    The arguments and the inputs by which a stage depends on a model: a Hub id is an argument, a folder an input, which
+    counts by its content, so that a study may be moved.
     """
     is_folder = Path(model).is_dir()
     values = asdict(config) | {"model_name_or_path": None if is_folder else model}

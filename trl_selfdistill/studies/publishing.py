@@ -18,8 +18,7 @@ from .training_mix import SPLITS
 
 def repo_ids(folders: list[Path], repo_id: str) -> dict[str, Path]:
     """The repository of each checkpoint: `repo_id` for one, `repo_id-<folder>` for several of different names."""
-    several = len(folders) > 1
-    named = {f"{repo_id}-{folder.resolve().name}" if several else repo_id: folder for folder in folders}
+    named = {f"{repo_id}-{folder.resolve().name}" if len(folders) > 1 else repo_id: folder for folder in folders}
     if len(named) < len(folders):
         raise PublishError(f"`checkpoints` has two folders of one name: {[*map(str, folders)]}. Rename one.")
     return named

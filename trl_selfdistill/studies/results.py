@@ -59,19 +59,6 @@ class VariantResult(NamedTuple):
         """
         return self.records[0] if self.training["started_from"] else None
 
-    def hallucination_rates(self) -> dict[str, float | None]:
-        """
-        On the held-out facts at the end, the metric's `hallucination_rate` and `abstention_rate`, and of the facts
-        that were right before, `induced_hallucination_rate`; `None` if there were none.
-        """
-        hallucinated, abstained = (self.records[-1].outcomes("heldout", o) for o in ("hallucinated", "abstained"))
-        known = hallucinated[:0] if self.before is None else hallucinated[self.before.outcomes("heldout") > 0]
-        return {
-            "hallucination_rate": float(hallucinated.mean()),
-            "abstention_rate": float(abstained.mean()),
-            "induced_hallucination_rate": float(known.mean()) if known.size else None,
-        }
-
     def forgetting(self) -> Interval:
         """Peak minus final held-out accuracy (see [`~trl_selfdistill.studies.fact_accuracy.forgetting`])."""
         return mean_interval(forgetting(self.records))
@@ -85,6 +72,8 @@ class VariantResult(NamedTuple):
     def summary(self) -> dict:
         """Its numbers, all rates as fractions in [0, 1], as `results.json` holds them."""
         heldout = [record.accuracy("heldout") for record in self.records]
+        hallucinated, abstained = (self.records[-1].outcomes("heldout", o) for o in ("hallucinated", "abstained"))
+        known = hallucinated[:0] if self.before is None else hallucinated[self.before.outcomes("heldout") > 0]
         return {
             "heldout_before": heldout[0],
             "heldout_peak": max(heldout),
@@ -92,7 +81,9 @@ class VariantResult(NamedTuple):
             "forgetting": self.forgetting()._asdict(),
             "new_learnt": self.records[-1].accuracy("new"),
             "known_after": self.records[-1].accuracy("known"),
-            **self.hallucination_rates(),
+            "hallucination_rate": float(hallucinated.mean()),
+            "abstention_rate": float(abstained.mean()),
+            "induced_hallucination_rate": float(known.mean()) if known.size else None,  # of what was right before
             "num_facts": {name: len(answers) for name, answers in self.records[-1].answers.items()},
             "epochs": [record.epoch for record in self.records],
             "heldout_curve": heldout,
@@ -172,5 +163,5 @@ def plot_curves(results: list[VariantResult], path: Path) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0].set_ylabel("accuracy (exact match)")
         label_ends(axes[0])
-        model = (results[0].training["origin"] or "A local model").split("/")[-1]
+        model = (results[0].training["base_model"] or "A local model").split("/")[-1]
         figure.suptitle(f"{model}: training on known and {results[0].training['mix']['mix']['new_facts']} new facts")

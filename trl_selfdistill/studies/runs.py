@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from ..files import read_json, warn_without, write_json
+from ..files import warn_without, write_json
 from ..hub.model_card import CARD_FILE
 from ..trainers import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTConfig, SelfDistillSFTTrainer
 from ..trainers.frozen_groups_sft_config import copy_config
@@ -24,7 +25,7 @@ from ..trainers.trainer_card import count_categories, describe_training
 from .arguments import rows_per_step
 from .card import write_model_card
 from .fact_accuracy import FactAccuracyCallback, read_records, write_records
-from .models import EMBEDDED_MODEL, EMBEDDED_MODEL_ID, adapter_arguments, load_model_and_tokenizer, model_identity
+from .models import adapter_arguments, load_model_and_tokenizer, model_identity, model_to_ask
 from .results import BASE_FILE, RECORDS_FILE, TRAINING_FILE, VariantResult, read_result
 from .stage import run_arguments, run_stage
 
@@ -98,6 +99,11 @@ class StudySetup(NamedTuple):
         """A model, by default the one that every run starts from, with its tokenizer."""
         options = self.config.trust_remote_code, self.config.model_init_kwargs
         return load_model_and_tokenizer(model or self.start, self.model_args, *options)
+
+    def to_ask(self) -> AbstractContextManager[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """The model that every run starts from, as [`~trl_selfdistill.studies.models.model_to_ask`] gives it."""
+        options = self.config.bf16, self.config.trust_remote_code, self.config.model_init_kwargs
+        return model_to_ask(self.start, self.model_args, *options)
 
     @property
     def precision(self) -> str:
@@ -247,7 +253,6 @@ def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: 
         **times.summary(training["num_steps"]),
         "label": variant.title,
         "about": variant.about,
-        "origin": _origin(setup.start),
         "started_from": Path(setup.start).name if (Path(setup.start) / TRAINING_FILE).is_file() else None,
         "mix": run_arguments(setup.mix),
         "splits": [*trained_on],
@@ -255,15 +260,6 @@ def _describe_run(trainer: Trainer, variant: Variant, setup: StudySetup, facts: 
         "rows_per_step": rows_per_step(trainer.args),
         "log_history": trainer.state.log_history,
     }
-
-
-def _origin(model: str) -> str | None:
-    """The Hub id that a chain of stages started from; `None` if it was a local folder."""
-    if not Path(model).is_dir():
-        return model
-    if (Path(model) / TRAINING_FILE).is_file():
-        return read_json(Path(model) / TRAINING_FILE)["origin"]
-    return EMBEDDED_MODEL_ID if run_arguments(model).get("model") == EMBEDDED_MODEL else None
 
 
 def training_config(variant: Variant, shared: TrainingArguments, num_steps: int | None = None) -> TrainingArguments:

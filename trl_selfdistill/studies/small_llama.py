@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama of a few million parameters that knows a table of facts and nothing else, trained from scratch in minutes:
-for experiments that need more training facts than a CPU can show a pre-trained model."""
+"""A tiny Llama that learns a table of facts in minutes, where a pre-trained model would take a CPU too long."""
 
 import logging
 import os

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stage of a study: work that reads files and leaves a folder, done once for the same arguments and inputs.
-
-A stage writes into `<folder>.partial`, which takes the folder's place when it is complete. After an error or a kill
-the folder is what it was before, and the next run goes on in the partial folder if its arguments are the same.
-"""
+"""A stage of a study: work that reads files and leaves a folder, done once for the same arguments and inputs."""
 
 import hashlib
 import json
@@ -35,7 +31,8 @@ def run_stage(
     every_process: bool = False,
 ) -> Path:
     """
-    Runs `work(partial_folder)` unless `folder` already holds its result, and returns `folder`.
+    Runs `work(partial_folder)` unless `folder` already holds its result, and returns `folder`. After an error or a
+    kill `folder` is what it was before, and the next run goes on in `<folder>.partial`.
 
     Args:
         folder (`str` or `os.PathLike`): Where the result goes, with `run.json`, which tells how it was made.
@@ -43,8 +40,7 @@ def run_stage(
         inputs (`Iterable[str | os.PathLike]`): Files and folders that it reads. A changed one runs the stage again.
         work (`Callable[[Path], None]`): Writes the result into the folder that it is given. What it finds there is its
             own unfinished work, with the same arguments and inputs.
-        every_process (`bool`, *optional*, defaults to `False`): Whether all processes of a distributed launch take
-            part, as in training. Otherwise the main one works alone.
+        every_process (`bool`, *optional*, defaults to `False`): Whether all processes work, or the main one alone.
 
     Raises:
         FileNotFoundError: If an input is missing.

@@ -189,8 +189,7 @@ def base_stage(setup: StudySetup, facts: Path, folder: Path) -> Path:
             if fact["fact_id"] not in held_out:
                 solved[fact["relation"]].append((fact["question"], fact["answer"]))
         exemplars = {relation: pairs[: PRESETS["quick"].num_shots] for relation, pairs in solved.items()}
-        options = config.bf16, config.trust_remote_code, config.model_init_kwargs
-        with model_to_ask(setup.start, setup.model_args, *options) as (model, tokenizer):
+        with setup.to_ask() as (model, tokenizer):
             chat = answer_at_once(tokenizer)
             how = {"progress_file": partial / "progress.jsonl", "title": "The base"}
             answers = judge_answers(heldout, ask_few_shot(model, tokenizer, heldout, exemplars, chat, **how))
@@ -238,8 +237,8 @@ def report_stage(folders: list[Path], output: Path) -> str:
         numbers[result.name]["forgetting_difference"] = result.forgetting_difference(baseline)._asdict()
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", numbers)
-    origin = escape_markdown(baseline.training["origin"] or "A local model")
-    report = f"# {origin}: what fine-tuning made it forget\n\n{text}\n![Curves](curves.png)\n"
+    model = escape_markdown(baseline.training["base_model"] or "A local model")
+    report = f"# {model}: what fine-tuning made it forget\n\n{text}\n![Curves](curves.png)\n"
     (output / "report.md").write_text(report, encoding="utf-8")
     with warn_without(output / "curves.png"):
         plot_curves(results, output / "curves.png")

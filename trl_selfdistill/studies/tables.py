@@ -30,11 +30,8 @@ def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[s
         split (`str`, *optional*, defaults to `"train"`): The split. A file has only `train`.
 
     Returns:
-        Iterator of a row's place, such as `"facts.csv, line 3"`, and the row. The cells of CSV are text.
-
-    Raises:
-        FileNotFoundError: If `path` looks like a file and does not exist.
-        ValueError: If the source has no such split, or cannot be read as rows. The message names the place.
+        Iterator of a row's place, such as `"facts.csv, line 3"`, and the row. The cells of CSV are text. A
+        `FileNotFoundError` if there is no such file, a `ValueError` that names the place if it cannot be read as rows.
     """
     rows = _open(path, split)
     if not isinstance(rows, Dataset):
@@ -44,11 +41,8 @@ def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[s
 
 def load_table(name_or_path: str | os.PathLike, split: str = "train", config: str | None = None) -> Dataset:
     """
-    Loads the rows of [`read_rows`] as a `Dataset`. CSV and JSON are held in memory; Parquet is not. `config` is the
-    configuration of a dataset on the Hub.
-
-    Raises:
-        ValueError: Beside those of [`read_rows`], if a column has values of different types, or there is no row.
+    Loads the rows of [`read_rows`] as a `Dataset`, CSV and JSON in memory. `config` is the configuration of a dataset
+    on the Hub. A `ValueError`, beside those of [`read_rows`], if a column has values of two types, or there is no row.
     """
     rows = _open(name_or_path, split, config)
     table = rows if isinstance(rows, Dataset) else dataset_of_rows(rows)

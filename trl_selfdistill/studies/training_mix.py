@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From annotated facts to training data: which facts are trained on as Known, as new, and which are held out.
 
-After the paper's protocol (arXiv 2604.15574): relations of which the model knows enough, HighlyKnown facts as the
-Known ones, and as many other HighlyKnown facts of the same relations held out, on which forgetting is measured.
+After arXiv 2604.15574: of relations that the model knows enough of, HighlyKnown facts are trained on and held out.
 """
 
 import math

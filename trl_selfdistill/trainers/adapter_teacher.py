@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import is_peft_model
+from accelerate.utils import extract_model_from_parallel, is_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.utils import is_peft_available, logging
 
@@ -39,12 +38,10 @@ class AdapterTeacher(Teacher):
     adapter, which is added to the student under that name and never saved with it.
     """
 
-    def __init__(self, model: torch.nn.Module, accelerator: Accelerator):
+    def __init__(self, model: torch.nn.Module):
         if TEACHER_ADAPTER in model.peft_config:  # of an earlier run with the same model
             model.delete_adapter(TEACHER_ADAPTER)
-        self._accelerator = accelerator
         self.adapter_name = None if is_fresh(model) else TEACHER_ADAPTER
-        self._is_kept = False
         self.sha256 = self._base_sha256 = hash_model(model, adapters=False)
         if self.adapter_name is not None:
             add_frozen_copy(model)
@@ -65,17 +62,14 @@ class AdapterTeacher(Teacher):
 
     @contextmanager
     def as_model(self, student: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        model = self._accelerator.unwrap_model(student, keep_torch_compile=False)
+        model = extract_model_from_parallel(student, keep_torch_compile=False)
         with _same_trainable(model), use_adapter(model, self.adapter_name):
             yield model
 
     def keep(self, folder: Path) -> None:
-        if self.adapter_name is None or self._is_kept:
-            return
-        with written_whole(folder) as partial:
-            partial.mkdir()
-            save_file(self._state, partial / SAFETENSORS_WEIGHTS_NAME)
-        self._is_kept = True
+        if self.adapter_name is not None:
+            with written_whole(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
+                save_file(self._state, partial)
 
     def restore(self, student: torch.nn.Module, folder: Path, saved: dict | None) -> None:
         file = folder / SAFETENSORS_WEIGHTS_NAME
@@ -87,7 +81,6 @@ class AdapterTeacher(Teacher):
             self.adapter_name = TEACHER_ADAPTER
         set_peft_model_state_dict(student, state, TEACHER_ADAPTER)
         self._take_state(student)
-        self._is_kept = True
 
     def release(self, student: torch.nn.Module) -> None:
         if self.adapter_name is not None:

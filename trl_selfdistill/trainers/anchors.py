@@ -57,21 +57,19 @@ class Anchors:
     def _write(self, part: int) -> list[dict[str, list[int]]]:
         """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
         trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
-        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        begin = self._begin
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
 
         def write(first: int) -> list[list[int]]:
             torch.manual_seed(random.Random(f"{args.seed}/{part}/{first}").getrandbits(32))
-            prompts = [[begin]] * min(_BATCH_SIZE, self._size - first)
-            return generate_tokens(model, prompts, config, is_sharded and accelerator.num_processes > 1)
+            prompts = [[self._begin]] * min(_BATCH_SIZE, self._size - first)
+            return generate_tokens(model, prompts, config)
 
         teacher = trainer.teacher.as_model(trainer.model_wrapped)
         with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
             model = accelerator.unwrap_model(model)
             config = _to_the_end(model, self._tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
             written = chain.from_iterable(map_in_parallel(write, range(0, self._size, _BATCH_SIZE)))
-        return [{"input_ids": [begin, *ids], "labels": [begin, *ids]} for ids in written]
+        return [{"input_ids": [self._begin, *ids], "labels": [self._begin, *ids]} for ids in written]
 
 
 def _to_the_end(model, tokenizer, **options) -> GenerationConfig:

@@ -66,7 +66,11 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         if hasattr(self.model, "peft_config"):
             refuse_adapters_elsewhere(self.model, selection)
         self.group_table = freeze_selection(self.model, selection)
-        self._use_reentrant_checkpointing_under_zero3()
+        # As `SFTTrainer` does for PEFT (https://github.com/huggingface/trl/issues/2514), until
+        # https://github.com/deepspeedai/DeepSpeed/pull/8130 is released: frozen parameters break the other kind
+        if args.gradient_checkpointing and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+            args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = checkpointing_kwargs
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # Frozen embeddings would cut off the gradients of every layer without a word. transformers 5 does this.
             self.model.enable_input_require_grads()
@@ -74,14 +78,6 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         if args.verify_frozen:
             self._frozen_check = _FrozenCheck()
             self.add_callback(self._frozen_check)
-
-    def _use_reentrant_checkpointing_under_zero3(self) -> None:
-        # As `SFTTrainer` does for PEFT (https://github.com/huggingface/trl/issues/2514), until
-        # https://github.com/deepspeedai/DeepSpeed/pull/8130 is released: frozen parameters break the other kind
-        plugin = self.args.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3 and self.args.gradient_checkpointing:
-            checkpointing_kwargs = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
-            self.args.gradient_checkpointing_kwargs = self.args.activation_checkpointing_kwargs = checkpointing_kwargs
 
     def describe_run(self) -> dict:
         return {**super().describe_run(), **self.describe_groups()}

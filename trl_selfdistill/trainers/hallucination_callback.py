@@ -45,8 +45,6 @@ def log_beside_training(trainer: Trainer, metrics: dict[str, float]) -> None:
 def answers_in_training(trainer: Trainer, prompts: Sequence[str], batch_size: int = 64, **settings) -> list[str]:
     """[`answer_prompts`] of a trainer's model in its precision, under DDP, FSDP2 and ZeRO-3 too. A collective."""
     accelerator = trainer.accelerator
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    settings["synced_gpus"] = is_sharded and accelerator.num_processes > 1
     settings["batch_size"] = min(batch_size, -(-len(prompts) // accelerator.num_processes))  # a share for each
     model = accelerator.unwrap_model(trainer.model_wrapped)
     with accelerator.autocast():  # one around all forward passes: each by itself would cast all of the weights
@@ -84,9 +82,8 @@ class HallucinationEvalCallback(TrainerCallback):
             Options of [`~trl_selfdistill.hallucination.answer_outcome.AnswerJudge`], such as `{"match": "contains"}`.
         alphas (`Sequence[float]`, *optional*):
             Shares of the trained weights, such as `(0.4, 0.6, 0.8)`. At the end the sets are also asked with weights
-            between the model that this callback was made with, of which it keeps a copy on the CPU, and the trained
-            one, logged as `eval_<set>_accuracy_alpha_0.4`: the curve from which to choose the `alpha` of
-            [`~trl_selfdistill.hub.interpolation.interpolate`].
+            between those that this callback was made with, copied to the CPU, and the trained ones. The curve, logged
+            as `eval_<set>_accuracy_alpha_0.4`, is for [`~trl_selfdistill.hub.interpolation.interpolate`].
 
     Raises:
         ValueError: If a set is empty, or a row has no question, no list as `aliases`, or a line break in an answer; if

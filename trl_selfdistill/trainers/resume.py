@@ -101,7 +101,9 @@ def describe_dataset(dataset: Dataset | IterableDataset | None) -> dict | None:
     """
     if not isinstance(dataset, Dataset):
         return None
-    columns = [name for name in _COLUMNS if _is_list_of_integers(dataset.features.get(name))]
+    # Other columns may happen to have these names
+    lists = {name: kind.feature for name, kind in dataset.features.items() if isinstance(kind, List | LargeList)}
+    columns = [name for name in _COLUMNS if "int" in str(getattr(lists.get(name), "dtype", None))]
     if "input_ids" not in columns:
         return {"num_rows": len(dataset), "sha256": None}
     digest = hashlib.sha256(json.dumps(columns).encode())
@@ -112,8 +114,3 @@ def describe_dataset(dataset: Dataset | IterableDataset | None) -> dict | None:
             for values in (rows.value_lengths(), rows.flatten()):
                 digest.update(values.to_numpy(zero_copy_only=False).astype("int64").tobytes())
     return {"num_rows": len(dataset), "sha256": digest.hexdigest()}
-
-
-def _is_list_of_integers(feature) -> bool:
-    # Other columns may happen to have these names
-    return isinstance(feature, List | LargeList) and "int" in str(getattr(feature.feature, "dtype", None))

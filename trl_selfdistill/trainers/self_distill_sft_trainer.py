@@ -109,7 +109,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
     def freeze_student(self) -> Teacher:
         """The student as it is now as a teacher: its adapter, if the model can hold two of them, or a copy."""
         if fits_adapter_teacher(self.model):
-            return AdapterTeacher(self.model, self.accelerator)
+            return AdapterTeacher(self.model)
         return ModelTeacher(frozen_copy(self.accelerator.unwrap_model(self.model)), self.accelerator)
 
     @property

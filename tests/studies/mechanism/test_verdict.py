@@ -17,7 +17,6 @@ from trl_selfdistill.studies.mechanism.variants import (
     variant_of_overlap,
 )
 from trl_selfdistill.studies.mechanism.verdict import (
-    Verdict,
     judge_behaviour_cloning,
     judge_capacity,
     judge_interference,
@@ -53,7 +52,7 @@ def interference(*shares):
     return judge_interference(losses_of(OVERLAPS, shares), STUDY)
 
 
-S, C, U = Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED
+S, C, U = "supported", "contradicted", "undecided"
 
 
 @pytest.mark.parametrize(

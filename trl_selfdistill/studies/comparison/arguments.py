@@ -58,11 +58,10 @@ class ComparisonArguments:
         if set(self.variants) - {*GROUPS} or "sft" not in self.variants:
             raise ValueError(f"`variants` may hold {', '.join(GROUPS)}, and `sft` must be one, got {self.variants}.")
         check_different("seeds", self.seeds, at_least=3)
-        kinds = ("settings", "own_answers_settings", "anchor_settings")
         for name in ("variants", "num_anchors", "mixing_weights", "slower"):
             check_different(name, getattr(self, name))
         check_different("l2_weights", self.l2_weights, at_least=0)
-        self.parsed = {name: self._parse(name) for name in kinds}
+        self.parsed = {name: self._parse(name) for name in ("settings", "own_answers_settings", "anchor_settings")}
         for name in (*_ABOVE_0, "slower", "num_anchors", "l2_weights"):
             value = getattr(self, name)
             if value is not None and min(value if isinstance(value, list) else [value], default=1) <= 0:

@@ -62,14 +62,11 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
 
     def match_l2_weight(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        The weight at which the penalty's gradient is as large as that of `temperature**2 * KL` on a batch.
+        The weight at which the penalty's gradient is as large as that of `temperature**2 * KL` on `inputs`, a batch
+        with `labels` before the first step.
 
-        At the start both gradients are zero. So they are compared where Adam's first step on `inputs` leads:
-        `args.learning_rate` times the sign of the cross-entropy's gradient away. It matters where, as the KL is
-        quadratic in the distance on far smaller steps only. The model is unchanged afterwards.
-
-        Args:
-            inputs (`dict[str, torch.Tensor]`): A batch before the first step, `labels` among it.
+        At the start both gradients are zero. So they are compared where Adam's first step leads: `args.learning_rate`
+        times the sign of the cross-entropy's gradient away (nearer, the KL is quadratic). The model stays as it is.
         """
         labels = inputs["labels"][:, 1:]
         mask = labels != IGNORE_INDEX
@@ -106,9 +103,9 @@ class L2ToStartSFTTrainer(FrozenGroupsSFTTrainer):
 
 class EAFTSFTTrainer(SFTTrainer):
     """
-    Entropy-adaptive fine-tuning (arXiv 2601.02151): [`~trl.SFTTrainer`] whose cross-entropy is weighted, token by
-    token, by the entropy of the model's 20 most likely tokens over its largest value, ln 20. The weight has no
-    gradient: where the model is sure of another token than the label, as of a fact that it knows, it is left alone.
+    Entropy-adaptive fine-tuning (arXiv 2601.02151): each token's cross-entropy is weighted by the entropy of the
+    model's 20 most likely tokens over ln 20, without a gradient. Where the model is sure of another token than the
+    label, as of a fact that it knows, it is left alone.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -9,6 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from trl import SFTTrainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ...losses import IGNORE_INDEX
 from ...slick.generation import evaluation_mode
@@ -73,24 +73,19 @@ def variants_of(
 
 
 def _adapters(args: ComparisonArguments) -> dict[str, list[Variant]]:
-    rate, rank = {"learning_rate": args.lora_learning_rate}, f"rank {args.lora_rank}"
-    linear = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    rank, linear = f"rank {args.lora_rank}", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     options = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, **linear}
     lora, mica = ({"peft_config": LoraConfig(init_lora_weights=init, **options)} for init in (True, "mica"))
-
-    def corda(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: Dataset) -> LoraConfig:
-        return _corda(model, tokenizer, known, options)
-
-    about = {"lora_rank": args.lora_rank}
+    corda = {"peft_config": partial(_corda, options)}
+    plain = Variant("lora", f"LoRA, {rank}", trainer_arguments=lora, about={"lora_rank": args.lora_rank})
+    plain = plain._replace(changes={"learning_rate": args.lora_learning_rate})
+    without_intruders = {"label": f"{plain.label}, without intruders", "prepare": _reduce_intruders}
     found = {
-        "lora": [Variant("lora", f"LoRA, {rank}", changes=rate, trainer_arguments=lora)],
-        "corda": [Variant("corda", f"CorDA, {rank}", changes=rate, trainer_arguments={"peft_config": corda})],
-        "mica": [Variant("mica", f"MiCA, {rank}", changes=rate, trainer_arguments=mica)],
-        "intruders": [
-            Variant("intruders", f"LoRA, {rank}, without intruders", SFTTrainer, rate, None, lora, _reduce_intruders)
-        ],
+        "lora": [plain],
+        "corda": [plain._replace(name="corda", label=f"CorDA, {rank}", trainer_arguments=corda)],
+        "mica": [plain._replace(name="mica", label=f"MiCA, {rank}", trainer_arguments=mica)],
+        "intruders": [plain._replace(name="intruders", **without_intruders)],
     }
-    found = {name: [variant._replace(about=about) for variant in variants] for name, variants in found.items()}
     if "osf" in args.variants:
         from peft import OSFConfig  # not in older ones
 
@@ -99,7 +94,7 @@ def _adapters(args: ComparisonArguments) -> dict[str, list[Variant]]:
     return found
 
 
-def _corda(model: PreTrainedModel, tokenizer, known: Dataset, options: dict[str, Any]) -> LoraConfig:
+def _corda(options: dict[str, Any], model: PreTrainedModel, tokenizer, known: Dataset) -> LoraConfig:
     """CorDA (arXiv 2406.05223) in its knowledge-preserving mode: what the Known facts use is kept."""
     linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     options = options | {"target_modules": sorted(linear - {"lm_head"}), "init_lora_weights": "corda"}

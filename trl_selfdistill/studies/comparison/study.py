@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import read_jsonl, write_jsonl
 from ...slick.generation import answer_ends
@@ -126,19 +125,17 @@ class _Runs(NamedTuple):
         trained, target = self._folder(variant, seed), self._folder(variant, seed, "wise_ft-")
 
         def work(partial: Path) -> None:
-            model, tokenizer = _load_start(setup)
-            # Only the model itself takes memory of the device
-            start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-            fine_tuned, _ = setup.load(trained)
-            tuned = dict(fine_tuned.named_parameters())
-            records = []
-            for weight in mixing_weights:
-                with torch.no_grad():
+            tuned = dict(setup.load(trained)[0].named_parameters())
+
+            def ask(weight: float) -> AccuracyRecord:
+                # A model for each weight: autocast would keep the casts of the weights before
+                with setup.to_ask() as (model, tokenizer), torch.no_grad():
                     for name, parameter in model.named_parameters():
-                        parameter.copy_(torch.lerp(start[name], tuned[name], weight))
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
+                        parameter.lerp_(tuned[name].to(parameter.device), weight)
                     answers = {name: ask_facts(model, tokenizer, facts) for name, facts in self.facts.asked.items()}
-                records.append(AccuracyRecord(0, weight, answers))
+                return AccuracyRecord(0, weight, answers)
+
+            records = [ask(weight) for weight in mixing_weights]
             if PartialState().is_main_process:
                 write_records(partial / RECORDS_FILE, records)
 
@@ -188,8 +185,7 @@ def _own_answers(prompts: list[str], setup: StudySetup, folder: Path) -> Dataset
     """What the start model answers, rows of `prompt` and `completion`, kept in `folder`."""
 
     def work(partial: Path) -> None:
-        model, tokenizer = _load_start(setup)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.config.bf16):
+        with setup.to_ask() as (model, tokenizer):
             # The start may not have learnt to stop after the line that an answer is
             model.generation_config.eos_token_id = answer_ends(model, tokenizer)[0]
             answers = own_answers(model, tokenizer, prompts, batch_size=64)
@@ -199,11 +195,6 @@ def _own_answers(prompts: list[str], setup: StudySetup, folder: Path) -> Dataset
     arguments = {"prompts": prompts, "bf16": setup.config.bf16}
     run_stage(folder, arguments, [setup.start], work, every_process=True)
     return Dataset.from_list(read_jsonl(folder / "answers.jsonl"))
-
-
-def _load_start(setup: StudySetup) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = setup.load()
-    return model.to(PartialState().device), tokenizer
 
 
 def _outcome(

@@ -23,15 +23,14 @@ from .subject_tokens import subject_prompts
 
 class DriftProbeCallback(TrainerCallback):
     """
-    Measures during training how far the model has moved from its start, on questions about entities that the training
-    does not show. It logs these means over the facts through the trainer, so that every reporter gets them:
+    Measures how far the model has moved from its start, on questions about entities that the training does not show:
+    before the first step, every `every_steps` steps and after the last one. It logs these means over the facts:
     - `drift_cosine/layer_<L>/<position>`: cosine distance of the hidden states, `1 - cos`, at the `last_subject_token`
       and the `last_prompt_token`; the paper plots layers 14 and 28 of 28;
     - `drift_kl`: KL(start ‖ model) of the token after the prompt, in nats.
 
-    It measures before the first step, every `every_steps` steps and after the last one. Training is bitwise the same
-    with and without it. The states of the start model are kept in `<output_dir>/_drift_reference.safetensors`, where a
-    resumed run finds them; a push to the Hub leaves them out.
+    Training is bitwise the same with and without it. The states of the start are kept for a resumed run in
+    `<output_dir>/_drift_reference.safetensors`, which a push to the Hub leaves out.
 
     ```py
     trainer = SelfDistillSFTTrainer(model, args, train_dataset=mix)
@@ -49,8 +48,7 @@ class DriftProbeCallback(TrainerCallback):
 
     Raises:
         `ValueError`: If there are no facts, an option is out of range, or a subject is not in its question. When
-            training resumes, if the kept states are of other facts or layers.
-        `FileNotFoundError`: When training resumes, if the kept states are missing.
+            training resumes, if the kept states are of other facts or layers; `FileNotFoundError` if they are missing.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class DriftProbeCallback(TrainerCallback):
 
     def _states(self) -> PromptStates:
         accelerator, model = self.trainer.accelerator, self.trainer.model_wrapped
-        # Sharded weights are gathered by their wrapper. Those of DDP and `torch.compile` have no part in this
+        # The wrapper gathers sharded weights; that of DDP or `torch.compile` is not needed
         if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             model = accelerator.unwrap_model(model, keep_torch_compile=False)
         # One autocast around all forward passes: each by itself would cast all weights anew

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model computes while it reads a question, and how far that is from what it computed at the start of its
-training (arXiv 2604.15574, section 5)."""
+"""What a model computes while it reads a question, and how far that is from its start (arXiv 2604.15574, sec. 5)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,11 +50,11 @@ def prompt_states(
     model: torch.nn.Module, prompts: Sequence[SubjectPrompt], layers: Sequence[int], batch_size: int = 32
 ) -> PromptStates:
     """
-    The states of `model` on prompts, after the decoder blocks `layers`, from 1, the last one after the final norm.
-    Sharded weights come in the wrapper that gathers them. A collective: each process measures a share of the prompts
-    and gets all states, on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes:
-    0.63 GB for 1,000 prompts and two layers of Qwen2.5-1.5B. The log-probabilities are of the whole vocabulary, as the
-    top tokens miss what moves into the tail, and fp32, as fp16 puts a floor of about 1e-5 nats under a KL.
+    The states of `model`, in the wrapper that gathers its shards, on prompts after the decoder blocks `layers`, from
+    1, the last one after the final norm. A collective: each process measures a share of the prompts and gets all
+    states, on the CPU. They take `num_prompts * (8 * num_layers * hidden_size + 4 * vocab_size)` bytes (fp32, as fp16
+    puts a floor of about 1e-5 nats under a KL): 0.63 GB for 1,000 prompts and two layers of Qwen2.5-1.5B. The
+    log-probabilities are of the whole vocabulary, as the top tokens miss what moves into the tail.
     """
     # Prompts of similar length share a batch, for little padding
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))

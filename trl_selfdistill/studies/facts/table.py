@@ -66,13 +66,12 @@ def load_facts(path: str | os.PathLike, split: str = "train") -> Dataset:
     """
     Reads a user's facts, checks them, and makes one row of each question.
 
-    Rows have `relation`, `subject`, `answer`, and `question` or `template` (a question with `{subject}`). Optional are
-    `aliases` (list of strings, JSON list, or forms separated by `|`) and `fact_id` (`"{relation}/{subject}"` if there
-    is none). Other columns are kept. Or rows are those of EntityQuestions, see [`facts_of_entity_questions`].
+    Rows have `relation`, `subject`, `answer`, and `question` or `template` (a question with `{subject}`), or are those
+    of EntityQuestions ([`facts_of_entity_questions`]). Optional are `aliases` (list of strings, JSON list, or forms
+    separated by `|`) and `fact_id` (by default `"{relation}/{subject}"`). Other columns are kept.
 
-    Rows that repeat a question with the same answer are merged into the first of them, with the aliases of all. Rows
-    that contradict each other are dropped, and their number is logged. Questions are compared without case, after
-    NFKC. Two answers are the same if they share an accepted form.
+    Rows that repeat a question (without case, after NFKC) are merged into the first, with the aliases of all, if their
+    answers share an accepted form. Otherwise they are dropped, and their number is logged.
 
     Args:
         path (`str` or `os.PathLike`):

@@ -35,7 +35,7 @@ def render_mechanism_report(results: MechanismResults, model: str) -> str:
     for finding in results.findings:
         numbers = [f"- {what}: {format_interval(value, signed=True)}" for what, value in finding.numbers.items()]
         parts += [
-            f"## {finding.hypothesis.capitalize()}: {finding.verdict.value}{few}",
+            f"## {finding.hypothesis.capitalize()}: {finding.verdict}{few}",
             f"Prediction: {PREDICTIONS[finding.hypothesis]}",
             f"Rule: {finding.rule}",
             "\n".join(numbers),

@@ -5,8 +5,7 @@ A fact that is right before a run and wrong after it is a loss of 1, the other w
 looks at are linear in the losses: they are computed for each seed and fact and averaged, so that runs are paired.
 """
 
-from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -38,19 +37,11 @@ _RULES = {
 }
 
 
-class Verdict(str, Enum):
-    """What the numbers say about a prediction."""
-
-    SUPPORTED = "supported"
-    CONTRADICTED = "contradicted"
-    UNDECIDED = "undecided"
-
-
 class Finding(NamedTuple):
     """A hypothesis by its name, the verdict on it, the rule in words, and the numbers that the rule looked at."""
 
     hypothesis: str
-    verdict: Verdict
+    verdict: Literal["supported", "contradicted", "undecided"]
     rule: str
     numbers: dict[str, Interval]
 
@@ -70,7 +61,7 @@ def judge_capacity(losses: Losses, study: MechanismArguments, learnt: dict[str, 
     for keys, name in (("name-like", name_like[-1]), ("UUID", foreign[-1])):
         if learnt[name] < MIN_LEARNT:
             rule = f"{finding.rule} Of {sizes[-1]:,} facts with {keys} keys, only {learnt[name]:.1%} were learnt."
-            finding = finding._replace(verdict=Verdict.UNDECIDED, rule=rule)
+            finding = finding._replace(verdict="undecided", rule=rule)
     return finding
 
 
@@ -107,13 +98,13 @@ def _judge(hypothesis: str, whole: tuple[str, np.ndarray], parts: dict[str, np.n
     for name, part in parts.items():
         surplus_name = f"{name}, minus {MIN_SHARE:.0%} of the {whole_name}"
         numbers |= {name: mean_interval(part), surplus_name: mean_interval(part - MIN_SHARE * whole)}
-        verdict = Verdict.UNDECIDED
+        verdict = "undecided"
         if numbers[whole_name].low > 0 and numbers[name].low > 0 and numbers[surplus_name].low > 0:
-            verdict = Verdict.SUPPORTED
+            verdict = "supported"
         elif numbers[whole_name].low > 0 and numbers[surplus_name].high < 0:
-            verdict = Verdict.CONTRADICTED
+            verdict = "contradicted"
         verdicts.add(verdict)
-    verdict = verdicts.pop() if len(verdicts) == 1 else Verdict.UNDECIDED
+    verdict = verdicts.pop() if len(verdicts) == 1 else "undecided"
     return Finding(hypothesis, verdict, _RULES[hypothesis], numbers)
 
 

@@ -32,10 +32,8 @@ def synthetic_facts(
 ) -> IterableDataset:
     """
     Draws facts of a relation on entities that do not exist, while they are read. Their keys are UUIDs, or made of as
-    many tokens as real subjects have.
-
-    The same seed gives the same facts, and a smaller `num_facts` the first of them. Keys do not depend on `values`,
-    nor values on `overlap`. Under one seed, keys of tokens have the same numbers of them, one by one.
+    many tokens as real subjects have. The same seed gives the same facts, and a smaller `num_facts` the first of them.
+    Keys do not depend on `values`, nor values on `overlap`.
 
     Args:
         facts (`Dataset`): Real facts. Those of the relation lend tokens, lengths, the question and answers.
@@ -43,21 +41,20 @@ def synthetic_facts(
         num_facts (`int`): How many. All keys are different, even without case.
         tokenizer (`PreTrainedTokenizerFast`): A fast tokenizer, that of the model to be trained. UUIDs do not need it.
         overlap (`float`, *optional*, defaults to 1.0):
-            The share of the keys' tokens that real subjects of the relation use, in [0, 1]. `None` for UUIDs as keys.
+            Share of the keys' tokens that real subjects of the relation use, in [0, 1]. `None` for UUIDs as keys.
         values (`str`, *optional*, defaults to `"real"`):
             `"real"` for the relation's answers, each equally often (give or take one), or `"uuid"` for random UUIDs.
         seed (`int`, *optional*, defaults to `0`): Seed of keys and values.
         exclude (`Iterable[str]`, *optional*): Names that must not be given: see [`folded_names`].
         apart_from (`Iterable[str]`, *optional*):
-            Further names whose tokens no key has that the relation's subjects do not have: such as the subjects of
-            other relations and the answers.
+            Further names, of whose tokens no key has any but those of the relation's subjects.
 
     Returns:
         `IterableDataset` with [`FACT_COLUMNS`], one shard. After a resume, the facts until then are drawn again.
 
     Raises:
-        ValueError: At once, if the relation is unknown, the question does not hold its subject as words of its own, or
-            there are too few distinct tokens for so many keys. While reading, if the tokens run out by chance.
+        ValueError: If the relation is unknown, the question does not hold its subject as words of its own, or there
+            are too few distinct tokens for so many keys; while reading, if they run out by chance.
     """
     rows = rows_of_relation(facts, relation)
     question = question_template(rows)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names for entities that do not exist, put together from tokens, as like to the names of real ones as is asked for.
+"""Names for entities that do not exist, made of tokens, of which a chosen share is from real names.
 
-The paper (arXiv 2604.15574, section 5) compares keys of tokens of real names with UUIDs, which share few tokens with
-names and have many more. Here the share of tokens from real names is chosen, at the lengths of the real names.
+The paper (arXiv 2604.15574, section 5) compares such keys with UUIDs, which are longer and share few tokens.
 """
 
 import math
@@ -13,8 +12,8 @@ from collections.abc import Iterable, Iterator, Set
 from itertools import accumulate, islice
 
 
-# Latin letters without accents, after one of the two marks of a space in vocabularies: what can be joined into words
-# that differ in more than case and accents. In byte-level vocabularies, other letters are parts of characters.
+# Latin letters without accents, after one of the two marks of a space: in byte-level vocabularies, other letters are
+# parts of characters.
 _BEGINS_WORD = re.compile("[Ġ▁][A-Z][a-z]*")
 _GOES_ON = re.compile("[a-z]+")
 # After so many draws for one key there is hardly any choice left.
@@ -27,19 +26,18 @@ class TokenKeys:
     """
     Keys of one or more words, each in the shape of a real name: as many tokens, of which the same begin a word.
 
-    A token is drawn evenly among those of the real names, or among as many that no name uses (the most frequent ones
-    of the vocabulary). A key is kept if the tokenizer makes just these tokens of it in the prompt. Under one seed, the
-    keys of the same names have the same shapes, one by one, whatever the overlap.
+    A token is drawn evenly among those of the real names, or among as many that no name uses, the most frequent of the
+    vocabulary. A key is kept if the tokenizer makes just these tokens of it in the prompt. The shapes depend on the
+    names and the seed, not on the overlap.
 
     Args:
         names (`Iterable[str]`):
-            Real names. Those of one token, and those of other characters than Latin letters without accents, lend
-            their tokens but not their shapes.
+            Real names. Those of one token or of other characters than plain Latin letters lend no shapes.
         tokenizer (`PreTrainedTokenizerFast`): Any fast tokenizer that marks where a word begins.
         prompt (`str`): The text in which the keys will stand, with `{subject}` in their place.
         overlap (`float`):
-            The share of tokens from real names: 1 for recombined names, 0 for pseudo-words. Of n tokens,
-            `overlap * n` are from names, rounded up or down at random so that the mean is right.
+            Share of tokens from real names, in [0, 1]. Of n tokens it is `overlap * n`, rounded up or down at random
+            so that the mean is right.
         apart_from (`Iterable[str]`, *optional*): Further names, of whose tokens only those of `names` are used.
 
     Raises:
@@ -97,8 +95,8 @@ class TokenKeys:
 
     def draw(self, num_keys: int, seed: int, taken: Set[str] = frozenset()) -> Iterator[str]:
         """
-        Draws keys, no two the same even without case, nor one of `taken`, names in lower case. To tell, they are kept,
-        some 100 bytes each. The same seed gives the same keys, and a smaller number the first of them.
+        Draws keys, no two the same even without case, nor one of `taken`, names in lower case. The same seed gives the
+        same keys, and a smaller number the first of them. They are kept, some 100 bytes each.
         """
         taken = {*taken}
         for number in range(num_keys):
@@ -132,8 +130,8 @@ class TokenKeys:
 
 def _letter_tokens(tokenizer) -> tuple[dict[int, str], dict[int, str]]:
     """
-    The texts of the tokens of letters that begin a word, with a space, and of those that go on with one, the most
-    frequent ones first. Added tokens are neither.
+    By id, most frequent first, the texts of the tokens that begin a word, with a space, and of those that go on with
+    one. Added tokens are neither.
     """
     added = set(tokenizer.get_added_vocab().values())
     vocabulary = sorted((index, text) for text, index in tokenizer.get_vocab().items() if index not in added)
