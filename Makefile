@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 TORCH_OLDEST ?= 2.6.0
-TORCH_NEWEST ?= 2.13.0
+TORCH_NEWEST ?= 2.15.0
 
 .PHONY: help quickstart test test-oldest test-newest always gpu quality style docs release-check clean
 
@@ -49,7 +49,7 @@ release-check:
 	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check build twine
 	$(VENV)-release/bin/python -m build
 	$(VENV)-release/bin/python -m twine check --strict dist/*
-	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_NEWEST)
+	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	wheel=$$(echo dist/*.whl) && $(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt "$$wheel[study]"
 	empty=$$(mktemp -d) && command=$$(realpath $(VENV)-release)/bin/trl-selfdistill && cd $$empty && \
