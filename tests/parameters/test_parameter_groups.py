@@ -16,9 +16,9 @@ from trl_selfdistill.parameters.structure import GROUPS, group_of, named_tensors
 
 
 ARCHITECTURES = "llama qwen3_moe mixtral gemma3_text gemma4_text phi gpt2 gpt_neox opt mpt cohere deepseek_v3 gpt_oss "
-ARCHITECTURES += "qwen3_next jamba mamba bart bert codegen cohere2 falcon_h1 gemma3n_text gptj hrm_text jetmoe "
-ARCHITECTURES += "kimi_linear lfm2 longcat_flash minimax nemotron_h olmoe persimmon prophetnet recurrent_gemma rembert "
-ARCHITECTURES += "rwkv xlm xlnet zamba2 zaya"
+ARCHITECTURES += "qwen3_next jamba mamba bart bert codegen cohere2 falcon_h1 gemma3n_text gptj hrm_text jetmoe xlnet "
+ARCHITECTURES += "kimi_linear lfm2 longcat_flash minimax nemotron_h olmoe persimmon prophetnet recurrent_gemma "
+ARCHITECTURES += "rembert rwkv xlm zamba2 zaya"
 # Few experts, as transformers 4 has a module for each; parameters that are not there by default
 OPTIONS = dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4)
 OPTIONS |= {"use_qk_norm": True, "word_embed_proj_dim": 8}

@@ -31,6 +31,7 @@ ADAPTERS = {
     "PiSSA": LoraConfig(**LORA, init_lora_weights="pissa"),
     "a whole head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "a trained whole head": LoraConfig(**LORA, modules_to_save=["lm_head"], init_lora_weights=False),
+    "whole embeddings": LoraConfig(**LORA, modules_to_save=["embed_tokens"]),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "AdaLoRA": AdaLoraConfig(**LORA, task_type="CAUSAL_LM", total_step=100, init_r=4),  # masks its matrices
 }
@@ -93,36 +94,25 @@ def test_no_second_base_and_the_teacher_does_not_move(tmp_path, name):
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
-def test_a_resumed_run_takes_the_kept_teacher_and_never_the_drifted_student(tmp_path):
-    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=2e-2)
-    whole = train(tmp_path / "whole", adapted("trained"), **options)
-    train(tmp_path, adapted("trained"), dict(callbacks=[StopAt(3)]), **options)
-    checkpoint = tmp_path / "run" / "checkpoint-3"
-
-    def drifted():
-        base = build_model(TOKENIZER, initializer_range=0.3)
-        return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
-
-    resumed = train(tmp_path, drifted(), resume=True, **options)
-    assert_same_weights(resumed.model, whole.model)
-    assert json.loads((checkpoint / "resume.json").read_text())["teacher"]["sha256"] == whole.teacher.sha256
-    shutil.rmtree(tmp_path / "run" / "_teacher")
-    with pytest.raises(ValueError, match="The teacher is not the one that"):
-        train(tmp_path, drifted(), resume=str(checkpoint), **options)
-
-
-def test_the_output_of_an_earlier_run_is_in_nobodys_way(tmp_path):
-    """Its teacher is taken only for its own checkpoints, and its weights do not stay in those of another."""
-    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+def test_the_output_of_an_earlier_run_is_in_nobodys_way_and_never_the_drifted_student_the_teacher(tmp_path):
+    """The earlier teacher is taken only for its own checkpoints, and its weights do not stay in those of another."""
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=2e-2)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
     train(tmp_path, None, **options, teacher_snapshot_steps=1)  # leaves a full model
-    for name in ("trained", "fresh"):
+    for name in ("fresh", "trained"):
         whole = train(tmp_path, adapted(name), **options)
-        assert not (tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
+        assert not (checkpoint / "model.safetensors").exists()
         shutil.rmtree(tmp_path / "run" / "checkpoint-2")
-        assert_same_weights(train(tmp_path, adapted(name), resume=True, **options).model, whole.model)
+        base = build_model(TOKENIZER, initializer_range=0.3)
+        drifted = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+        resumed = train(tmp_path, drifted if name == "trained" else adapted(name), resume=True, **options)
+        assert_same_weights(resumed.model, whole.model)
+        assert json.loads((checkpoint / "resume.json").read_text())["teacher"]["sha256"] == whole.teacher.sha256
+    shutil.rmtree(tmp_path / "run" / "_teacher")
     other = get_peft_model(build_model(TOKENIZER), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(ValueError, match="The teacher is not the one that"):
-        train(tmp_path, other, resume=str(tmp_path / "run" / "checkpoint-1"), **options)
+    for student in (drifted, other):
+        with pytest.raises(ValueError, match="The teacher is not the one that"):
+            train(tmp_path, student, resume=str(checkpoint), **options)
 
 
 def test_an_adapter_may_have_the_name_of_a_module():
