@@ -92,10 +92,15 @@ def doubled_loss(outputs, labels, num_items_in_batch=None):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "options, extra",
-    [(dict(loss_type="dft"), {}), (dict(label_smoothing_factor=0.2), {}), ({}, dict(compute_loss_func=doubled_loss))],
+    [
+        ({}, {}),
+        ({}, dict(compute_loss_func=doubled_loss)),
+        (dict(loss_type="dft"), {}),
+        (dict(label_smoothing_factor=0.2), {}),
+    ],
 )
-def test_kl_is_added_to_another_loss(tmp_path, options, extra):
-    """DFT, label smoothing and a loss function of the user's keep what SFTTrainer makes of them."""
+def test_kl_is_added_to_any_loss(tmp_path, options, extra):
+    """DFT, label smoothing and a loss function of the user's keep what SFTTrainer makes of them, metrics too."""
     options = dict(max_steps=1, eval_strategy="steps", eval_steps=1, learning_rate=0.0, **options)
     weights, teacher = dict(kl_weight=2.0, temperature=0.5), dict(teacher_model=architecture("llama", 1))
     extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]), compute_metrics=token_metrics, **extra)
