@@ -115,17 +115,11 @@ def test_evaluate_facts(toy_study, tmp_path, capsys):
 
 OWN_FLAGS = training_flags(max_steps=2, save_strategy="no")
 TEXT = [{"prompt": f"Q: {i}\nA:", "completion": " Norway"} for i in range(8)]
-CHATS = [
-    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-    for row in TEXT
-]
 
 
-@pytest.mark.parametrize("rows", [TEXT, CHATS], ids=["prompt-completion", "conversational"])
-def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path, rows):
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--dataset_name", data, "--output_dir", tmp_path / "out", *OWN_FLAGS]
+def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path):
+    write_jsonl(tmp_path / "data.jsonl", TEXT)
+    flags = ["--dataset_name", tmp_path / "data.jsonl", "--output_dir", tmp_path / "out", *OWN_FLAGS]
     run_script("self_distill_sft.py", "--model_name_or_path", toy_study.model, *flags)
     check_trained(toy_study.model, tmp_path / "out")
     assert "self-distill-sft" in (tmp_path / "out" / "README.md").read_text()

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from toy_study import AS_TEXT, SCRIPTS, VARIANTS, rerun, run_script, runs_of
@@ -28,13 +27,21 @@ from trl_selfdistill.studies.training_mix import load_mix
 
 
 @pytest.mark.parametrize("name", ["stage1", *VARIANTS])
-def test_checkpoints_load_and_answer_as_recorded(toy_study, name):
+def test_checkpoints_load_answer_as_recorded_and_have_their_cards(toy_study, name):
     folder = toy_study.output / name
     assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("_*"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     recorded = read_records(folder / "accuracy.jsonl")[-1].answers
     for split, facts in load_mix(toy_study.output / "mix").items():
         assert ask_facts(model, tokenizer, facts) == recorded[split]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "difference from the base" in card and "solved exemplars as turns of its chat template;" in card
+    assert not any(private in card for private in (str(toy_study.output.parent), "/tmp/", "/home/", ".partial"))
+    if name != "stage1":
+        assert (toy_study.output / "report.md").read_text(encoding="utf-8").split("\n\n")[1] in card
+        assert ("difference from plain SFT" in card) == (name != "sft")
+        composition = read_json(folder / "training.json")["composition"]
+        assert composition == {"known": {"HighlyKnown": 10}, "new": {"Unknown": 20}}
 
 
 def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tmp_path, monkeypatch):
@@ -88,21 +95,6 @@ def test_report_and_results_are_of_the_variants_and_their_figure_is_beside_each(
     figure = (toy_study.output / "curves.png").read_bytes()
     assert Image.open(toy_study.output / "curves.png").format == "PNG"
     assert all((toy_study.output / name / "curves.png").read_bytes() == figure for name in VARIANTS)
-
-
-@pytest.mark.parametrize("name", ["stage1", *VARIANTS])
-def test_each_checkpoint_has_a_card(toy_study, name):
-    card = ModelCard.load(toy_study.output / name / "README.md")
-    assert card.data.library_name == "transformers" and "trl-selfdistill" in card.data.tags
-    assert "num_train_epochs" in card.text and "accelerate launch" in card.text
-    assert "difference from the base" in card.text and "solved exemplars as turns of its chat template;" in card.text
-    for private in (str(toy_study.output.parent), "/tmp/", "/home/", ".partial"):
-        assert private not in card.content
-    if name != "stage1":
-        assert (toy_study.output / "report.md").read_text(encoding="utf-8").split("\n\n")[1] in card.text
-        assert ("difference from plain SFT" in card.text) == (name != "sft")
-        composition = read_json(toy_study.output / name / "training.json")["composition"]
-        assert composition == {"known": {"HighlyKnown": 10}, "new": {"Unknown": 20}}
 
 
 def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_study, caplog):
