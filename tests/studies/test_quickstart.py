@@ -4,15 +4,11 @@
 import logging
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from toy_study import AS_TEXT, SCRIPTS, VARIANTS, rerun, run_script, runs_of
+from toy_study import AS_TEXT, VARIANTS, rerun, run_script, runs_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -155,41 +151,23 @@ def test_a_run_is_not_pushed_while_it_is_unfinished(tmp_path):
         train_variant(Variant("sft", "SFT"), StudySetup("org/model", tmp_path, config), tmp_path / "sft", facts_of_mix)
 
 
-SLOW_AT_STEP_6 = """
-import runpy, sys, time
-from trl_selfdistill.studies.runs import StepTimes
-
-on_step_end = StepTimes.on_step_end
-
-def slow(self, args, state, control, **kwargs):
-    on_step_end(self, args, state, control, **kwargs)
-    if state.global_step == 6:  # in the second epoch, after the checkpoint of the first
-        open(args.output_dir + "/waiting", "w").close()
-        time.sleep(250)
-
-StepTimes.on_step_end = slow
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, tmp_path, monkeypatch):
-    before = runs_of(copied_study.output)
+def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, monkeypatch, capsys):
+    before, on_step_end = runs_of(copied_study.output), runs.StepTimes.on_step_end
     shutil.rmtree(copied_study.output / "sft")
     flags = [*copied_study.flags(copied_study.output), "--variants", "sft"]
-    (tmp_path / "driver.py").write_text(
-        f"import sys\nsys.argv = {[str(SCRIPTS / 'run_study.py'), *flags]!r}\n{SLOW_AT_STEP_6}"
-    )
-    # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that
-    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True)
-    command, pipe = [sys.executable, tmp_path / "driver.py"], subprocess.PIPE
-    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, **options)
+
+    def interrupted(self, args, state, control, **kwargs):
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 6:  # in the second epoch, after the checkpoint of the first
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.StepTimes, "on_step_end", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            run_script("run_study.py", *flags)
+    message = "Interrupted. What is done stays: run the same command again to go on.\n"
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith(message)
     partial = copied_study.output / "sft.partial"
-    while process.poll() is None and not (partial / "waiting").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert errors.endswith("Interrupted. What is done stays: run the same command again to go on.\n")
     assert (partial / "checkpoint-4" / "trainer_state.json").is_file() and not (copied_study.output / "sft").exists()
 
     resumed = []

@@ -119,22 +119,18 @@ def test_an_adapter_may_have_the_name_of_a_module():
     assert len(hashes) == 1 and hash_model(models[1], adapters=False) not in hashes
 
 
-def test_the_teacher_beside_a_fresh_adapter_is_the_base_alone(tmp_path):
+def test_the_teacher_is_the_base_alone_beside_a_fresh_adapter_and_a_new_one_for_a_model_that_was_trained(tmp_path):
     model = adapted("fresh")
     before = trainer(tmp_path, model).teacher.sha256
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.data.normal_()
-    assert trainer(tmp_path, model).teacher.sha256 == before != trainer(tmp_path, adapted("trained")).teacher.sha256
+    trained = adapted("trained")
+    first, second = train(tmp_path, trained).teacher.sha256, trainer(tmp_path, trained).teacher.sha256
+    assert trainer(tmp_path, model).teacher.sha256 == before and len({before, first, second}) == 3
+    assert list(trained.peft_config) == ["default", TEACHER_ADAPTER]
     model.base_model.model.lm_head.weight.data[0, 0] += 1
     assert trainer(tmp_path, model).teacher.sha256 != before
-
-
-def test_a_model_that_was_trained_before_gets_a_new_teacher(tmp_path):
-    model = adapted("trained")
-    first = train(tmp_path, model)
-    second = trainer(tmp_path, model)
-    assert first.teacher.sha256 != second.teacher.sha256 and list(model.peft_config) == ["default", TEACHER_ADAPTER]
 
 
 @pytest.mark.parametrize("init", [True, False])

@@ -16,7 +16,6 @@ from peft import LoraConfig
 from sft_runs import FACTS, TOKENIZER, assert_same_weights, config, logs, other_teacher, train, trainer, weights
 from tokenizers import decoders
 
-from trl_selfdistill.files import write_jsonl
 from trl_selfdistill.slick.prompts import question_prompt
 from trl_selfdistill.trainers import anchors
 from trl_selfdistill.trainers.anchors import own_answers
@@ -244,9 +243,13 @@ def test_a_run_resumes_with_the_anchors_it_had(tmp_path):
             other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
 
 
-def test_anchors_are_loaded_by_name(tmp_path):
-    """From what test_tables.py reads."""
-    rows = [{"prompt": "What, then?"}, {"prompt": "NA"}]
-    write_jsonl(tmp_path / "anchors.jsonl", rows)
-    options = config(tmp_path, anchors="kl", anchor_dataset_name=str(tmp_path / "anchors.jsonl"))
-    assert anchors.load_anchors(options, None).to_list() == rows
+@pytest.mark.parametrize("name", ["anchors.csv", "anchors.jsonl", "anchors.parquet", "folder"])
+def test_anchors_are_loaded_by_name(tmp_path, name, monkeypatch):
+    rows, file = Dataset.from_dict({"prompt": ["What, then?", "NA"]}), tmp_path / name
+    write = {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(file.suffix, rows.to_json)
+    if name == "folder":
+        file.mkdir()
+    write(str(file / "train.jsonl" if name == "folder" else file))
+    monkeypatch.chdir(tmp_path)
+    loaded = anchors.load_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=name), None)
+    assert loaded["prompt"][:] == rows["prompt"][:]
