@@ -48,22 +48,17 @@ def run_and_die(folder, prepare, extra=dict, **options):
     assert process.exitcode == -signal.SIGKILL
 
 
-def half_written(method, name):
-    """Kills in the middle of the file that a method of the trainer writes into checkpoint-4."""
+def half_the_weights(run):
+    """Kills in the middle of the weights of checkpoint-4."""
 
-    def prepare(run):
-        original = getattr(run, method)
+    def save(output_dir, *args, **kwargs):
+        write(output_dir, *args, **kwargs)
+        if "checkpoint-4" in str(output_dir):
+            file = os.path.join(output_dir, "model.safetensors")
+            os.truncate(file, os.path.getsize(file) // 2)
+            die()
 
-        def patched(output_dir, *args, **kwargs):
-            original(output_dir, *args, **kwargs)
-            if "checkpoint-4" in str(output_dir):
-                file = os.path.join(output_dir, name)
-                os.truncate(file, os.path.getsize(file) // 2)
-                die()
-
-        setattr(run, method, patched)
-
-    return prepare
+    write, run._save = run._save, save
 
 
 def half_the_state(run):
@@ -77,16 +72,9 @@ def half_the_state(run):
     write, TrainerState.save_to_json = TrainerState.save_to_json, save  # in the process that dies
 
 
-# How the process is killed while it writes its second checkpoint
-KILLS = {
-    "in the middle of the weights": half_written("_save", "model.safetensors"),
-    "in the middle of the trainer's state": half_the_state,
-}
-
-
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("kill", [half_the_weights, half_the_state])
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, whole, kill):
-    run_and_die(tmp_path, KILLS[kill], other_teacher)
+    run_and_die(tmp_path, kill, other_teacher)
     assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
     resumed = train(tmp_path, student(), other_teacher(), resume=True, **RUN)
     assert resumed.state.global_step == 6
@@ -96,7 +84,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, whole, kill):
 def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(tmp_path):
     """The end of an earlier run's checkpoint must not vouch for the beginning of a new one's."""
     train(tmp_path, student(), **RUN)
-    run_and_die(tmp_path, half_written("_save", "model.safetensors"))
+    run_and_die(tmp_path, half_the_weights)
     assert not (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").exists()
     assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").exists()  # of the run before
 
