@@ -25,6 +25,7 @@ LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
 ADAPTERS = {
     "fresh": LoraConfig(**LORA),
     "trained": LoraConfig(**LORA, init_lora_weights=False),
+    "half frozen": LoraConfig(**LORA, init_lora_weights=False),
     "with dropout": LoraConfig(**LORA, init_lora_weights=False, lora_dropout=0.5),
     "fresh DoRA": LoraConfig(**LORA, use_dora=True),
     "trained DoRA": LoraConfig(**LORA, use_dora=True, init_lora_weights=False),
@@ -44,6 +45,9 @@ def adapted(name: str) -> PeftModel:
     model = get_peft_model(build_model(TOKENIZER, initializer_range=0.3), copy.deepcopy(ADAPTERS[name]))
     if name == "a trained whole head":
         model.base_model.model.lm_head.modules_to_save["default"].weight.data.normal_(std=0.3)
+    for parameter_name, parameter in model.named_parameters():
+        if name == "half frozen" and "lora_A" in parameter_name:
+            parameter.requires_grad_(False)
     if name in ("IA3", "AdaLoRA"):
         for parameter in model.parameters():
             parameter.data.add_(0.2 * torch.randn_like(parameter) * parameter.requires_grad)
