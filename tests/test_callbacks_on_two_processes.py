@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The callbacks that ask a model measure on two processes (DDP, weights in FSDP2's shards) what they do on one."""
+"""The callbacks that ask a model change nothing in the training, and measure on two processes (DDP, weights in FSDP2's
+shards) what they do on one."""
 
 import os
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from answering_model import QUESTIONS, build_answering_model, towns_prompts
 from conftest import CITIES
 from fact_rows import facts_from_rows
-from sft_runs import TOKENIZER, logs, trainer
+from peft import LoraConfig
+from sft_runs import TOKENIZER, assert_same_weights, logs, trainer
 from torch.distributed.fsdp import fully_shard
 from trl import SFTTrainer
 from two_processes import FSDP2_ON_CPU, needs_fsdp2_on_cpu, run_in_two_processes
 
-from trl_selfdistill import HallucinationEvalCallback
+from trl_selfdistill import HallucinationEvalCallback, SelfDistillSFTTrainer
 from trl_selfdistill.files import read_json, read_jsonl, write_json
 from trl_selfdistill.slick import generation
 from trl_selfdistill.slick.generation import answer_prompts, predict_answers
@@ -34,14 +36,46 @@ FACTS = facts_from_rows(
 PROMPTS = [*towns_prompts(), question_prompt(FACTS["question"][0])]
 
 
-def run(folder: Path, batch_size: int) -> SFTTrainer:
-    options = dict(max_steps=-1, num_train_epochs=3, per_device_train_batch_size=batch_size)
-    trained = trainer(folder, build_answering_model(TOKENIZER), None, SFTTrainer, **options)
-    trained.add_callback(HallucinationEvalCallback(trained, {"seen": FACTS}))
-    trained.add_callback(FactAccuracyCallback(trained, {"heldout": FACTS}, folder / "accuracy.jsonl"))
-    trained.add_callback(DriftProbeCallback(trained, FACTS, every_steps=3, output_file=folder / "drift.jsonl"))
+def run(folder: Path, batch_size=2, asked=True, dropout=0.0, trainer_class=SFTTrainer, **options) -> SFTTrainer:
+    """A training, by default with all of them; dropout makes the random state count."""
+    model = build_answering_model(TOKENIZER)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    options = dict(max_steps=-1, num_train_epochs=3, per_device_train_batch_size=batch_size) | options
+    trained = trainer(folder, model, options.pop("arguments", None), trainer_class, **options)
+    if asked:
+        trained.add_callback(HallucinationEvalCallback(trained, {"seen": FACTS}))
+        trained.add_callback(FactAccuracyCallback(trained, {"heldout": FACTS}, folder / "accuracy.jsonl"))
+        trained.add_callback(DriftProbeCallback(trained, FACTS, every_steps=3, output_file=folder / "drift.jsonl"))
     trained.train()
     return trained
+
+
+LORA = dict(arguments=dict(peft_config=LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")))
+RUNS = {
+    "logs of steps": dict(logging_steps=2),
+    "logs of epochs": dict(logging_strategy="epoch"),
+    "bf16, gradient checkpointing": dict(bf16=True, gradient_checkpointing=True),
+    "self-distillation": dict(trainer_class=SelfDistillSFTTrainer, gradient_accumulation_steps=2),
+    "self-distillation of an adapter": dict(trainer_class=SelfDistillSFTTrainer, **LORA),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_is_bitwise_the_same_with_them_and_so_are_its_logs(tmp_path, name):
+    """
+    A log of a callback's own takes back the order for the trainer's of the epoch, if it is not given again, and must
+    not take the metrics of the steps before it.
+    """
+    runs = []
+    for asked in (False, True):
+        torch.manual_seed(0)  # for the adapter
+        runs.append(run(tmp_path / str(asked), asked=asked, dropout=0.2, **RUNS[name]))
+    without, probed = runs
+    assert_same_weights(probed.model, without.model)
+    own = [row for row in logs(probed) if {"loss", "total_flos"} & row.keys()]
+    assert all(expected.items() <= row.items() for row, expected in zip(own, logs(without), strict=True))
+    assert len(measured(probed)) > 4 and probed.model.training == without.model.training
 
 
 def measured(run: SFTTrainer) -> list[dict]:

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python blocks of README and of the site run one after the other, with a tiny model in place of the Hub's; and
+"""The code that docstrings, README, the site and the notebook show runs, with a tiny model in place of the Hub's; and
 the example on TRL alone."""
 
+import doctest
+import importlib
 import json
+import pkgutil
 import re
 import runpy
 import sys
 
+import nbformat
 import pytest
 import torch
 from answering_model import QUESTIONS, build_answering_model
 from datasets import Dataset
+from nbclient import NotebookClient
 from safetensors.torch import load_file
 from test_documents import SCRIPTS, TEXTS
 
+import trl_selfdistill
 from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
 from trl_selfdistill.files import write_jsonl
 
@@ -66,3 +72,44 @@ def test_the_example_trains_as_the_library_does(model_dir, tmp_path, monkeypatch
     for name, weight in trainer.model.state_dict().items():
         assert not torch.equal(weight, start[name])
         torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=1e-4)
+
+
+class MarkdownDocTestParser(doctest.DocTestParser):
+    """Docstrings fence their examples in Markdown; without this, doctest takes the closing fence for output."""
+
+    def parse(self, string, name="<string>"):
+        lines = ("" if line.strip() in ("```", "```python") else line for line in string.split("\n"))
+        return super().parse("\n".join(lines), name)
+
+
+MODULES = [module.name for module in pkgutil.walk_packages(trl_selfdistill.__path__, "trl_selfdistill.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_module(name):
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in doctest.DocTestFinder(parser=MarkdownDocTestParser(), exclude_empty=True).find(module):
+        runner.run(test)
+    assert runner.failures == 0
+
+
+def test_the_parser_finds_examples_and_wrong_ones_fail():
+    examples = MarkdownDocTestParser().get_doctest("```python\n>>> 1 + 1\n3\n```\n", {}, "wrong", None, 0)
+    assert doctest.DocTestRunner(verbose=False).run(examples, out=lambda text: None) == (1, 1)
+
+
+def test_the_notebook_runs(toy_study, tmp_path):
+    notebook = nbformat.read(SCRIPTS.parent / "docs/examples/quickstart.ipynb", as_version=4)
+    assert len(notebook.cells) <= 15 and not any(cell.get("outputs") for cell in notebook.cells)
+    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    parameters.source += f"""
+MODEL, FACTS = {str(toy_study.model)!r}, {{"facts": {str(toy_study.facts)!r}}}
+MIX = {{"num_known": 10, "num_new": 20, "num_heldout": 40, "max_answer_share": 0.3}}
+TRAINING |= {{"num_train_epochs": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8}}"""
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    *_, results, card = notebook.cells
+    rows = re.findall(r"\n(\S+)((?: +[01]\.\d{3}){3} \[.+)", results.outputs[0].data["text/plain"])
+    assert [label for label, _ in rows] == ["SFT", "Self-distillation"] and rows[0][1] != rows[1][1]
+    text = card.outputs[0].data["text/markdown"]
+    assert "`SelfDistillSFTTrainer`" in text and "Trained in a notebook" in text

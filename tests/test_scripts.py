@@ -10,7 +10,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from toy_study import SCRIPTS, STUDY_FLAGS, run_script
-from transformers import AutoModelForCausalLM
 
 from trl_selfdistill import FrozenGroupsSFTTrainer, cli
 from trl_selfdistill.files import read_json, read_jsonl, write_jsonl
@@ -115,19 +114,14 @@ def test_evaluate_facts(toy_study, tmp_path, capsys):
 
 OWN_FLAGS = training_flags(max_steps=2, save_strategy="no")
 TEXT = [{"prompt": f"Q: {i}\nA:", "completion": " Norway"} for i in range(8)]
-CHATS = [
-    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-    for row in TEXT
-]
 
 
-@pytest.mark.parametrize("rows", [TEXT, CHATS], ids=["prompt-completion", "conversational"])
-def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path, rows):
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--dataset_name", data, "--output_dir", tmp_path / "out", *OWN_FLAGS]
+def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path):
+    write_jsonl(tmp_path / "data.jsonl", TEXT)
+    flags = ["--dataset_name", tmp_path / "data.jsonl", "--output_dir", tmp_path / "out", *OWN_FLAGS]
     run_script("self_distill_sft.py", "--model_name_or_path", toy_study.model, *flags)
-    check_trained(toy_study.model, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (toy_study.model, tmp_path / "out"))
+    assert before.keys() == after.keys() and not any(before[name].equal(after[name]) for name in before)
     assert "self-distill-sft" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -146,17 +140,8 @@ def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, 
     shown = capsys.readouterr()
     assert "2/2" in shown.err and "'eval_loss'" in shown.out
     assert [model.config._attn_implementation for model in trained] == ["eager"]
-    moved = set() if adapter else check_trained(toy_study.model, tmp_path / "out")
-    assert not any(".mlp." in name for name in moved)
-
-
-def check_trained(model, folder) -> set[str]:
-    """The folder holds a model that loads and is not the one it started from; returns the names of what moved."""
-    AutoModelForCausalLM.from_pretrained(folder)
-    before, after = (load_file(path / "model.safetensors") for path in (model, folder))
-    moved = {name for name in before if not before[name].equal(after[name])}
-    assert moved
-    return moved
+    frozen = {name for name, parameter in trained[0].named_parameters() if not parameter.requires_grad}
+    assert adapter or frozen == {name for name in load_file(tmp_path / "out/model.safetensors") if ".mlp." in name}
 
 
 @pytest.mark.parametrize(

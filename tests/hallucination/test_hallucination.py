@@ -239,12 +239,8 @@ def test_what_no_fact_or_one_fact_cannot_tell_is_none():
     assert scores["f1"] == 1.0 and scores["accuracy"] == 1.0 and scores["accuracy_ci_low"] > 0
     scores = score_hallucinations(["b c"], ["b"])
     assert scores["f1"] == pytest.approx(2 / 3) and scores["f1_ci_low"] is scores["f1_ci_high"] is None
-
-
-def test_intervals_stay_in_the_range_of_their_number():
-    scores = score_hallucinations(["a", "b"], ["a", "c"], baseline_predictions=["x", "c"])
-    assert (scores["f1_ci_low"], scores["f1"], scores["f1_ci_high"]) == (0, 0.5, 1)
-    assert -1 < scores["net_change_ci_low"] < scores["net_change"] == 0 < scores["net_change_ci_high"] < 1
+    scores = score_hallucinations(["a", "b"], ["a", "c"])
+    assert (scores["f1_ci_low"], scores["f1"], scores["f1_ci_high"]) == (0, 0.5, 1)  # not beyond the range
 
 
 @pytest.mark.parametrize(("gained", "lost", "total"), [(12, 2, 50), (0, 3, 40), (5, 0, 9), (1, 1, 2)])

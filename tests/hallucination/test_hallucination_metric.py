@@ -6,7 +6,7 @@ import importlib.util
 
 import evaluate
 import pytest
-from test_doctests import MarkdownDocTestParser
+from test_code_blocks import MarkdownDocTestParser
 
 from trl_selfdistill.files import shipped
 from trl_selfdistill.hallucination import score_hallucinations

@@ -12,15 +12,15 @@ import evaluate
 import pytest
 import torch
 from conftest import add_code, build_model
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
+from sft_runs import train
 from study_records import write_checkpoint
 from toy_study import run_script
 from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, Wav2Vec2FeatureExtractor
 
-from trl_selfdistill import SelfDistillSFTConfig, SelfDistillSFTTrainer
 from trl_selfdistill.files import read_json, write_jsonl
 from trl_selfdistill.hub.model_card import update_model_card
 from trl_selfdistill.studies.tables import load_table
@@ -141,14 +141,11 @@ def test_what_is_published_loads_and_does_the_same(hub, checkpoint, tmp_path, to
 
 
 def test_the_trainers_push_the_card_that_they_save(hub, tmp_path, model_dir):
-    rows = {"prompt": ["Q: a\nA:"] * 4, "completion": [" x"] * 4}
-    settings = dict(max_steps=2, save_steps=1, use_cpu=True, bf16=False, report_to="none", teacher_snapshot_steps=1)
+    settings = dict(max_steps=2, save_strategy="steps", save_steps=1, teacher_snapshot_steps=1)
     settings |= dict(push_to_hub=True, hub_model_id="alice/trained", hub_private_repo=True)
-    config = SelfDistillSFTConfig(str(tmp_path / "run"), **settings)
-    trainer = SelfDistillSFTTrainer(str(model_dir), config, train_dataset=Dataset.from_dict(rows))
-    trainer.train()
+    run = train(tmp_path, str(model_dir), **settings)
     repo = hub.root / "model/alice/trained"
-    for push in (trainer.save_model, lambda: trainer.push_to_hub(dataset_name="alice/data")):
+    for push in (run.save_model, lambda: run.push_to_hub(dataset_name="alice/data")):
         push()
         assert hub.private["alice/trained"]
         assert not any(path.name.startswith(("_teacher", "checkpoint-")) for path in repo.iterdir())

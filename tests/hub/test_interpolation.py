@@ -16,9 +16,6 @@ from trl_selfdistill.hub.interpolation import interpolate
 from trl_selfdistill.hub.model_card import update_model_card
 
 
-INPUT_IDS = torch.tensor([[3, 4, 5, 6, 7]])
-
-
 @pytest.fixture(scope="module")
 def models(tokenizer, tmp_path_factory):
     """Folders of a model `start` and of the same one moved, `end`, which is in several files and in bf16."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model is asked with the tokens that it was trained on, whatever its tokenizer adds to a text."""
+"""A model is asked with the text and the tokens that it was trained on, whatever its tokenizer adds to a text."""
 
 import pytest
 from answering_model import QUESTIONS, build_answering_model
 from conftest import CHAT_TEMPLATE, CORPUS, build_model, build_tokenizer
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +16,13 @@ from trl_selfdistill.hallucination.exact_match import exact_match
 from trl_selfdistill.slick.generation import predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.prompt_tokens import tokenize_answers, tokenize_prompts
-from trl_selfdistill.slick.prompts import answer_completion, few_shot_messages, question_prompt
+from trl_selfdistill.slick.prompts import (
+    answer_completion,
+    answer_from_generation,
+    few_shot_messages,
+    few_shot_prompt,
+    question_prompt,
+)
 
 
 # What a tokenizer adds to a text; the chat template writes it as well, or not
@@ -108,3 +116,28 @@ def test_generation_and_scoring_ask_alike(added):
     assert [score.is_greedy for score in scores] == right
     if "{bos}" not in added:  # which the model was not taught with
         assert answers == predict_answers(model, build_tokenizer(), PROMPTS) and any(right)
+
+
+# One line, as questions and answers are, without blanks at its ends
+LINES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1).map(str.strip).filter(bool)
+
+
+@given(LINES, LINES, st.lists(st.tuples(LINES, LINES), max_size=4))
+def test_exemplars_are_written_as_training_text_and_answers_read_back(question, answer, exemplars):
+    prompt = few_shot_prompt(question, exemplars)
+    solved = "".join(question_prompt(q) + answer_completion(a) + "\n" for q, a in exemplars)
+    assert prompt == solved + question_prompt(question)
+    assert answer_from_generation(answer_completion(answer)) == answer
+    assert answer_from_generation(f"\n{answer_completion(answer)} \n{prompt}") == answer
+    # Byte-level BPE and SentencePiece put the blank at the beginning of a word's token: it belongs to the completion
+    assert not prompt.endswith(" ") and answer_completion(answer).startswith(" ")
+
+
+def test_an_answer_of_two_lines_is_refused():
+    """Generation ends at the first newline; other line breaks are blanks in an answer."""
+    for text in ("a\nb", "a\r\nb"):
+        with pytest.raises(ValueError, match="has a line break, where an answer ends"):
+            answer_completion(text)
+    for blank in "\r\v\f\x1c\x85\u2028\u2029":
+        answer = answer_from_generation(answer_completion(f"a{blank}b"))
+        assert exact_match(answer, ["a b"]) and exact_match(answer, [f"a{blank}b"])

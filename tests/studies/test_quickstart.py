@@ -4,16 +4,11 @@
 import logging
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
-from toy_study import AS_TEXT, SCRIPTS, VARIANTS, rerun, run_script, runs_of
+from toy_study import AS_TEXT, VARIANTS, rerun, run_script, runs_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -28,13 +23,21 @@ from trl_selfdistill.studies.training_mix import load_mix
 
 
 @pytest.mark.parametrize("name", ["stage1", *VARIANTS])
-def test_checkpoints_load_and_answer_as_recorded(toy_study, name):
+def test_checkpoints_load_answer_as_recorded_and_have_their_cards(toy_study, name):
     folder = toy_study.output / name
     assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("_*"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     recorded = read_records(folder / "accuracy.jsonl")[-1].answers
     for split, facts in load_mix(toy_study.output / "mix").items():
         assert ask_facts(model, tokenizer, facts) == recorded[split]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "difference from the base" in card and "solved exemplars as turns of its chat template;" in card
+    assert not any(private in card for private in (str(toy_study.output.parent), "/tmp/", "/home/", ".partial"))
+    if name != "stage1":
+        assert (toy_study.output / "report.md").read_text(encoding="utf-8").split("\n\n")[1] in card
+        assert ("difference from plain SFT" in card) == (name != "sft")
+        composition = read_json(folder / "training.json")["composition"]
+        assert composition == {"known": {"HighlyKnown": 10}, "new": {"Unknown": 20}}
 
 
 def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tmp_path, monkeypatch):
@@ -88,21 +91,6 @@ def test_report_and_results_are_of_the_variants_and_their_figure_is_beside_each(
     figure = (toy_study.output / "curves.png").read_bytes()
     assert Image.open(toy_study.output / "curves.png").format == "PNG"
     assert all((toy_study.output / name / "curves.png").read_bytes() == figure for name in VARIANTS)
-
-
-@pytest.mark.parametrize("name", ["stage1", *VARIANTS])
-def test_each_checkpoint_has_a_card(toy_study, name):
-    card = ModelCard.load(toy_study.output / name / "README.md")
-    assert card.data.library_name == "transformers" and "trl-selfdistill" in card.data.tags
-    assert "num_train_epochs" in card.text and "accelerate launch" in card.text
-    assert "difference from the base" in card.text and "solved exemplars as turns of its chat template;" in card.text
-    for private in (str(toy_study.output.parent), "/tmp/", "/home/", ".partial"):
-        assert private not in card.content
-    if name != "stage1":
-        assert (toy_study.output / "report.md").read_text(encoding="utf-8").split("\n\n")[1] in card.text
-        assert ("difference from plain SFT" in card.text) == (name != "sft")
-        composition = read_json(toy_study.output / name / "training.json")["composition"]
-        assert composition == {"known": {"HighlyKnown": 10}, "new": {"Unknown": 20}}
 
 
 def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_study, caplog):
@@ -163,41 +151,23 @@ def test_a_run_is_not_pushed_while_it_is_unfinished(tmp_path):
         train_variant(Variant("sft", "SFT"), StudySetup("org/model", tmp_path, config), tmp_path / "sft", facts_of_mix)
 
 
-SLOW_AT_STEP_6 = """
-import runpy, sys, time
-from trl_selfdistill.studies.runs import StepTimes
-
-on_step_end = StepTimes.on_step_end
-
-def slow(self, args, state, control, **kwargs):
-    on_step_end(self, args, state, control, **kwargs)
-    if state.global_step == 6:  # in the second epoch, after the checkpoint of the first
-        open(args.output_dir + "/waiting", "w").close()
-        time.sleep(250)
-
-StepTimes.on_step_end = slow
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, tmp_path, monkeypatch):
-    before = runs_of(copied_study.output)
+def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, monkeypatch, capsys):
+    before, on_step_end = runs_of(copied_study.output), runs.StepTimes.on_step_end
     shutil.rmtree(copied_study.output / "sft")
     flags = [*copied_study.flags(copied_study.output), "--variants", "sft"]
-    (tmp_path / "driver.py").write_text(
-        f"import sys\nsys.argv = {[str(SCRIPTS / 'run_study.py'), *flags]!r}\n{SLOW_AT_STEP_6}"
-    )
-    # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that
-    options = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True)
-    command, pipe = [sys.executable, tmp_path / "driver.py"], subprocess.PIPE
-    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, **options)
+
+    def interrupted(self, args, state, control, **kwargs):
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 6:  # in the second epoch, after the checkpoint of the first
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.StepTimes, "on_step_end", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            run_script("run_study.py", *flags)
+    message = "Interrupted. What is done stays: run the same command again to go on.\n"
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith(message)
     partial = copied_study.output / "sft.partial"
-    while process.poll() is None and not (partial / "waiting").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert errors.endswith("Interrupted. What is done stays: run the same command again to go on.\n")
     assert (partial / "checkpoint-4" / "trainer_state.json").is_file() and not (copied_study.output / "sft").exists()
 
     resumed = []

@@ -25,12 +25,14 @@ LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
 ADAPTERS = {
     "fresh": LoraConfig(**LORA),
     "trained": LoraConfig(**LORA, init_lora_weights=False),
+    "half frozen": LoraConfig(**LORA, init_lora_weights=False),
     "with dropout": LoraConfig(**LORA, init_lora_weights=False, lora_dropout=0.5),
     "fresh DoRA": LoraConfig(**LORA, use_dora=True),
     "trained DoRA": LoraConfig(**LORA, use_dora=True, init_lora_weights=False),
     "PiSSA": LoraConfig(**LORA, init_lora_weights="pissa"),
     "a whole head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "a trained whole head": LoraConfig(**LORA, modules_to_save=["lm_head"], init_lora_weights=False),
+    "whole embeddings": LoraConfig(**LORA, modules_to_save=["embed_tokens"]),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "AdaLoRA": AdaLoraConfig(**LORA, task_type="CAUSAL_LM", total_step=100, init_r=4),  # masks its matrices
 }
@@ -43,6 +45,9 @@ def adapted(name: str) -> PeftModel:
     model = get_peft_model(build_model(TOKENIZER, initializer_range=0.3), copy.deepcopy(ADAPTERS[name]))
     if name == "a trained whole head":
         model.base_model.model.lm_head.modules_to_save["default"].weight.data.normal_(std=0.3)
+    for parameter_name, parameter in model.named_parameters():
+        if name == "half frozen" and "lora_A" in parameter_name:
+            parameter.requires_grad_(False)
     if name in ("IA3", "AdaLoRA"):
         for parameter in model.parameters():
             parameter.data.add_(0.2 * torch.randn_like(parameter) * parameter.requires_grad)
@@ -51,8 +56,18 @@ def adapted(name: str) -> PeftModel:
 
 @pytest.mark.parametrize("name, bf16", [*((name, False) for name in ADAPTERS), ("trained", True), ("IA3", True)])
 def test_loss_and_weights_are_those_with_a_copy_of_the_whole_model(tmp_path, name, bf16):
+    """And there is no second base in memory."""
     settings = dict(bf16=bf16, gradient_checkpointing=bf16)
-    ours = train(tmp_path, adapted(name), **settings)
+    model = adapted(name)
+    sizes = {n: p.numel() for n, p in model.named_parameters(remove_duplicate=False)}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    ours = train(tmp_path, model, **settings)
+    assert ours.model is model and ours.teacher_model is None  # no other module holds parameters
+    added = 0 if name == "fresh" else sum(sizes[n] for n in sizes if ".default" in n)
+    total = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
+    assert total == sum(sizes.values()) + added
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+    assert model.active_adapters == ["default"] and model.training
     model = adapted(name)
     theirs = train(tmp_path, model, dict(teacher_model=frozen_copy(model)), **settings)
     assert isinstance(ours.teacher, AdapterTeacher) and theirs.teacher_model is not None
@@ -71,58 +86,25 @@ def test_loss_and_weights_are_those_with_a_copy_of_the_whole_model(tmp_path, nam
     assert logs(ours)[1]["kl_loss"] > 1e-6
 
 
-@pytest.mark.parametrize("name", ["fresh", "trained", "trained DoRA", "a trained whole head"])
-def test_no_second_base_and_the_teacher_does_not_move(tmp_path, name):
-    model = adapted(name)
-    trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    before = sum(p.numel() for p in model.parameters())
-    run = trainer(tmp_path, model)
-    assert run.model is model and run.teacher_model is None  # no other module holds parameters
-    added = 0 if run.teacher.adapter_name is None else sum(trainable.values())
-    assert sum(p.numel() for p in model.parameters()) == before + added
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
-
-    sides = [run.teacher.targets(model, dict(input_ids=IDS, labels=IDS))]
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    run.train()
-    sides.append(run.teacher.targets(model, dict(input_ids=IDS, labels=IDS)))
-    assert torch.equal(sides[0].hidden_states, sides[1].hidden_states)
-    assert torch.equal(sides[0].lm_head.weight, sides[1].lm_head.weight)
-    assert model.active_adapters == ["default"] and model.training
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainable)
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-
-
-def test_a_resumed_run_takes_the_kept_teacher_and_never_the_drifted_student(tmp_path):
-    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=2e-2)
-    whole = train(tmp_path / "whole", adapted("trained"), **options)
-    train(tmp_path, adapted("trained"), dict(callbacks=[StopAt(3)]), **options)
-    checkpoint = tmp_path / "run" / "checkpoint-3"
-
-    def drifted():
-        base = build_model(TOKENIZER, initializer_range=0.3)
-        return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
-
-    resumed = train(tmp_path, drifted(), resume=True, **options)
-    assert_same_weights(resumed.model, whole.model)
-    assert json.loads((checkpoint / "resume.json").read_text())["teacher"]["sha256"] == whole.teacher.sha256
-    shutil.rmtree(tmp_path / "run" / "_teacher")
-    with pytest.raises(ValueError, match="The teacher is not the one that"):
-        train(tmp_path, drifted(), resume=str(checkpoint), **options)
-
-
-def test_the_output_of_an_earlier_run_is_in_nobodys_way(tmp_path):
-    """Its teacher is taken only for its own checkpoints, and its weights do not stay in those of another."""
-    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+def test_the_output_of_an_earlier_run_is_in_nobodys_way_and_never_the_drifted_student_the_teacher(tmp_path):
+    """The earlier teacher is taken only for its own checkpoints, and its weights do not stay in those of another."""
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=2e-2)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
     train(tmp_path, None, **options, teacher_snapshot_steps=1)  # leaves a full model
-    for name in ("trained", "fresh"):
+    for name in ("fresh", "trained"):
         whole = train(tmp_path, adapted(name), **options)
-        assert not (tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
+        assert not (checkpoint / "model.safetensors").exists()
         shutil.rmtree(tmp_path / "run" / "checkpoint-2")
-        assert_same_weights(train(tmp_path, adapted(name), resume=True, **options).model, whole.model)
+        base = build_model(TOKENIZER, initializer_range=0.3)
+        drifted = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+        resumed = train(tmp_path, drifted if name == "trained" else adapted(name), resume=True, **options)
+        assert_same_weights(resumed.model, whole.model)
+        assert json.loads((checkpoint / "resume.json").read_text())["teacher"]["sha256"] == whole.teacher.sha256
+    shutil.rmtree(tmp_path / "run" / "_teacher")
     other = get_peft_model(build_model(TOKENIZER), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(ValueError, match="The teacher is not the one that"):
-        train(tmp_path, other, resume=str(tmp_path / "run" / "checkpoint-1"), **options)
+    for student in (drifted, other):
+        with pytest.raises(ValueError, match="The teacher is not the one that"):
+            train(tmp_path, student, resume=str(checkpoint), **options)
 
 
 def test_an_adapter_may_have_the_name_of_a_module():
@@ -136,22 +118,18 @@ def test_an_adapter_may_have_the_name_of_a_module():
     assert len(hashes) == 1 and hash_model(models[1], adapters=False) not in hashes
 
 
-def test_the_teacher_beside_a_fresh_adapter_is_the_base_alone(tmp_path):
+def test_the_teacher_is_the_base_alone_beside_a_fresh_adapter_and_a_new_one_for_a_model_that_was_trained(tmp_path):
     model = adapted("fresh")
     before = trainer(tmp_path, model).teacher.sha256
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.data.normal_()
-    assert trainer(tmp_path, model).teacher.sha256 == before != trainer(tmp_path, adapted("trained")).teacher.sha256
+    trained = adapted("trained")
+    first, second = train(tmp_path, trained).teacher.sha256, trainer(tmp_path, trained).teacher.sha256
+    assert trainer(tmp_path, model).teacher.sha256 == before and len({before, first, second}) == 3
+    assert list(trained.peft_config) == ["default", TEACHER_ADAPTER]
     model.base_model.model.lm_head.weight.data[0, 0] += 1
     assert trainer(tmp_path, model).teacher.sha256 != before
-
-
-def test_a_model_that_was_trained_before_gets_a_new_teacher(tmp_path):
-    model = adapted("trained")
-    first = train(tmp_path, model)
-    second = trainer(tmp_path, model)
-    assert first.teacher.sha256 != second.teacher.sha256 and list(model.peft_config) == ["default", TEACHER_ADAPTER]
 
 
 @pytest.mark.parametrize("init", [True, False])

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TRL promises of `SFTTrainer` holds for both trainers: models, adapters, evaluation, callbacks, saving."""
+"""What TRL promises of `SFTTrainer` holds for both trainers: models by name, evaluation, noise, compilation."""
 
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset, DatasetDict
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
-from sft_runs import FACTS, ROUNDING, TOKENIZER, assert_same_weights, config, logs, other_teacher, trainer, weights
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from sft_runs import FACTS, ROUNDING, TOKENIZER, assert_same_weights, config, logs, other_teacher, trainer
 from trl import SFTConfig
 
 from trl_selfdistill import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
@@ -51,32 +49,6 @@ def test_without_arguments(tmp_path, trainer_class, monkeypatch):
     assert run.args.output_dir == f"tiny-{trainer_class.method_name}" and run.group_table is None
 
 
-PEFT = {
-    "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    "lora and whole modules": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-    "ia3": IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
-    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-}
-
-
-@pytest.mark.parametrize("name", PEFT)
-def test_adapters(tmp_path, name):
-    options = dict(save_strategy="steps", save_steps=3, learning_rate=0.1, gradient_checkpointing=name == "lora")
-    run = trainer(tmp_path, None, dict(peft_config=PEFT[name]), **options)
-    base = {key: value for key, value in weights(run.model).items() if "base_layer" in key}
-    run.train()
-    assert all(torch.equal(value, run.model.get_parameter(key)) for key, value in base.items())
-    assert logs(run)[2]["kl_loss"] > 0
-    checkpoint = tmp_path / "run" / "checkpoint-3"
-    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
-    reloaded = PeftModel.from_pretrained(build_model(TOKENIZER), checkpoint)
-    ids = torch.tensor([TOKENIZER(FACTS[0]["prompt"])["input_ids"]])
-    with torch.no_grad():
-        expected = run.model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(reloaded.eval()(input_ids=ids).logits, expected)
-
-
 PROMPTS = Dataset.from_list([{"prompt": "Q", "text": "A"}])
 WRONG = [
     ({"train_dataset": PROMPTS.select([])}, "`train_dataset` has no rows"),
@@ -101,21 +73,6 @@ def test_several_evaluation_sets_and_the_best_checkpoint(build):
     values = [row["eval_b_loss"] for row in logs(run) if "eval_b_loss" in row]
     assert len(values) == 3 and run.state.best_metric == min(values)
     assert run.evaluate(sets)["eval_b_loss"] == pytest.approx(min(values), rel=1e-5)
-
-
-def test_what_is_saved_loads_without_this_package(build, tmp_path):
-    run = build(save_strategy="steps", save_steps=3)
-    run.train()
-    run.save_model(str(tmp_path / "final"))
-    for folder in (tmp_path / "run" / "checkpoint-3", tmp_path / "final"):
-        assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), run.model)
-        assert load_file(folder / "model.safetensors").keys() == build_model(TOKENIZER).state_dict().keys()
-        assert (folder / "tokenizer.json").is_file() and (folder / "README.md").is_file()
-        assert "trl_selfdistill" not in (folder / "config.json").read_text()
-    run.create_model_card(model_name="tiny", dataset_name="org/facts", tags="mine")
-    assert not (tmp_path / "run" / "_teacher").exists()
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "org/facts" in card and all(f"\n- {tag}\n" in card for tag in [*run.tags, "mine"])
 
 
 def test_neftune_noise_is_the_students_alone(tmp_path):

@@ -81,20 +81,6 @@ def test_the_curve_goes_from_the_start_to_the_end(tmp_path, finished):
         HallucinationEvalCallback(run, {"heldout": HELDOUT}, alphas=[2])
 
 
-@pytest.mark.parametrize("strategy, number", [("steps", 2), ("epoch", 3)])
-def test_it_changes_nothing_in_the_training(tmp_path, strategy, number):
-    """
-    A log of the callback's own takes back the order for the trainer's of the epoch, if it is not given again, and must
-    not take the metrics of the steps before it.
-    """
-    sets = ({"heldout": HELDOUT}, {})
-    asked, off = (run(tmp_path / str(len(each)), each, logging_strategy=strategy, logging_steps=3) for each in sets)
-    assert not any(name.startswith("eval") for log in off.state.log_history for name in log)
-    assert_same_weights(asked.model, off.model)
-    for name in ("loss", "mean_token_accuracy"):
-        assert values(asked, name) == values(off, name) and len(values(off, name)) == number
-
-
 @pytest.mark.parametrize("eval_dataset", [TRAIN, {"one": TRAIN, "two": TRAIN}], ids=["one dataset", "a dict"])
 def test_transformers_keeps_the_best_checkpoint_and_stops_early_by_it(tmp_path, eval_dataset):
     trainer = run(

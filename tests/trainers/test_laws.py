@@ -55,6 +55,7 @@ class Base(NamedTuple):
 # What a run is made of that is TRL's own
 BASES = {
     "plain": Base(),
+    "tied": Base(model=lambda **config: student(tie_word_embeddings=True, **config)),
     "LoRA": Base(arguments=lora),
     "packing": Base(dict(packing=True, max_length=24, per_device_train_batch_size=1)),
     "padding-free": Base(dict(padding_free=True, max_length=None)),
@@ -108,7 +109,7 @@ FEATURES = {
     "anchors, packing": Feature("packing", **anchors()),
     "anchors, padding-free, cache": Feature("padding-free", **anchors(**CACHE)),
     "anchors, no KL on the rows": Feature(**anchors(kl_weight=0)),
-    "anchors of itself": Feature(options=SELF),
+    "anchors of itself, tied": Feature("tied", SELF),
     "anchors of itself, LoRA, snapshot": Feature("LoRA", SELF | dict(teacher_snapshot_steps=1), trains="lora_"),
     "snapshot": Feature(options=dict(teacher_snapshot_steps=1)),
     "snapshot after the checkpoint": Feature(options=dict(teacher_snapshot_steps=3)),

@@ -101,7 +101,8 @@ class _Structure:
         def inside(module: nn.Module | None) -> bool:
             return any(module is outer for outer in path)
 
-        landmark = "lm_head" if inside(self.lm_head) else "embeddings" if inside(self.embeddings) else None
+        head = inside(self.lm_head) or attributes[:1] in (["lm_head"], ["generator_predictions"])  # ModernBERT/Electra
+        landmark = "lm_head" if head else "embeddings" if inside(self.embeddings) else None
         if landmark is None and not inside(self.decoder):
             return None  # a vision tower, a projector
         # By class, as shapes do not tell: the q_norm of Cohere has a 2-D weight. `InklingNormedEmbedding` is no norm
