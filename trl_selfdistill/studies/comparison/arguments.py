@@ -31,7 +31,7 @@ class ComparisonArguments:
     variants: list[str] = setting([*GROUPS], "Variants to train. `sft` gives early stopping, too.")
     seeds: list[int] = setting([0, 1, 2], "Seeds of the training's order, at least 3.")
     settings: list[str] = setting(["0.3/1", "1/0.5"], "Self-distillation: λ/τ, or λ/τ/times the steps.")
-    own_answers_settings: list[str] = setting(["0.3/1", "0.7/1/3"], "The same with own answers.")
+    own_answers_settings: list[str] = setting(["0.3/1", "0.7/1/2"], "The same with own answers.")
     anchor_settings: list[str] = setting(
         ["1/0", "1/0.3"], "Anchors with a KL, τ = 1: their weight/λ of the rows, or weight/λ/times the steps."
     )
@@ -74,7 +74,7 @@ class ComparisonArguments:
         pattern = "{0}/{0}(?:/{0})?".format(r"(\d+(?:\.\d+)?)")
         parsed = [re.fullmatch(pattern, setting) for setting in getattr(self, name)]
         if not all(parsed) or any(float(match[3] or 1) == 0 for match in parsed):
-            raise ValueError(f"`{name}` are two or three numbers each, as in 0.7/1/3, got {getattr(self, name)}.")
+            raise ValueError(f"`{name}` are two or three numbers each, as in 0.7/1/2, got {getattr(self, name)}.")
         numbers = [(float(match[1]), float(match[2]), float(match[3] or 1)) for match in parsed]
         check_different(name, [*map(str, numbers)])
         return numbers
