@@ -21,6 +21,7 @@ def models(tokenizer, tmp_path_factory):
     """Folders of a model `start` and of the same one moved, `end`, which is in several files and in bf16."""
     folder = tmp_path_factory.mktemp("models")
     model = build_model(tokenizer)
+    model.register_buffer("counts", torch.arange(3))  # what did not move may be of any dtype
     model.save_pretrained(folder / "start")
     moved(model).to(torch.bfloat16).save_pretrained(folder / "end", max_shard_size="20KB")
     tokenizer.save_pretrained(folder / "end")

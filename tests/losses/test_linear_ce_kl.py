@@ -234,10 +234,11 @@ HIDDEN, HEAD, LABELS = torch.zeros(4, 3), LMHead(torch.zeros(6, 3)), torch.tenso
         ({1: LMHead(torch.zeros(6, 3), torch.zeros(1))}, {}, r"`student_lm_head.bias` .*\(6,\), got \(1,\)"),
         ({3: LMHead(torch.zeros(6, 3), logit_softcap=0.0)}, {}, "`teacher_lm_head.logit_softcap` .* got 0.0"),
         ({4: LABELS.float()}, {}, "`shift_labels` must be integers, got torch.float32"),
-        ({0: HIDDEN[None]}, {}, r"`student_hidden_states` must have shape .*Got \(1, 4, 3\)"),
+        ({0: HIDDEN[None]}, {}, r"`student_hidden_states` must have shape .*Got \[\(\(1, 4, 3\)"),
+        ({1: LMHead(torch.zeros(6, 3, device="meta"))}, {}, r"on one device.*'meta'"),  # offloaded
         ({1: LMHead(torch.zeros(0))}, {}, "`student_lm_head.weight`.*GatheredParameters"),
         ({2: None}, {}, "teacher's hidden states and head are needed, or `kl_weight=0`"),
-        ({3: LMHead(torch.zeros(7, 3))}, {}, r"`teacher_lm_head.weight` .*\(6, hidden_size\).* \(7, 3\)"),
+        ({3: LMHead(torch.zeros(7, 3))}, {}, r"`teacher_lm_head.weight` .*\(6, hidden_size\).*\(\(7, 3\)"),
         ({4: LABELS + 1}, {}, r"`shift_labels` must be -100 or in \[0, 6\), got 6"),
     ],
 )

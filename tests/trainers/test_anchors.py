@@ -79,7 +79,7 @@ def test_own_answers_keep_their_first_blank():
 OWN = {
     "completions": (answering, FACTS, PROMPTS, {}),
     "all tokens": (answering, FACTS, PROMPTS, dict(completion_only_loss=False, kl_weight=0)),
-    "conversations": (soon_silent, CHAT_ROWS, CHATS, {}),
+    "conversations": (soon_silent, CHAT_ROWS, [[{**turn, "name": "me"}] for [turn] in CHATS], {}),
     "packing": (answering, FACTS, PROMPTS, dict(packing=True, packing_strategy="wrapped", max_length=32)),
 }
 

@@ -141,14 +141,14 @@ def linear_ce_kl(
 def _checked_side(name: str, hidden_states: torch.Tensor, lm_head: LMHead, labels: torch.Tensor, vocab_size: int):
     """Returns the [`ModelSide`] called `name` if its shapes fit, with FSDP2 shards gathered, differentiably."""
     lm_head = lm_head.map_tensors(lambda x: x.full_tensor() if isinstance(x, DTensor) else x)
-    hidden_size = lm_head.weight.size(-1)
-    expected = ((len(labels), hidden_size), (vocab_size, hidden_size))
-    if (hidden_states.shape, lm_head.weight.shape) != expected or labels.dim() != 1:
+    hidden_size, tensors = lm_head.weight.size(-1), (hidden_states, lm_head.weight, labels)
+    expected = [(len(labels), hidden_size), (vocab_size, hidden_size), (len(labels),)]
+    if [tensor.shape for tensor in tensors] != expected or len({tensor.device for tensor in tensors}) > 1:
+        found = [(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]
         raise ValueError(
             f"`{name}_hidden_states` must have shape (num_tokens, hidden_size), `{name}_lm_head.weight` the shape "
-            f"({vocab_size}, hidden_size), with the student's vocabulary, and `shift_labels` (num_tokens,). Got "
-            f"{tuple(hidden_states.shape)}, {tuple(lm_head.weight.shape)} and {tuple(labels.shape)}. Weights that "
-            "DeepSpeed ZeRO-3 has partitioned need `deepspeed.zero.GatheredParameters` around this call."
+            f"({vocab_size}, hidden_size), with the student's vocabulary, and `shift_labels` (num_tokens,), on one "
+            f"device. Got {found}. Gather weights of DeepSpeed ZeRO-3 with `deepspeed.zero.GatheredParameters`."
         )
     if lm_head.bias is not None and lm_head.bias.shape != (vocab_size,):
         raise ValueError(f"`{name}_lm_head.bias` must have shape ({vocab_size},), got {tuple(lm_head.bias.shape)}.")

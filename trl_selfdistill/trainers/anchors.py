@@ -19,7 +19,7 @@ from ..slick.process_sharding import map_in_parallel
 from ..slick.prompt_tokens import text_tokenizer, tokenize_prompts
 from .resume import describe_dataset
 from .self_distill_sft_config import SelfDistillSFTConfig
-from .sft_internals import prepare_rows
+from .sft_internals import prepare_rows, without_unused_columns
 
 
 logger = logging.get_logger(__name__)
@@ -192,7 +192,7 @@ def _add_own_answers(trainer, prompts: list) -> Dataset:
     most = trainer.args.anchor_max_new_tokens
     with trainer.accelerator.autocast():
         rows = own_answers(trainer.model, trainer.processing_class, prompts, max_new_tokens=most)
-    rows = prepare_rows(trainer, rows)
+    rows = without_unused_columns(trainer, prepare_rows(trainer, rows))
     rows = rows.select_columns([name for name in rows.column_names if name in features])
     rows = rows.cast(Features({name: features[name] for name in rows.column_names}))
     trainer.train_dataset = concatenate_datasets([trainer.train_dataset, rows])
