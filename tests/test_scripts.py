@@ -92,6 +92,21 @@ def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     assert read_json(tmp_path / "stage1" / "training.json")["splits"] == ["known", "new"]  # made again
 
 
+def test_a_run_on_a_mix_depends_on_its_anchors_which_are_no_held_out_facts(copied_study, tmp_path):
+    mix, prompts, run = copied_study.output / "mix", tmp_path / "prompts.jsonl", tmp_path / "run"
+    flags = training_flags(anchors="kl", anchor_dataset_name=prompts, max_steps=1)
+    flags += ["--mix", mix, "--model_name_or_path", copied_study.output / "stage1", "--output_dir", run]
+    keys = set()
+    for name in ("Rome", "Bonn"):
+        write_jsonl(prompts, [{"prompt": f"Q: {name}\nA:"}])
+        run_script("self_distill_sft.py", *flags)
+        keys.add(read_json(run / "run.json")["key"])
+    assert len(keys) == 2
+    write_jsonl(prompts, read_jsonl(mix / "heldout.jsonl"))
+    with pytest.raises(ValueError, match="is one of 40 that are in `eval_dataset`, too"):
+        run_script("self_distill_sft.py", *flags)
+
+
 def test_evaluate_facts(toy_study, tmp_path, capsys):
     facts_file = toy_study.output / "mix" / "heldout.jsonl"
     flags = ["--facts", facts_file, "--output_dir", tmp_path / "out"]
