@@ -183,6 +183,7 @@ def check_trained(model, folder) -> set[str]:
         ("--dataset_name data --dataset_train_split sft", r"data: no split 'sft'; there are \['train'\]"),
         ("--dataset_name holes.jsonl", r"holes.jsonl` \(split 'train'\), row 2: there is no completion; fill it in"),
         ("--dataset_name turns.jsonl", "turns.jsonl` .*: messages is 'hello'; give text, or a list of `role` and"),
+        ("--dataset_name nobody.jsonl", r"nobody.jsonl` .*: messages is \[\]; give text, or a list of `role` and"),
         ("--dataset_name numbers.jsonl", "numbers.jsonl` .*: (prompt|completion) is 1; give text, or a list of"),
         ("--dataset_name qa.jsonl", "qa.jsonl` .*'train'.* has the columns answer, prompt: give prompt and"),
         ("--dataset_name qa.jsonl --model_name_or_path no/model", "`model_name_or_path`: 'no/model' is neither a fo"),
@@ -194,6 +195,7 @@ def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypa
     write_jsonl("holes.jsonl", [TEXT[0], {"prompt": "Q"}])
     write_jsonl("qa.jsonl", [{"prompt": "Q", "answer": "A"}])
     write_jsonl("turns.jsonl", [{"messages": "hello"}])
+    write_jsonl("nobody.jsonl", [{"messages": []}])
     write_jsonl("numbers.jsonl", [{"prompt": 1, "completion": 1}])
     model = ("--model_name_or_path", toy_study.model, "--output_dir", "out")
     with pytest.raises((SystemExit, ValueError)) as ended:
