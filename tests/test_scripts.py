@@ -91,6 +91,21 @@ def test_the_stages_one_by_one_are_the_study(toy_study, tmp_path):
     assert read_json(tmp_path / "stage1" / "training.json")["splits"] == ["known", "new"]  # made again
 
 
+def test_a_run_on_a_mix_depends_on_its_anchors_which_are_no_held_out_facts(copied_study, tmp_path):
+    mix, prompts, run = copied_study.output / "mix", tmp_path / "prompts.jsonl", tmp_path / "run"
+    flags = training_flags(anchors="kl", anchor_dataset_name=prompts, max_steps=1)
+    flags += ["--mix", mix, "--model_name_or_path", copied_study.output / "stage1", "--output_dir", run]
+    keys = set()
+    for name in ("Rome", "Bonn"):
+        write_jsonl(prompts, [{"prompt": f"Q: {name}\nA:"}])
+        run_script("self_distill_sft.py", *flags)
+        keys.add(read_json(run / "run.json")["key"])
+    assert len(keys) == 2
+    write_jsonl(prompts, read_jsonl(mix / "heldout.jsonl"))
+    with pytest.raises(ValueError, match="is one of 40 that are in `eval_dataset`, too"):
+        run_script("self_distill_sft.py", *flags)
+
+
 def test_evaluate_facts(toy_study, tmp_path, capsys):
     facts_file = toy_study.output / "mix" / "heldout.jsonl"
     flags = ["--facts", facts_file, "--output_dir", tmp_path / "out"]
@@ -153,6 +168,7 @@ def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, 
         ("--dataset_name data --dataset_train_split sft", r"data: no split 'sft'; there are \['train'\]"),
         ("--dataset_name holes.jsonl", r"holes.jsonl` \(split 'train'\), row 2: there is no completion; fill it in"),
         ("--dataset_name turns.jsonl", "turns.jsonl` .*: messages is 'hello'; give text, or a list of `role` and"),
+        ("--dataset_name nobody.jsonl", r"nobody.jsonl` .*: messages is \[\]; give text, or a list of `role` and"),
         ("--dataset_name numbers.jsonl", "numbers.jsonl` .*: (prompt|completion) is 1; give text, or a list of"),
         ("--dataset_name qa.jsonl", "qa.jsonl` .*'train'.* has the columns answer, prompt: give prompt and"),
         ("--dataset_name qa.jsonl --model_name_or_path no/model", "`model_name_or_path`: 'no/model' is neither a fo"),
@@ -164,6 +180,7 @@ def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypa
     write_jsonl("holes.jsonl", [TEXT[0], {"prompt": "Q"}])
     write_jsonl("qa.jsonl", [{"prompt": "Q", "answer": "A"}])
     write_jsonl("turns.jsonl", [{"messages": "hello"}])
+    write_jsonl("nobody.jsonl", [{"messages": []}])
     write_jsonl("numbers.jsonl", [{"prompt": 1, "completion": 1}])
     model = ("--model_name_or_path", toy_study.model, "--output_dir", "out")
     with pytest.raises((SystemExit, ValueError)) as ended:

@@ -99,6 +99,8 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
     ia3 = adapter("ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     pissa = adapter("pissa", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     (tmp_path / "empty").mkdir()
+    shutil.copytree(start, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"version")
     cases = [
         (end, 1.1, start, r"`alpha` .* in \[0, 1\], got 1.1"),
         (end, float("nan"), start, "`alpha`"),
@@ -114,7 +116,9 @@ def test_what_cannot_be_interpolated_is_refused_and_nothing_is_written(models, t
         (end, 0.5, changed("fp8", lambda t: t.update({first: t[first].to(torch.float8_e4m3fn)})), f"{first} is quan"),
         (saved, 0.5, None, "modules_to_save"),
         (tmp_path / "empty", 0.5, start, "holds no weights"),
-        ("no such folder", 0.5, start, "neither a folder nor the id"),
+        (end, 0.5, tmp_path / "cut", "cut/model.safetensors is not whole"),
+        ("org/model", 0.5, start, "'org/model' is neither a folder nor a model that the Hub gives"),
+        ("no such folder", 0.5, start, "neither a folder nor a model"),
     ]
     for after, alpha, before, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -190,8 +190,8 @@ def test_texts_are_the_teachers_however_far_the_student_is(tmp_path, monkeypatch
         assert [fresh.anchors[position]["input_ids"] for position in range(6, 12)] != expected[6:]
 
 
-EVALUATED = Dataset.from_list([{"prompt": PROMPTS[2], "completion": " x"}])
-CHAT_DATA = Dataset.from_list(CHAT_ROWS)
+EVALUATED = Dataset.from_list([{"prompt": f"{PROMPTS[2].upper()} ", "completion": " x"}])
+CHAT_DATA, TEXT_DATA = Dataset.from_list(CHAT_ROWS), Dataset.from_list(FACTS)
 TEXTS = Dataset.from_dict({"text": ["c d", "e f"]})
 ANSWERED = [[*row["prompt"], *row["completion"]] for row in CHAT_ROWS]
 STREAM = Dataset.from_list(FACTS).to_iterable_dataset()
@@ -208,7 +208,8 @@ REFUSED = [
     ({}, given(), "`anchors=None` takes none of `anchor_dataset` and .* got 1"),
     (dict(anchors="kl"), given([]), "`anchor_dataset` must be a `Dataset` with rows and a column"),
     (dict(anchors="kl"), dict(anchor_dataset=["a"]), r"must be a `Dataset` .* got \['a'\]"),
-    (dict(anchors="kl"), given(["a b", " "]), "row 2: `prompt` must be a text or a conversation, got ' '"),
+    (dict(anchors="kl"), given(["a b", " \u200b"]), "row 2: `prompt` must be a text or a conversation that asks some"),
+    (dict(anchors="kl"), given([[{"role": "system", "content": "Hi"}]]), "row 1: .* asks something, got .*'Hi'"),
     (dict(anchors="own_answers"), given(["a b", None]), "row 2: `prompt` must be a text .* got None"),
     (dict(anchors="kl"), given(["What?", "a"], "text"), "row 2: `text` has 1 tokens, not 2 to"),
     (dict(anchors="kl", max_length=8), given(["ab", "What " * 20]), "row 2: .* of an answer, .*`max_length=8`"),
@@ -216,6 +217,7 @@ REFUSED = [
     (dict(anchors="kl", packing=True), given(eval_dataset=EVALUATED), "row 3: `prompt` is one of 1 .* 'Q"),
     (dict(anchors="kl"), given(["a b", "c d"], "text", eval_dataset=TEXTS), "row 2: `text` is one of 1 .* 'c d'"),
     (dict(anchors="kl"), given(ANSWERED, "messages", eval_dataset=CHAT_DATA), "row 1: `messages` is"),
+    (dict(anchors="kl"), given(ANSWERED, "messages", eval_dataset=TEXT_DATA), "row 1: `messages` is"),
     (dict(anchors="own_answers"), given(train_dataset=STREAM), "adds rows to a tokenized .* With streams"),
 ]
 
@@ -253,3 +255,11 @@ def test_anchors_are_loaded_by_name(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = anchors.load_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=name), None)
     assert loaded["prompt"][:] == rows["prompt"][:]
+
+
+def test_a_file_that_holds_no_rows_is_named(tmp_path):
+    for name, text in {"no.jsonl": "", "blank.json": "\n\n", "cut.jsonl": "{", "a.txt": "a", "lost.csv": None}.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"`anchor_dataset_name='.*{name}'` is no .jsonl, "):
+            anchors.load_anchors(config(tmp_path, anchors="kl", anchor_dataset_name=str(tmp_path / name)), None)

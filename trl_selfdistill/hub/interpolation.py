@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..files import read_json, write_json, written_whole
@@ -64,27 +64,28 @@ def interpolate(
             write_json(partial / _ADAPTER_CONFIG, _scaled(adapter, alpha))
         else:
             _write_weights(names, _names(first), float(alpha), partial)
-        bare = {"is_adapter": bool(adapter), **base_model_of(os.fspath(end))}
-        training = read_record(folder).get("training") or bare
+        training = read_record(folder).get("training") or base_model_of(os.fspath(end)) | {"is_adapter": bool(adapter)}
         training["interpolation"] = {"alpha": float(alpha), "start": hub_id(start)}
         update_model_card(partial, training=training)
     return output
 
 
 def _folder(name: str | os.PathLike) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if hub_id(name) is None:
-        raise ValueError(f"{os.fspath(name)!r} is neither a folder nor the id of a model on the Hub.")
-    return Path(snapshot_download(os.fspath(name), allow_patterns=[*_FILES]))
+    try:
+        return Path(name if Path(name).is_dir() else snapshot_download(os.fspath(name), allow_patterns=[*_FILES]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{os.fspath(name)!r} is neither a folder nor a model that the Hub gives: {error}") from error
 
 
 def _names(folder: Path) -> dict[str, Path]:
     """The tensors in the `*.safetensors` files of a folder, and the file of each."""
     names = {}
     for path in sorted(folder.glob("*model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names |= dict.fromkeys(file.keys(), path)
+        try:
+            with safe_open(path, "pt") as file:
+                names |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not whole: {error}. Save or download it again.") from error
     if not names:
         raise ValueError(f"{folder} holds no weights (model*.safetensors). Save it with `save_pretrained`.")
     return names

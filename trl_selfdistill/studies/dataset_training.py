@@ -38,7 +38,7 @@ def train_as_asked(
                 raise ValueError(f"{source}, row {row + 1}: there is no {name}; fill it in or leave the row out")
             value = table[0][name]
             has_turns = isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
-            if not (has_turns if name == "messages" else has_turns or isinstance(value, str)):
+            if value == [] or not (has_turns if name == "messages" else has_turns or isinstance(value, str)):
                 raise ValueError(f"{source}: {name} is {value!r}; give text, or a list of `role` and `content`")
         return table
 

@@ -34,6 +34,7 @@ _CONFIGS = {SelfDistillSFTTrainer: SelfDistillSFTConfig, FrozenGroupsSFTTrainer:
 # What does not change the weights that a training run ends with
 _WITHOUT_EFFECT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "hub_token"}
 _WITHOUT_EFFECT |= {"project", "teacher_cache_dir", "use_cpu"}  # a study may be moved to another device
+_INPUTS = ("anchor_dataset_name", "teacher_model_name_or_path")  # that count by their content, where they are local
 _FORMER = {"teacher_model_revision": None}  # of `SelfDistillSFTConfig`, by which older runs are known
 
 
@@ -186,6 +187,7 @@ def train_variant(
     keep_model |= run_arguments(folder).get("keep_model", False)  # what is there has all that is asked for
     identity, inputs = model_identity(setup.start, setup.model_args)
     settings = config.to_dict() | (_FORMER if isinstance(config, SelfDistillSFTConfig) else {})
+    inputs += [path for name in _INPUTS if (path := settings.get(name)) and Path(path).exists()]
     arguments = {
         "trainer": variant.trainer_class.__name__,
         "config": {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT},
@@ -197,14 +199,13 @@ def train_variant(
     }
 
     def work(partial: Path) -> None:
-        config.output_dir = os.fspath(partial)
+        config.output_dir, records = os.fspath(partial), partial / RECORDS_FILE
         run_facts = facts(partial)
         trainer = _make_trainer(variant, setup, config, run_facts)
         checkpoint = last_complete_checkpoint(partial)
         if earlier is not None and checkpoint is None and trainer.is_world_process_zero():
             last = read_records(earlier / RECORDS_FILE)[-1]
-            write_records(partial / RECORDS_FILE, [last._replace(step=0, epoch=0.0)])
-        records = partial / RECORDS_FILE
+            write_records(records, [last._replace(step=0, epoch=0.0)])
         trainer.add_callback(FactAccuracyCallback(trainer, run_facts.asked, records, eval_epochs, before))
         if variant.prepare is not None:
             variant.prepare(trainer, partial)
@@ -238,6 +239,8 @@ def _make_trainer(variant: Variant, setup: StudySetup, config: TrainingArguments
         num_rows = rows_per_step(config) * max(config.max_steps, 0)
         rows = variant.rows(known, new, num_rows, random.Random(config.seed))
     options = {} if hasattr(model, "peft_config") else {"peft_config": get_peft_config(setup.model_args)}
+    if getattr(config, "anchors", None):  # which may not be among them
+        options["eval_dataset"] = {k: part for k, part in facts.asked.items() if k not in ("known", "new")}
     options |= variant.trainer_arguments
     if callable(options.get("peft_config")):
         options["peft_config"] = options["peft_config"](model, tokenizer, known)

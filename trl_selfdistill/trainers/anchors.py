@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..hallucination.exact_match import as_seen
 from ..losses import IGNORE_INDEX
 from ..slick.generation import evaluation_mode, generate_tokens
 from ..slick.process_sharding import map_in_parallel
@@ -102,7 +104,7 @@ def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
 
 
 def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> Dataset | None:
-    """The trainer's `anchor_dataset`, or that of its configuration. A `ValueError` if `anchors` takes not as many."""
+    """The `anchor_dataset`, given or named. A `ValueError` if `anchors` takes not as many, or it cannot be read."""
     name, is_needed = args.anchor_dataset_name, args.anchors in ("own_answers", "kl")
     num_given = (anchor_dataset is not None) + (name is not None)
     if num_given != is_needed:
@@ -110,10 +112,14 @@ def load_anchors(args: SelfDistillSFTConfig, anchor_dataset: Dataset | None) -> 
         raise ValueError(f"`anchors={args.anchors!r}` takes {which}, got {num_given}.")
     if name is None:
         return anchor_dataset
-    if (file_format := _FORMATS.get(Path(name).suffix.lower())) and Path(name).is_file():
-        options = {"keep_default_na": False} if file_format == "csv" else {}  # "NA" is a text
-        return load_dataset(file_format, data_files=[glob.escape(name)], split="train", **options)
-    return load_dataset(name, split="train")
+    file_format = _FORMATS.get(Path(name).suffix.lower())
+    options = {} if file_format is None else {"data_files": [glob.escape(name)]}
+    options |= {"keep_default_na": False} if file_format == "csv" else {}  # "NA" is a text
+    try:
+        return load_dataset(file_format or name, split="train", **options)
+    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+        kinds = f"no {', '.join(_FORMATS)} file or dataset with rows"
+        raise ValueError(f"`anchor_dataset_name={name!r}` is {kinds}: {error.__cause__ or error!r}") from error
 
 
 def prepare_anchors(trainer, dataset: Dataset | None, evaluated: Any) -> dict[str, Any] | None:
@@ -145,6 +151,13 @@ def _question(prompt: str | list[dict]) -> str | list[dict]:
     return prompt[:-1] if isinstance(last, dict) and last.get("role") == "assistant" else prompt
 
 
+def _compared(prompt: str | list[dict]) -> str:
+    """What a prompt asks, a text or a conversation alike, without case and kinds of blanks and signs."""
+    turns = [{"content": prompt}] if isinstance(prompt, str) else _question(prompt)
+    text = " ".join(str(turn.get("content") or "") for turn in turns if turn.get("role") != "system")
+    return " ".join(as_seen(text).casefold().split())
+
+
 def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, Dataset]:
     """The prompts of an anchor dataset, and rows with labels at each token of a `text`, or where an answer begins."""
     names = dataset.column_names if isinstance(dataset, Dataset) and len(dataset) else ()
@@ -159,8 +172,8 @@ def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, D
     prompts = [*map(_question, prompts)]
     for row, prompt in enumerate(prompts, start=1):
         is_chat = isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
-        if not (is_chat and prompt or isinstance(prompt, str) and prompt.strip()):
-            refuse(row, f"must be a text or a conversation, got {prompt!r}")
+        if not (is_chat or isinstance(prompt, str)) or not _compared(prompt):
+            refuse(row, f"must be a text or a conversation that asks something, got {prompt!r}")
     token_ids = tokenize_prompts(trainer.processing_class, prompts)
     labels = token_ids
     if not is_text:  # whichever token is the answer's: the KL is between distributions of it
@@ -172,8 +185,8 @@ def _checked_prompts(trainer, dataset: Dataset, evaluated: Any) -> tuple[list, D
             refuse(row, f"has {len(ids)} tokens{which}, not 2 to `max_length={most}`")
     splits = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     known = [(split, name) for split in splits if isinstance(split, Dataset) for name in _COLUMNS]
-    asked = {repr(_question(row)) for split, name in known if name in split.column_names for row in split[name]}
-    if shared := [row for row, prompt in enumerate(prompts, start=1) if repr(prompt) in asked]:
+    asked = {_compared(row) for split, name in known if name in split.column_names for row in split[name]}
+    if shared := [row for row, prompt in enumerate(prompts, start=1) if _compared(prompt) in asked]:
         refuse(shared[0], f"is one of {len(shared)} that are in `eval_dataset`, too: {prompts[shared[0] - 1]!r}")
     return prompts, Dataset.from_dict({"input_ids": token_ids, "labels": labels})
 
