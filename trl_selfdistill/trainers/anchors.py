@@ -153,7 +153,7 @@ def _question(prompt: str | list[dict]) -> str | list[dict]:
 
 def _compared(prompt: str | list[dict]) -> str:
     """What a prompt asks, a text or a conversation alike, without case and kinds of blanks and signs."""
-    turns = [{"content": prompt}] if isinstance(prompt, str) else _question(prompt)
+    turns = [{"content": prompt}] if isinstance(prompt, str) else _question(prompt) or []
     text = " ".join(str(turn.get("content") or "") for turn in turns if turn.get("role") != "system")
     return " ".join(as_seen(text).casefold().split())
 
