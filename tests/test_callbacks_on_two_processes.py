@@ -13,12 +13,12 @@ from fact_rows import facts_from_rows
 from peft import LoraConfig
 from sft_runs import TOKENIZER, assert_same_weights, logs, trainer
 from torch.distributed.fsdp import fully_shard
+from transformers import GenerationMixin
 from trl import SFTTrainer
 from two_processes import FSDP2_ON_CPU, needs_fsdp2_on_cpu, run_in_two_processes
 
 from trl_selfdistill import HallucinationEvalCallback, SelfDistillSFTTrainer
 from trl_selfdistill.files import read_json, read_jsonl, write_json
-from trl_selfdistill.slick import generation
 from trl_selfdistill.slick.generation import answer_prompts, predict_answers
 from trl_selfdistill.slick.prompts import question_prompt
 from trl_selfdistill.studies.drift import DriftProbeCallback
@@ -84,13 +84,14 @@ def measured(run: SFTTrainer) -> list[dict]:
 
 def run_on_two_processes(folder: Path) -> None:
     """The run, and answers and states of weights in shards; each process writes what it saw."""
-    asked, generate = [], generation.generate_tokens
+    asked, synced, generate = [], [], GenerationMixin.generate
 
-    def noted(model, prompts, *args, **kwargs):
-        asked.append(len(prompts))
-        return generate(model, prompts, *args, **kwargs)
+    def noted(model, **options):
+        asked.append(len(options["input_ids"]))
+        synced.append(options["synced_gpus"])
+        return generate(model, **options)
 
-    generation.generate_tokens = noted
+    GenerationMixin.generate = noted
     trained, rank = run(folder, batch_size=1), os.environ["RANK"]
     seen = {"log": measured(trained), "asked": asked[0]}
     if FSDP2_ON_CPU:
@@ -100,7 +101,7 @@ def run_on_two_processes(folder: Path) -> None:
         seen["answers"] = answer_prompts(model, TOKENIZER, PROMPTS, batch_size=2)
         prompts = trained.callback_handler.callbacks[-1].prompts
         torch.save(tuple(prompt_states(model, prompts, (1, 2), batch_size=2)), folder / f"states{rank}.pt")
-    write_json(folder / f"{rank}.json", seen)
+    write_json(folder / f"{rank}.json", seen | {"synced": [*dict.fromkeys(synced)]})
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,6 @@ def test_sharded_weights_answer_and_are_measured_as_whole_ones(one, two):
     states = prompt_states(model, one[1].callback_handler.callbacks[-1].prompts, (1, 2))
     assert len({*answers}) > 1
     for rank, seen in enumerate(two[1]):
-        assert seen["answers"] == answers
+        assert seen["answers"] == answers and seen["synced"] == [None, True]
         for part, other in zip(torch.load(two[0] / f"states{rank}.pt"), states, strict=True):
             torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-5)
