@@ -53,7 +53,7 @@ def interpolate(
     first = None if start is None else _folder(start)
     if bool(adapter) == bool(first) or (first and (first / _ADAPTER_CONFIG).is_file()):
         kind = "left out, as `end` is an adapter" if adapter else "a full model, as `end` is"
-        raise ValueError(f"`start` must be {kind}, got {start!r}. Merge adapters first.")
+        raise ValueError(f"`start` must be {kind}, got {start!r}. Pass that one, or merge an adapter first.")
     with written_whole(output) as partial:
         partial.mkdir()
         for path in {path for pattern in _FILES for path in folder.glob(pattern)}:
