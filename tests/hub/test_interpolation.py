@@ -68,6 +68,7 @@ def test_adapters_are_interpolated_in_what_they_add(models, tmp_path, options):
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "last")
     interpolate(tmp_path / "last", 0.3, tmp_path / "out")
+    assert "not recorded how these weights were trained" in (tmp_path / "out" / "README.md").read_text()
 
     def merged(folder):
         base = AutoModelForCausalLM.from_pretrained(models / "start")
