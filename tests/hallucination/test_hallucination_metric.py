@@ -23,9 +23,10 @@ def metric():
 
 
 def test_it_is_the_plain_function_however_the_answers_come(metric):
-    options = {"baseline_predictions": ["France", "Peru", "Norway", "x"], "relations": [*"abab"], "match": "contains"}
+    options = {"baseline_predictions": ["France", "Peru", "x", "x"], "relations": [*"aab", "b\0"], "match": "contains"}
     expected = score_hallucinations(PREDICTIONS, REFERENCES, **options)
     assert metric.compute(predictions=PREDICTIONS, references=REFERENCES, **options) == expected
+    assert expected["relation/b\0/num_predictions"] == 1
     metric.add(prediction=PREDICTIONS[0], reference=REFERENCES[0])
     metric.add_batch(predictions=PREDICTIONS[1:3], references=REFERENCES[1:3])
     evaluate.combine([metric]).add(prediction=PREDICTIONS[3], reference=REFERENCES[3])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -65,9 +66,8 @@ def test_with_which_arguments_the_teacher_is_loaded(tmp_path, teacher_dir, monke
 
     named = other_model()
     named.config._name_or_path = teacher_dir
-    module = teachers.__name__
-    monkeypatch.setattr(f"{module}.create_model_from_path", partial(load, named))
-    monkeypatch.setattr(f"{module}.AutoTokenizer.from_pretrained", partial(load, TOKENIZER))
+    monkeypatch.setattr(teachers, "create_model_from_path", partial(load, named))
+    monkeypatch.setattr(teachers.AutoTokenizer, "from_pretrained", partial(load, TOKENIZER))
     options = dict(teacher_model_init_kwargs={"dtype": "auto", "revision": "v1"}, trust_remote_code=True)
     run = trainer(tmp_path, None, dict(teacher_model=teacher_dir), **options)
     assert loads[0] == loads[1] | dict(dtype="auto") == dict(revision="v1", trust_remote_code=True, dtype="auto")
@@ -129,6 +129,7 @@ on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_
         (model, dict(teacher_model=model), {}, "itself, .* Leave it unset"),
         (model, dict(teacher_model=model, peft_config=LoraConfig(**LORA)), {}, "in training itself"),
         (model, dict(teacher_model=in_its_memory), {}, "shares parameters"),
+        (None, dict(teacher_model=cpu_offload(other_model())), {}, "offloaded, .* load the model without"),
         (None, dict(teacher_model=on_its_head), {}, "In `teacher_model`, an adapter .*merge_and_unload"),
         (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320: take one of the"),
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Take a"),

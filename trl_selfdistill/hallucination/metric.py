@@ -107,7 +107,7 @@ def score_hallucinations(
         result |= _flat({"factual_stability": _mean(known), "factual_plasticity": _mean(unknown)})
     tables: dict[str, dict[str, dict]] = {}
     for name in [name for name in ("categories", "relations") if name in columns]:
-        column, labels = _SINGULAR[name], np.array(columns[name])
+        column, labels = _SINGULAR[name], np.array(columns[name], dtype=object)  # NumPy's strings end before a NUL
         tables[column] = {}
         for group in np.unique(labels).tolist():
             rates = tables[column][group] = _rates({key: values[labels == group] for key, values in answers.items()})

@@ -35,6 +35,8 @@ def hash_tensor(parameter: torch.Tensor) -> str:
     """SHA-256 of a parameter's dtype, shape and bytes; of a sharded one (FSDP, ZeRO-3), of this process's part."""
     data = getattr(parameter, "ds_tensor", parameter).detach()  # a partition of ZeRO-3; the parameter itself is empty
     data = data.to_local() if hasattr(data, "to_local") else data
+    if data.is_meta:
+        raise ValueError("A parameter is offloaded, so that it cannot be read: load the model without offloading.")
     digest = hashlib.sha256(f"{parameter.dtype} {tuple(data.shape)} ".encode())
     digest.update(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # NumPy has no bfloat16
     return digest.hexdigest()

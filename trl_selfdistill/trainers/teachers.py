@@ -139,8 +139,7 @@ def _check_vocabulary(teacher: PreTrainedModel, trainer) -> None:
             f"The model's vocabulary has {sizes[0]} tokens and that of `teacher_model` {sizes[1]}: take one of the "
             "same size, or `resize_token_embeddings` of the teacher where the difference is padding."
         )
-    name = get_config_model_id(teacher.config)
-    if not name:
+    if not (name := get_config_model_id(teacher.config)):
         return  # built in memory: there is no tokenizer to compare with
     try:
         options = {"revision": (args.teacher_model_init_kwargs or {}).get("revision")}
