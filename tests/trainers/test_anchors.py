@@ -167,6 +167,11 @@ def test_each_step_takes_the_next_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(anchors.Anchors, "__getitem__", lambda rows, n: taken.append(n) or take(rows, n))
     train(tmp_path, None, given(), anchors="kl", gradient_accumulation_steps=2, max_steps=3)
     assert taken == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]  # an epoch ends in the middle of the second step
+    taken.clear()
+    run = trainer(tmp_path, None, given(), anchors="kl", auto_find_batch_size=True)
+    run._train_batch_size = 1  # what it does when memory ran out
+    run.train()
+    assert taken == [0, 1, 2] and run.state.train_batch_size == 1
 
 
 @pytest.mark.parametrize("adapter", [False, True])

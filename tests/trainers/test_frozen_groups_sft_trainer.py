@@ -94,15 +94,16 @@ def test_a_frozen_parameter_that_moves_is_found(tmp_path, save_strategy):
 
 
 def test_resuming_refuses_other_groups_and_other_weights(tmp_path):
-    frozen(tmp_path, frozen_groups=["mlp:0"])
+    frozen(tmp_path, frozen_groups=["mlp:0", "norm"])
+    frozen(tmp_path, frozen_groups={"norm", "mlp:0"}, resume=True)
     for other in (dict(frozen_groups=["mlp:1"]), dict(trainable_groups=["attention"]), {}):
-        with pytest.raises(ValueError, match=r"checkpoint-3 was trained with `frozen_groups=\['mlp:0'\]`"):
+        with pytest.raises(ValueError, match=r"checkpoint-3 was trained with `frozen_groups=\['mlp:0', 'norm'\]`"):
             frozen(tmp_path, resume=True, **other)
     weights = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
     save_file(weights, tmp_path / "run" / "checkpoint-3" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="frozen parameters in 'mlp' are not those"):
-        frozen(tmp_path, frozen_groups=["mlp:0"], resume=True, max_steps=4)
+        frozen(tmp_path, frozen_groups=["mlp:0", "norm"], resume=True, max_steps=4)
 
     def adapted(seed):
         torch.manual_seed(0)
@@ -122,6 +123,8 @@ CHOICES = [
     (dict(trainable_groups=["re:q_proj", "re:up_proj"]), {}, {"q_proj", "up_proj"}),
     (dict(trainable_groups=["attention"]), dict(target_modules=["q_proj"]), {"q_proj"}),
     (dict(trainable_groups=["attention"]), dict(exclude_modules=["q_proj"]), PROJECTIONS["attention"] - {"q_proj"}),
+    (dict(trainable_groups=["mlp:0", "re:1.*q_proj"]), dict(layers_to_transform=1), {"q_proj"}),
+    (dict(frozen_groups=["norm"]), dict(target_parameters=["mlp.up_proj.weight"]), {"up_proj"}),
 ]
 
 
@@ -145,7 +148,7 @@ def test_adapters_are_on_the_trainable_groups_alone(tmp_path, model_dir, groups,
         (LoraConfig(target_modules=["q_proj", "up_proj"]), ["attention"], "4 tensors .*up_proj.* `target_modules`"),
         (LoraConfig(target_modules=r".*\.up_proj"), ["attention"], "4 tensors in frozen groups: .*up_proj"),
         (LoraConfig(modules_to_save=["lm_head"]), ["attention"], "tensors in frozen groups: .*lm_head"),
-        (LoraConfig(), ["norm"], "no linear module"),
+        (LoraConfig(layers_to_transform=[1]), ["mlp:0"], r"no linear module .* in `layers_to_transform=\[1\]`"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ["attention"], "got PromptTuningConfig"),
     ],
 )

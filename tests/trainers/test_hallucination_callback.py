@@ -30,9 +30,9 @@ def make_trainer(folder, **config) -> SFTTrainer:
     return sft_runs.trainer(folder, build_answering_model(TOKENIZER), arguments, SFTTrainer, **settings)
 
 
-def run(folder, eval_sets, resume=None, after=(), **config) -> SFTTrainer:
+def run(folder, eval_sets, resume=None, after=(), alphas=(), **config) -> SFTTrainer:
     run = make_trainer(folder, **config)
-    run.add_callback(HallucinationEvalCallback(run, eval_sets, batch_size=4))
+    run.add_callback(HallucinationEvalCallback(run, eval_sets, batch_size=4, alphas=alphas))
     for callback in after:
         run.add_callback(callback)
     run.train(resume_from_checkpoint=resume)
@@ -65,20 +65,18 @@ def test_it_logs_each_set_before_the_training_and_after_each_epoch(finished):
 
 
 def test_the_curve_goes_from_the_start_to_the_end(tmp_path, finished):
-    run = make_trainer(tmp_path)
-    run.add_callback(HallucinationEvalCallback(run, {"heldout": HELDOUT}, batch_size=4, alphas=[0, 0.5, 1.0]))
-    run.train()
-    assert_same_weights(run.model, finished.model)
+    mixed = run(tmp_path, {"heldout": HELDOUT}, alphas=[0, 0.5, 1.0])
+    assert_same_weights(mixed.model, finished.model)
     accuracies = values(finished, "eval_heldout_accuracy")
-    ends = [values(run, f"eval_heldout_accuracy_alpha_{alpha}") for alpha in (0, 1)]
-    assert ends == [[accuracies[0]], [accuracies[-1]]] and len(values(run, "eval_heldout_accuracy_alpha_0.5")) == 1
+    ends = [values(mixed, f"eval_heldout_accuracy_alpha_{alpha}") for alpha in (0, 1)]
+    assert ends == [[accuracies[0]], [accuracies[-1]]]
     start = build_answering_model(TOKENIZER)
     with torch.no_grad():
-        for ours, other in zip(start.parameters(), run.model.parameters(), strict=True):
+        for ours, other in zip(start.parameters(), mixed.model.parameters(), strict=True):
             ours.lerp_(other, 0.5)
-    assert values(run, "eval_heldout_accuracy_alpha_0.5") == [own_scores(start, HELDOUT)["accuracy"]]
+    assert values(mixed, "eval_heldout_accuracy_alpha_0.5") == [own_scores(start, HELDOUT)["accuracy"]]
     with pytest.raises(ValueError, match=r"`alphas` are shares .* in \[0, 1\], got \[2\]"):
-        HallucinationEvalCallback(run, {"heldout": HELDOUT}, alphas=[2])
+        run(tmp_path, {"heldout": HELDOUT}, alphas=[2])
 
 
 @pytest.mark.parametrize("eval_dataset", [TRAIN, {"one": TRAIN, "two": TRAIN}], ids=["one dataset", "a dict"])
@@ -87,6 +85,7 @@ def test_transformers_keeps_the_best_checkpoint_and_stops_early_by_it(tmp_path, 
         tmp_path,
         {"heldout": HELDOUT},
         after=[EarlyStoppingCallback(early_stopping_patience=2)],
+        alphas=[1.0],
         eval_strategy="epoch",
         eval_dataset=eval_dataset,
         save_strategy="epoch",
@@ -98,7 +97,8 @@ def test_transformers_keeps_the_best_checkpoint_and_stops_early_by_it(tmp_path, 
     trained = accuracy[1:]  # the first is from before the training, and saves nothing
     best = trained.index(max(trained))
     assert trainer.state.best_metric == max(trained) and trainer.state.best_global_step == 2 * (best + 1)
-    assert own_scores(trainer.model, HELDOUT)["accuracy"] == max(trained)
+    curve = values(trainer, "eval_heldout_accuracy_alpha_1")  # of the weights that are loaded
+    assert curve == [own_scores(trainer.model, HELDOUT)["accuracy"]] == [max(trained)]
     assert trainer.state.global_step == 2 * len(trained) < 16 and len(trained) == best + 3
 
 

@@ -105,6 +105,7 @@ def copy_of_stopped(stopped, tmp_path):
 
 def test_there_is_nothing_to_resume_from(copy_of_stopped):
     checkpoints = [copy_of_stopped / "run" / f"checkpoint-{step}" for step in (2, 4, 6)]
+    shutil.copytree(checkpoints[0], copy_of_stopped / "run" / "checkpoint-2-backup")
     assert last_complete_checkpoint(copy_of_stopped / "run") == str(checkpoints[1])
     for checkpoint in checkpoints[:2]:
         (checkpoint / "trainer_state.json").unlink()

@@ -104,8 +104,12 @@ def test_kl_is_added_to_any_loss(tmp_path, options, extra):
     options = dict(max_steps=1, eval_strategy="steps", eval_steps=1, learning_rate=0.0, **options)
     weights, teacher = dict(kl_weight=2.0, temperature=0.5), dict(teacher_model=architecture("llama", 1))
     extra = dict(eval_dataset=Dataset.from_list(FACTS[:2]), compute_metrics=token_metrics, **extra)
-    ours = logs(train(tmp_path, architecture("mixtral"), extra | teacher, **weights, **options))
-    theirs = logs(train(tmp_path, architecture("mixtral"), extra, SFTTrainer, **options))
+    models, whole = [architecture("mixtral"), architecture("mixtral")], []
+    for model in models:  # the logits of all positions are not made once more
+        model.lm_head.register_forward_hook(lambda head, *_: whole.append(head) if head.training else None)
+    ours = logs(train(tmp_path, models[0], extra | teacher, **weights, **options))
+    theirs = logs(train(tmp_path, models[1], extra, SFTTrainer, **options))
+    assert len({*map(id, whole)}) != 1 and whole.count(models[0].lm_head) == whole.count(models[1].lm_head)
     assert ours[0].pop("grad_norm") != pytest.approx(theirs[0]["grad_norm"], rel=1e-2)
     for prefix, row, expected in zip(["", "eval_"], ours, theirs, strict=False):
         kl, _ = row.pop(f"{prefix}kl_loss"), row.pop(f"{prefix}ce_loss")

@@ -168,26 +168,33 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
 def restrict_peft_config(config, model: PreTrainedModel, selection: GroupSelection | None):
     """
     A copy of a [`~peft.PeftConfig`] with adapters on the trainable groups of `model` alone. `target_modules` that are
-    unset or `"all-linear"` become the linear modules of these groups; a `ValueError` if there are none. Those of the
-    user's own stay: [`refuse_adapters_elsewhere`] sees what they make. Without a selection all stays.
+    unset or `"all-linear"` become the linear modules of these groups in the `layers_to_transform`; a `ValueError` if
+    there are none. The user's own, and `target_parameters` alone, stay: [`refuse_adapters_elsewhere`] sees what they
+    make. Without a selection all stays.
     """
     if selection is None:
         return config
     if not hasattr(config, "target_modules"):
         raise ValueError(f"{selection} needs a PEFT method with `target_modules`, got {type(config).__name__}.")
+    config = copy.deepcopy(config)
+    if config.target_modules is None and getattr(config, "target_parameters", None):
+        config.target_modules = set()  # else PEFT would add modules of its own choice
     if config.target_modules not in (None, "all-linear"):
         return config
+    layers = getattr(config, "layers_to_transform", None)  # which PEFT does not apply to whole names
+    layers = [layers] if isinstance(layers, int) else layers
     modules, trainable = dict(model.named_modules()), set()
     for _, names in named_tensors(model):
         for name in names:
             path, _, attribute = name.name.rpartition(".")
             is_linear = isinstance(modules[path], nn.Linear) or type(modules[path]).__name__ == "Conv1D"
             # The loss of self-distillation reads no adapter of the LM head
-            if attribute == "weight" and is_linear and selection.trains(name) and name.group != "lm_head":
+            is_reached = selection.trains(name) and name.group != "lm_head" and (not layers or name.layer in layers)
+            if attribute == "weight" and is_linear and is_reached:
                 trainable.add(path)
     if not trainable:
-        raise ValueError(f"{selection} leaves no linear module for an adapter. Train 'attention' or 'mlp'.")
-    config = copy.deepcopy(config)
+        where = f" in `layers_to_transform={layers}`" if layers else ""
+        raise ValueError(f"{selection} leaves no linear module for an adapter{where}. Train 'attention' or 'mlp'.")
     config.target_modules = trainable
     return config
 

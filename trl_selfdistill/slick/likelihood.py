@@ -172,7 +172,6 @@ class _Scorer:
         logits = logits[row, position - first].float()  # (num_lines, vocab_size)
         predicted = logits.argmax(-1)
         log_probs = self.warpers(None, logits).log_softmax(-1)
-
         line, token = torch.tensor(events, device=logits.device).unbind(1)
         # A tokenizer may have more tokens than the model
         ends = torch.tensor([i for i in self.terminator_ids if i < logits.shape[-1]], device=logits.device)

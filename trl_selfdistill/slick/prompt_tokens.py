@@ -78,9 +78,8 @@ def _rendered(processing_class, chats: Sequence[list[dict]]) -> tuple[list[str],
 def _chats(processing_class, chats: Sequence[list[dict]]) -> list[list[dict]]:
     if not isinstance(processing_class, ProcessorMixin):
         return list(chats)
-    # Templates of processors read lists of parts
-    return [[{**message, "content": _parts(message["content"])} for message in chat] for chat in chats]
 
+    def parts(content: str | list[dict]) -> list[dict]:  # which templates of processors read
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
-def _parts(content: str | list[dict]) -> list[dict]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [[{**message, "content": parts(message["content"])} for message in chat] for chat in chats]

@@ -35,14 +35,13 @@ class Anchors:
     """
     An endless sequence of rows with labels where the KL is taken: those of a tokenized `dataset` again and again, or
     texts that the trainer's teacher samples. A step takes its rows by their positions, so that a run that is resumed,
-    or split otherwise over micro-batches and processes, takes the same ones.
+    or split otherwise over micro-batches and processes, takes the same ones; fewer in an epoch's incomplete last step.
     """
 
     def __init__(self, trainer, dataset: Dataset | None = None):
         args = trainer.args
         self.dataset, self._trainer, self._written = dataset, trainer, None
-        # Whole steps, as writing is a collective
-        self._size = _STEPS * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._steps = _STEPS * args.gradient_accumulation_steps * args.world_size  # writing is a collective
         self._tokenizer = tokenizer = text_tokenizer(trainer.processing_class)
         self._begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if dataset is None and self._begin is None:
@@ -51,26 +50,27 @@ class Anchors:
     def __getitem__(self, position: int) -> dict[str, Any]:
         if self.dataset is not None:
             return self.dataset[position % len(self.dataset)]
-        part = position // self._size, self._trainer.teacher.sha256  # a snapshot writes other texts
+        size = self._steps * (self._trainer.state.train_batch_size or self._trainer.args.train_batch_size)
+        part = position // size, size, self._trainer.teacher.sha256  # a snapshot writes other texts
         if part != self._written:
-            self._written, self._texts = part, self._write(part[0])
-        return self._texts[position % self._size]
+            self._written, self._texts = part, self._write(part[0], size)
+        return self._texts[position % size]
 
-    def _write(self, part: int) -> list[dict[str, list[int]]]:
+    def _write(self, part: int, size: int) -> list[dict[str, list[int]]]:
         """Samples texts without a prompt at temperature 1 from all tokens (arXiv 2605.26097). A collective."""
         trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
         most = min(args.anchor_max_new_tokens, (args.max_length or args.anchor_max_new_tokens + 1) - 1)
 
         def write(first: int) -> list[list[int]]:
             torch.manual_seed(random.Random(f"{args.seed}/{part}/{first}").getrandbits(32))
-            prompts = [[self._begin]] * min(_BATCH_SIZE, self._size - first)
+            prompts = [[self._begin]] * min(_BATCH_SIZE, size - first)
             return generate_tokens(model, prompts, config)
 
         teacher = trainer.teacher.as_model(trainer.model_wrapped)
         with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
             model = accelerator.unwrap_model(model)
             config = _to_the_end(model, self._tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
-            written = chain.from_iterable(map_in_parallel(write, range(0, self._size, _BATCH_SIZE)))
+            written = chain.from_iterable(map_in_parallel(write, range(0, size, _BATCH_SIZE)))
         return [{"input_ids": [self._begin, *ids], "labels": [self._begin, *ids]} for ids in written]
 
 
@@ -93,10 +93,11 @@ def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
     """
     args, accelerator, tp_size = trainer.args, trainer.accelerator, trainer.get_tp_size()
     process, num_processes = accelerator.process_index // tp_size, accelerator.num_processes // tp_size
+    batch_size = trainer.state.train_batch_size  # `auto_find_batch_size` lowers it
     drawn, num_tokens = [], torch.tensor(0)
     for number, _ in enumerate(batches, start=trainer.state.global_step * args.gradient_accumulation_steps):
-        first = (number * num_processes + process) * args.train_batch_size  # as rows go to processes: batch by batch
-        drawn.append(trainer.data_collator([trainer.anchors[first + i] for i in range(args.train_batch_size)]))
+        first = (number * num_processes + process) * batch_size  # as rows go to processes: batch by batch
+        drawn.append(trainer.data_collator([trainer.anchors[first + i] for i in range(batch_size)]))
         num_tokens += (drawn[-1]["labels"][:, 1:] != IGNORE_INDEX).sum()
     num_tokens = accelerator.gather(num_tokens.to(accelerator.device)).sum() // tp_size
     for batch, inputs in zip(batches, drawn, strict=True):

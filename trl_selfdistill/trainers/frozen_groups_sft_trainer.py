@@ -87,7 +87,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         super().check_run(saved, checkpoint)
         for option in ("frozen_groups", "trainable_groups"):
             value = getattr(self.args, option) or None
-            if saved.get(option, value) != value:
+            if sorted(saved.get(option, value) or []) != sorted(value or []):
                 raise ValueError(
                     f"{checkpoint} was trained with `{option}={saved[option]}`, not {value}. Resume with it."
                 )

@@ -122,11 +122,15 @@ class HallucinationEvalCallback(TrainerCallback):
         if not args.eval_on_start and not any(accuracies & log.keys() for log in state.log_history):
             self._ask(state)
 
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+    def on_epoch_end(self, args, state, control, **kwargs):
         if args.eval_strategy == "no":
             self._ask(state)
-        if self.alphas and control.should_training_stop:
-            log_beside_training(self.trainer, self._curve(dict(model.named_parameters())))
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):  # with the best weights, if they are wanted
+        if self.alphas:
+            curve = self._curve(dict(model.named_parameters()))
+            log_beside_training(self.trainer, curve)
+            self.trainer.accelerator.print(curve)  # the progress bar, which shows what is logged, is closed by now
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         # A dict of evaluation datasets brings one event for each: the first stands for all

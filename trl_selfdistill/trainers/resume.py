@@ -22,8 +22,8 @@ _COLUMNS = ("input_ids", "labels", "seq_lengths")  # of a tokenized dataset, tho
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """The last checkpoint in `folder` that was written to its end, or `None`. A warning names later, broken ones."""
-    checkpoints = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*") if path.is_dir()]
-    for checkpoint in sorted(checkpoints, key=lambda path: (len(path.name), path.name), reverse=True):
+    found = [(path.name.partition("-")[2], path) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/")]
+    for _, checkpoint in sorted(((int(step), path) for step, path in found if step.isdecimal()), reverse=True):
         if _is_complete(checkpoint):
             return str(checkpoint)
         logger.warning(f"{checkpoint} is incomplete and is passed over: it has no readable {TRAINER_STATE_NAME}.")

@@ -112,6 +112,12 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             return AdapterTeacher(self.model)
         return ModelTeacher(frozen_copy(self.accelerator.unwrap_model(self.model)), self.accelerator)
 
+    def train(self, *args, **kwargs):
+        if self.teacher is not None and self.args.takes_snapshot:  # of an earlier call
+            self.teacher.release(self.model)
+            self.teacher = None
+        return super().train(*args, **kwargs)
+
     @property
     def teacher_model(self) -> PreTrainedModel | None:
         """The teacher as a model; `None` where there is none, or where it is no model of its own."""
@@ -129,8 +135,10 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
             )
         super().check_run(saved, checkpoint)
         self.saved_teacher = saved.get("teacher")
-        if self.teacher is not None and not self.args.takes_snapshot:  # the snapshot's callback does it later
+        if self.teacher is not None:
             self.teacher.restore(self.model, self.teacher_folder, self.saved_teacher)
+        is_awaited = self.args.takes_snapshot and (self.args.kl_weight > 0 or self.anchors is not None)
+        if not is_awaited:  # else the snapshot's callback does it
             check_teacher(self.teacher, self.saved_teacher, checkpoint)
 
     def on_save_checkpoint(self, folder: Path) -> None:
@@ -177,7 +185,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         teacher = self.teacher.targets(model, inputs) if args.kl_weight else None
         sft_loss, outputs = 0.0, None
         if own_ce:
-            sft_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            sft_loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            sft_loss, outputs = sft_loss if return_outputs else (sft_loss, None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         options = {"ce_weight": 0.0 if own_ce else 1.0, "kl_weight": args.kl_weight, **args.kl_options}

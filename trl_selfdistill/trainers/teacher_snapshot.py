@@ -65,6 +65,8 @@ class TeacherSnapshotCallback(TrainerCallback):
             if self._is_adapter:
                 trainer.teacher = trainer.freeze_student()
                 trainer.teacher.restore(trainer.model, self.folder, saved)
+            elif not self.folder.is_dir():
+                raise ValueError(f"{self.folder}, the teacher of {trainer.resumed_from}, is gone. Put it back.")
             else:
                 model = frozen_copy(trainer.accelerator.unwrap_model(trainer.model))
                 load_saved(model, self.folder)

@@ -60,7 +60,8 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     names = _SETTINGS + (_TEACHER_SETTINGS if hasattr(trainer, "teacher") else "")
     settings = {name: values[name] for name in names.split() if values.get(name) not in (None, -1)}
     settings |= getattr(trainer, "anchor_settings", None) or {}
-    settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch_size = trainer.state.train_batch_size or args.train_batch_size  # `auto_find_batch_size` lowers it
+    settings["batch_size"] = batch_size * args.gradient_accumulation_steps * args.world_size
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return {
         "trainer": type(trainer).__name__,
