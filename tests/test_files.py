@@ -3,7 +3,7 @@
 
 import pytest
 
-from trl_selfdistill.files import write_json, written_whole
+from trl_selfdistill.files import write_json, write_jsonl, written_whole
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
@@ -16,6 +16,14 @@ def test_an_error_leaves_what_was_there(tmp_path):
             raise RuntimeError("stop")
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "old").read_text() == "1"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+@pytest.mark.parametrize("write", [write_json, write_jsonl])
+def test_a_value_that_cannot_be_written_leaves_what_was_there(tmp_path, write):
+    write(tmp_path / "file", ["old"])
+    with pytest.raises(UnicodeEncodeError):
+        write(tmp_path / "file", ["half of a surrogate pair: \ud83d"])
+    assert "old" in (tmp_path / "file").read_text()
 
 
 def test_a_folder_takes_the_place_of_a_folder(tmp_path):

@@ -95,9 +95,9 @@ def test_a_run_on_a_mix_depends_on_its_anchors_which_are_no_held_out_facts(copie
     mix, prompts, run = copied_study.output / "mix", tmp_path / "prompts.jsonl", tmp_path / "run"
     flags = training_flags(anchors="kl", anchor_dataset_name=prompts, max_steps=1)
     flags += ["--mix", mix, "--model_name_or_path", copied_study.output / "stage1", "--output_dir", run]
-    keys = set()
-    for name in ("Rome", "Bonn"):
-        write_jsonl(prompts, [{"prompt": f"Q: {name}\nA:"}])
+    keys, trained = set(), read_jsonl(mix / "known.jsonl")  # which may be anchors as well
+    for number in (1, 2):
+        write_jsonl(prompts, trained[:number])
         run_script("self_distill_sft.py", *flags)
         keys.add(read_json(run / "run.json")["key"])
     assert len(keys) == 2
@@ -123,8 +123,10 @@ def test_evaluate_facts(toy_study, tmp_path, capsys):
     assert f"\noverall: {shown} of 40 facts" in "\n" + capsys.readouterr().out
     assert len(read_jsonl(tmp_path / "out" / "progress.jsonl")) == 2  # what it is of, and one piece
     before = (tmp_path / "out" / "run.json").read_bytes()
-    run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags, "--bf16", "false")
-    assert (tmp_path / "out" / "run.json").read_bytes() == before
+    for changes in ([], ["--max_new_tokens", 31]):
+        flags += ["--bf16", "false", *changes]
+        run_script("evaluate_facts.py", "--model_name_or_path", toy_study.output / "sft", *flags)
+        assert ((tmp_path / "out" / "run.json").read_bytes() == before) == (not changes)
 
 
 OWN_FLAGS = training_flags(max_steps=2, save_strategy="no")

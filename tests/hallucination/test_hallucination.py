@@ -312,6 +312,16 @@ def test_interval_holds_the_mean_of_other_seeds_and_facts(seed_effect):
     assert 0.90 <= held / 400 <= 1.0
 
 
+@pytest.mark.parametrize("effect", [1.0, 1e-3])
+def test_seeds_that_happen_to_balance_make_no_interval_narrower_nor_much_wider(effect):
+    """Than that of the facts' means over the seeds: by two degrees of freedom for 39 at most, of three seeds."""
+    facts, noise = effect * np.random.default_rng(0).normal(size=40), np.random.default_rng(1).normal(size=(3, 40))
+    values = facts + noise - noise.mean(1, keepdims=True) - (effect < 1) * noise.mean(0)
+    _, low, high = mean_interval(values - values.mean(1, keepdims=True))
+    of_means = scipy.stats.ttest_1samp(values.mean(0), 0).confidence_interval()
+    assert 1 <= (high - low) / (of_means.high - of_means.low) < 2.1272
+
+
 @pytest.mark.parametrize("gained", [0, 4, 20])
 @pytest.mark.parametrize("lost", [0, 4, 20, 200])
 @pytest.mark.parametrize("num_facts", [220, 2000])

@@ -33,6 +33,7 @@ HOSTILE = "a: [b]\n---\n| <script>alert('x')</script> | {{ 7 * 7 }} ```\n# Headi
 
 def make_trainer(folder, model, kind="self-distill", **options):
     settings = dict(max_steps=2, save_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    settings |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
     trainer_class, peft_config = SelfDistillSFTTrainer, None
     if kind == "frozen groups":
         trainer_class, settings["trainable_groups"] = FrozenGroupsSFTTrainer, ["attention"]
@@ -62,7 +63,7 @@ def test_whatever_a_trainer_saves_has_its_card(tmp_path, model_dir, kind):
         assert ("loss = CE + λ τ² KL(teacher ‖ student)" in text) != is_frozen and "\n- Unknown means" in text
         assert ("SHA-256 of its parameters: " in text) != is_frozen and ("they did not" in text) == is_frozen
         rows = ["".join(line.split()) for line in text.splitlines()]
-        assert "|train|1|0|0|2|" in rows and "|lr_scheduler_type|linear|" in rows
+        assert "|train|1|0|0|2|" in rows and {"|lr_scheduler_type|linear|", "|batch_size|2|"} <= {*rows}
         for name in ("kl_weight(λ)", "temperature(τ)"):
             assert any(row.startswith(f"|{name}|") for row in rows) != is_frozen
         if is_frozen:

@@ -11,7 +11,7 @@ from sft_runs import architecture
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from trl_selfdistill.parameters.groups import GroupSelection, GroupTable, freeze_selection
-from trl_selfdistill.parameters.hashes import digest, hash_parameters, verify_frozen
+from trl_selfdistill.parameters.hashes import digest, hash_parameters, hash_tensor, verify_frozen
 from trl_selfdistill.parameters.structure import GROUPS, group_of, named_tensors
 
 
@@ -139,6 +139,7 @@ def test_hashes_see_every_bit_of_what_is_frozen(model, dtype):
     verify_frozen(model, hashes)
     weight = model.model.layers[1].mlp.up_proj.weight
     bits = weight.data.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
+    assert len({*map(hash_tensor, (weight, weight.flatten(), bits))}) == 3  # of the same bytes
     bits[0, 0] ^= 1
     with pytest.raises(ValueError, match=r"1 of 6 frozen parameters in 'mlp' changed: \['model.layers.1.mlp.up_proj"):
         verify_frozen(model, hashes)

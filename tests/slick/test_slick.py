@@ -20,7 +20,7 @@ from trl_selfdistill.slick import generation, slick
 from trl_selfdistill.slick.generation import answer_prompts, predict_answers
 from trl_selfdistill.slick.likelihood import score_answers
 from trl_selfdistill.slick.process_sharding import ProgressFile
-from trl_selfdistill.slick.prompts import few_shot_prompt
+from trl_selfdistill.slick.prompts import few_shot_messages, few_shot_prompt
 from trl_selfdistill.slick.slick import SLICK_COLUMNS, SlickSettings, annotate_facts, reserve_exemplars, slick_category
 
 
@@ -111,7 +111,10 @@ def test_only_highly_known_facts(settings, monkeypatch):
     """Those that the whole annotation finds, and no fact is asked again after a wrong answer."""
     asked, ask = Counter(), slick._ask
     monkeypatch.setattr(slick, "_ask", lambda m, t, prompts, *rest: asked.update(prompts) or ask(m, t, prompts, *rest))
+    seeds, predict = [], slick.predict_answers
+    monkeypatch.setattr(slick, "predict_answers", lambda *a, **b: seeds.append(b.get("seed")) or predict(*a, **b))
     whole = Dataset.from_dict(annotate(settings))
+    assert len({*seeds} - {None}) == 6 * (settings is GENERATE)  # each draws anew
     expected = whole.filter(lambda row: row["slick_category"] == "HighlyKnown").remove_columns(SLICK_COLUMNS[1:3])
     num_questions = asked.total()
     asked.clear()
@@ -177,9 +180,9 @@ def test_progress_file_cut_off_anywhere(tmp_path):
     assert path.read_text() == "something else"
 
 
-def answer(progress_file: Path) -> list[str]:
+def answer(progress_file: Path, prompt=few_shot_prompt) -> list[str]:
     tokenizer = build_tokenizer()
-    model, prompts = build_answering_model(tokenizer), [few_shot_prompt(q, []) for q in build_facts()["question"]]
+    model, prompts = build_answering_model(tokenizer), [prompt(q, []) for q in build_facts()["question"]]
     return answer_prompts(model, tokenizer, prompts, batch_size=5, progress_file=progress_file)
 
 
@@ -194,6 +197,8 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
         patch.setattr(generation, "predict_answers", lambda model, tokenizer, prompts, **_: [["?"] for _ in prompts])
         cut.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
         assert answer(cut) == [*expected[:10], *["?"] * (len(expected) - 10)]
+        with pytest.raises(ValueError, match="is of other work"):
+            answer(cut, few_shot_messages)
     for name, settings in SHARED.items():
         expected = annotate(settings, tmp_path / "one.jsonl")
         results = [read_json(tmp_path / f"{name}-{rank}.json") for rank in range(2)]

@@ -81,6 +81,10 @@ def test_it_finds_what_was_lost_and_a_second_model_costs_one_pass(models, tmp_pa
     assert run_check(models, tmp_path, "--tolerance", report["loss"]["high"]) == 0
     assert run_check(models, tmp_path, "--tolerance", report["loss"]["value"]) == 3
     assert read_json(tmp_path / "out" / "check.json")["num_needed"] is None
+    assert run_check(models, tmp_path, "--tolerance", (report["loss"]["value"] + report["loss"]["high"]) / 2) == 3
+    other = read_json(tmp_path / "out" / "check.json")
+    to_ask = other["num_needed"] / other["num_known"] * other["num_asked"]
+    assert f" or {to_ask:,.0f} facts to ask the base" in other["summary"] and to_ask > other["num_needed"]
 
 
 @pytest.mark.parametrize("num_asked", [0, 1], ids=["base", "model"])
@@ -176,7 +180,7 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
         ("--facts nothing.csv", "`facts`: .*No such file or directory: 'nothing.csv'"),
         ("--facts org/nothing", "`facts`: org/nothing cannot be read here, nor as a dataset of the Hub"),
         ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
-        ("--facts french.jsonl", r"base HighlyKnows 0 of 84 .* 50.* 'Which .*\?', expected 'la .*', answered '[A-Z]"),
+        ("--facts french.jsonl", r"base HighlyKnows [1-9]\d? of 84 .* 50.* 'Which .*\?', expected 'la .*', answered"),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
         ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
         ("--after a/b --update_card", "`update_card` needs a folder as `after`, got 'a/b'"),
@@ -193,7 +197,8 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     Path("broken/model.safetensors").write_bytes(b"cut off")
     shutil.copytree(models / "adapter", "orphan")
     write_json("orphan/adapter_config.json", {"base_model_name_or_path": "nowhere"})
-    write_jsonl("french.jsonl", toy_facts(50).map(lambda row: {"answer": f"la {row['answer']}"}))
+    french = {"country": "", "river": "la "}
+    write_jsonl("french.jsonl", toy_facts(50).map(lambda row: {"answer": french[row["relation"]] + row["answer"]}))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # puts back what the script sets
     line = ["--before", "base", "--after", "noisy", "--facts", models / "facts.jsonl", "--bf16", "false"]
     with pytest.raises((SystemExit, ValueError)) as ended:

@@ -110,6 +110,7 @@ def test_the_kl_of_anchors_is_that_of_rows_with_labels(tmp_path, column, kl_weig
 
     def step(rows: list[dict], **options) -> tuple[dict[str, torch.Tensor], dict]:
         model = build_model(TOKENIZER, initializer_range=0.4)
+        model.accepts_loss_kwargs = rows is texts or kl_weight == 0  # without, Trainer divides by the micro-batches
         before, arguments = weights(model), dict(train_dataset=Dataset.from_list(rows), **other_teacher())
         arguments |= given(PROMPTS, column) if "anchors" in options else {}
         run = train(tmp_path, model, arguments, temperature=2.0, **settings, **options)
@@ -177,19 +178,25 @@ def test_each_step_takes_the_next_ones(tmp_path, monkeypatch):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_texts_are_the_teachers_however_far_the_student_is(tmp_path, monkeypatch, adapter):
     monkeypatch.setattr(anchors, "_STEPS", 3)  # of two rows
+    monkeypatch.setattr(anchors, "_BATCH_SIZE", 3)
     options = dict(anchors="self", anchor_max_new_tokens=7, max_steps=4, learning_rate=0.5)
+    options |= dict(anchor_max_new_tokens=9, max_length=8) if adapter else {}
 
-    def run():
+    def run(**changes):
         peft = dict(peft_config=LoraConfig(r=4, target_modules="all-linear")) if adapter else {}
-        return trainer(tmp_path, build_model(TOKENIZER, initializer_range=0.4), peft, **options)
+        return trainer(tmp_path, build_model(TOKENIZER, initializer_range=0.4), peft, **options | changes)
 
     fresh, trained = run(), run()
     expected = [fresh.anchors[position]["input_ids"] for position in range(12)]
     trained.train()
     assert [trained.anchors[position]["input_ids"] for position in range(6, 12)] == expected[6:]
-    assert trained.anchors[3]["input_ids"] == expected[3]
+    assert trained.anchors[3]["input_ids"] == expected[3] != run(seed=4).anchors[3]["input_ids"]
     assert len({*map(tuple, expected)}) == 12 and max(map(len, expected)) == 8
     assert {ids[0] for ids in expected} == {TOKENIZER.eos_token_id}
+    ids = torch.tensor([row for row in expected if len(row) == 8])
+    logits = build_model(TOKENIZER, initializer_range=0.4)(ids).logits[:, :-1]
+    ranks = (logits > logits.gather(-1, ids[:, 1:, None])).sum(-1)
+    assert ranks.max() >= 50  # of all tokens, not of transformers' 50
     if not adapter:
         fresh.teacher = trained.freeze_student()
         assert [fresh.anchors[position]["input_ids"] for position in range(6, 12)] != expected[6:]

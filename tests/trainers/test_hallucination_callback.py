@@ -65,7 +65,7 @@ def test_it_logs_each_set_before_the_training_and_after_each_epoch(finished):
 
 
 def test_the_curve_goes_from_the_start_to_the_end(tmp_path, finished):
-    mixed = run(tmp_path, {"heldout": HELDOUT}, alphas=[0, 0.5, 1.0])
+    mixed = run(tmp_path, {"heldout": HELDOUT}, alphas=[0, 1.0, 0.5])
     assert_same_weights(mixed.model, finished.model)
     accuracies = values(finished, "eval_heldout_accuracy")
     ends = [values(mixed, f"eval_heldout_accuracy_alpha_{alpha}") for alpha in (0, 1)]
@@ -87,6 +87,7 @@ def test_transformers_keeps_the_best_checkpoint_and_stops_early_by_it(tmp_path, 
         after=[EarlyStoppingCallback(early_stopping_patience=2)],
         alphas=[1.0],
         eval_strategy="epoch",
+        eval_on_start=True,
         eval_dataset=eval_dataset,
         save_strategy="epoch",
         load_best_model_at_end=True,

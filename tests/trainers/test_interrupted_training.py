@@ -13,6 +13,7 @@ from sft_runs import FACTS, TOKENIZER, StopAt, architecture, assert_same_weights
 from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
 
+from trl_selfdistill.files import read_json
 from trl_selfdistill.trainers.resume import describe_dataset, last_complete_checkpoint
 
 
@@ -84,8 +85,10 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, whole, kill):
 def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(tmp_path):
     """The end of an earlier run's checkpoint must not vouch for the beginning of a new one's."""
     train(tmp_path, student(), **RUN)
+    (tmp_path / "run" / "checkpoint-4" / "model-1-of-2.safetensors").touch()
     run_and_die(tmp_path, half_the_weights)
-    assert not (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").exists()
+    left = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
+    assert not left & {"trainer_state.json", "model-1-of-2.safetensors"}
     assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").exists()  # of the run before
 
 
@@ -104,9 +107,10 @@ def copy_of_stopped(stopped, tmp_path):
 
 
 def test_there_is_nothing_to_resume_from(copy_of_stopped):
-    checkpoints = [copy_of_stopped / "run" / f"checkpoint-{step}" for step in (2, 4, 6)]
-    shutil.copytree(checkpoints[0], copy_of_stopped / "run" / "checkpoint-2-backup")
-    assert last_complete_checkpoint(copy_of_stopped / "run") == str(checkpoints[1])
+    checkpoints = [copy_of_stopped / "run" / f"checkpoint-{step}" for step in (10, 4, 6)]
+    (copy_of_stopped / "run" / "checkpoint-2").rename(checkpoints[0])
+    shutil.copytree(checkpoints[1], copy_of_stopped / "run" / "checkpoint-12-backup")
+    assert last_complete_checkpoint(copy_of_stopped / "run") == str(checkpoints[0])  # by number
     for checkpoint in checkpoints[:2]:
         (checkpoint / "trainer_state.json").unlink()
     for checkpoint in checkpoints[1:]:
@@ -164,6 +168,7 @@ def test_a_column_that_happens_to_have_a_name_of_ours_is_no_part_of_the_data(val
     tokens = Dataset.from_dict({"input_ids": [[3, 4], [5]]})
     named = Dataset.from_dict({"input_ids": [[3, 4], [5]], "seq_lengths": [value] * 2, "labels": [value] * 2})
     assert describe_dataset(named) == describe_dataset(tokens)
+    assert describe_dataset(tokens) != describe_dataset(Dataset.from_dict({"input_ids": [[3], [4, 5]]}))
 
 
 def test_the_same_data_by_other_ways_are_the_same(copy_of_stopped, whole):
@@ -184,3 +189,7 @@ def test_other_data_are_taken_on_purpose(copy_of_stopped):
     other = other_teacher() | dict(train_dataset=Dataset.from_list(OTHER_ROWS))
     run = train(copy_of_stopped, student(), other, resume=True, ignore_data_skip=True, **RUN)
     assert run.state.global_step == 6
+    run.train_dataset = run.train_dataset.select(range(4))
+    run.train()  # with these from the start: its checkpoints are of them
+    record = read_json(copy_of_stopped / "run" / "checkpoint-6" / "resume.json")
+    assert record["training_data"] == describe_dataset(run.train_dataset)

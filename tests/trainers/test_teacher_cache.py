@@ -132,6 +132,7 @@ def other_end() -> dict:
 
 CHANGES = {
     "packing": dict(packing=True, packing_strategy="wrapped", max_length=24),
+    "joined": dict(padding_free=True, max_length=None),
     "labels": dict(completion_only_loss=False),
     "precision": dict(bf16=True),
     "dtype": dict(teacher_cache_dtype="bfloat16"),

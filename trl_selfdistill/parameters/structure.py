@@ -76,9 +76,9 @@ class _Structure:
 
     def __init__(self, model: PreTrainedModel):
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        # `get_decoder` takes the head of ModernBERT-decoder, an attribute called `decoder`, for the decoder
+        # `get_decoder` gives ModernBERT-decoder's head, an attribute `decoder`; in transformers 4 an Electra itself
         decoder = model.get_decoder()
-        self.decoder = decoder if _holds_blocks(decoder) else model.base_model
+        self.decoder = decoder if decoder is not model and _holds_blocks(decoder) else model.base_model
         self.embeddings = self._with_companions(model.get_input_embeddings())
         self.lm_head = self._with_companions(model.get_output_embeddings())
 

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from trl_selfdistill.studies.comparison.rivals import known_patch_rows, mask_unl
 from trl_selfdistill.studies.comparison.study import best_epoch
 from trl_selfdistill.studies.fact_accuracy import AccuracyRecord, read_records
 from trl_selfdistill.studies.results import read_result
-from trl_selfdistill.studies.runs import RunFacts, StudySetup, Variant, _make_trainer
+from trl_selfdistill.studies.runs import RunFacts, StepTimes, StudySetup, Variant, _make_trainer
 from trl_selfdistill.studies.training_mix import load_mix
 
 
@@ -109,7 +110,7 @@ def test_wise_ft_goes_from_the_start_to_sft(finished):
 
 def test_other_mixing_weights_l2_weights_and_ranks_train_nothing_else_again(toy_study, finished, tmp_path):
     output = Path(shutil.copytree(finished, tmp_path / "study"))
-    before, flags = runs_of(output / "runs"), ["--variants", "sft", "l2", "lora", "--lora_rank", "2"]
+    before, flags = runs_of(output / "runs"), "--variants sft l2 lora own_answers --lora_rank 2".split()
     flags += ["--mixing_weights", "0.25", "--l2_weights", "1e6", "--save_strategy", "no"]
     compare(toy_study, output, *flags)
     changed = {name for name, content in runs_of(output / "runs").items() if before.get(name) != content}
@@ -146,13 +147,27 @@ def test_in_the_same_time_what_costs_more_makes_fewer_steps(toy_study, finished,
     assert {point["label"]: point["cost"] for point in read_json(output / "methods.json")}[list(steps)[1]] is None
 
 
-def test_an_adapter_is_made_from_the_known_facts(finished, tmp_path):
-    seen, mix = [], load_mix(finished / "mix")
-    variant = Variant("x", "X", trainer_arguments={"peft_config": lambda *given: seen.append(given)})
+def test_an_adapter_is_made_from_the_known_facts_and_the_seed_draws_the_rows(finished, tmp_path):
+    seen, drawn, mix = [], [], load_mix(finished / "mix")
+    arguments = {"peft_config": lambda *given: seen.append(given)}
+    draw = lambda known, new, num_rows, generator: drawn.append(generator.random()) or known  # noqa: E731
+    variant = Variant("x", "X", rows=draw, trainer_arguments=arguments)
     setup = StudySetup(str(finished / "stage1"), finished / "mix", config(tmp_path))
-    _make_trainer(variant, setup, config(tmp_path), RunFacts(mix["known"], mix["new"], {}))
-    [(_, _, known)] = seen
-    assert known["prompt"][:] == mix["known"]["prompt"][:]
+    for seed in (0, 0, 1):
+        _make_trainer(variant, setup, config(tmp_path, seed=seed), RunFacts(mix["known"], mix["new"], {}))
+    assert all(known["prompt"][:] == mix["known"]["prompt"][:] for _, _, known in seen)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_evaluating_and_saving_are_no_cost(monkeypatch):
+    now, times, args = [0.0], StepTimes(), SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr("time.process_time", lambda: now[0])
+    times.on_train_begin(args, None, None)
+    for event in "step_end save step_end evaluate step_end epoch_end step_end".split():
+        now[0] += 2 if event == "step_end" else 100
+        times.on_step_begin(args, None, None)
+        getattr(times, f"on_{event}")(args, None, None)
+    assert times.summary(3)["training_seconds"] == 3 * 2
 
 
 @pytest.mark.parametrize(

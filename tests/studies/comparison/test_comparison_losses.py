@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The L2 control: a pull of the weights to the start, as strong as that of the KL."""
+"""The L2 control: a pull of the weights to the start, as strong as that of the KL. EAFT's weights of tokens."""
+
+import math
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from peft import LoraConfig
 from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, logs, train, trainer, weights
 from trl import SFTTrainer
 
-from trl_selfdistill.studies.comparison.losses import L2ToStartSFTTrainer
+from trl_selfdistill.studies.comparison.losses import EAFTSFTTrainer, L2ToStartSFTTrainer
 
 
 def l2(**arguments) -> dict:
@@ -76,6 +78,20 @@ def test_it_is_matched_on_the_first_batch_of_training_and_kept_across_a_resume(t
     resumed = train(tmp_path / "cut", resume=True, **l2(), **options)
     assert resumed.l2_weight == whole.l2_weight > 0
     assert_same_weights(resumed.model, whole.model)
+
+
+def test_eaft_weighs_tokens_by_an_entropy_without_a_gradient(tmp_path):
+    run = trainer(tmp_path, build_model(TOKENIZER, initializer_range=0.4), trainer_class=EAFTSFTTrainer)
+    inputs = next(iter(run.get_train_dataloader()))
+    mask = inputs["labels"][:, 1:] != -100
+    logits, labels = run.model(**inputs).logits[:, :-1][mask], inputs["labels"][:, 1:][mask]
+    weights = torch.distributions.Categorical(logits=logits.detach().topk(20).values).entropy() / math.log(20)
+    expected = (weights * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).mean()
+    halved = 2 * run.compute_loss(run.model, inputs, num_items_in_batch=2 * len(labels))
+    losses = expected, run.compute_loss(run.model, inputs), halved
+    expected, *found = (torch.autograd.grad(loss, [*run.model.parameters()]) for loss in losses)
+    for gradients in found:
+        torch.testing.assert_close(gradients, expected)
 
 
 def test_what_it_is_not_for_is_refused(tmp_path):
