@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from sft_runs import FACTS, TOKENIZER, assert_same_weights, config, logs, other_teacher, train, trainer, weights
 from tokenizers import decoders
+from transformers import TrainerCallback
 
 from trl_selfdistill.slick.prompts import question_prompt
 from trl_selfdistill.trainers import anchors
@@ -163,16 +164,20 @@ def test_each_row_comes_once_a_pass_in_an_order_of_the_seed(tmp_path):
     assert passes[0] == passes[1] != others[0] and sorted(passes[0]) == sorted(others[0]) != passes[0]
 
 
+class SmallMemory(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.train_batch_size > 1:
+            raise RuntimeError("CUDA out of memory.")
+
+
 def test_each_step_takes_the_next_ones(tmp_path, monkeypatch):
     taken, take = [], anchors.Anchors.__getitem__
     monkeypatch.setattr(anchors.Anchors, "__getitem__", lambda rows, n: taken.append(n) or take(rows, n))
     train(tmp_path, None, given(), anchors="kl", gradient_accumulation_steps=2, max_steps=3)
     assert taken == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]  # an epoch ends in the middle of the second step
     taken.clear()
-    run = trainer(tmp_path, None, given(), anchors="kl", auto_find_batch_size=True)
-    run._train_batch_size = 1  # what it does when memory ran out
-    run.train()
-    assert taken == [0, 1, 2] and run.state.train_batch_size == 1
+    train(tmp_path, None, given() | dict(callbacks=[SmallMemory()]), anchors="kl", auto_find_batch_size=True)
+    assert taken == [0, 1] + [0, 1, 2]
 
 
 @pytest.mark.parametrize("adapter", [False, True])
