@@ -82,7 +82,7 @@ def timings(folder: Path, small: bool) -> list[Part]:
     config = f"scripts/configs/compare_{'tiny' if small else 'small_llama'}.yaml"
     compare = ["scripts/compare_methods.py", "--config", config, "--output_dir", str(folder / "study")]
     compare += ["--variants", "sft", "selfdistill", "--settings", "0.3/1"]
-    result.append(Part("study", 300, [compare], study_findings))
+    result.append(Part("study", 420, [compare], study_findings))
     return result
 
 
@@ -150,8 +150,11 @@ def study_findings(log: Path) -> list[tuple]:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Ends a process and all that it has started."""
+    """Ends a process and all that it has started. A launcher ends those that it gave sessions of their own."""
     with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
         os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -19,9 +19,10 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     monkeypatch.setattr(config, "default_config_file", str(tmp_path / "none.yaml"))
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,13 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, line, num_gp
         ("sys.exit(7)", 7),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137),
         ("os.kill(os.getppid(), signal.SIGINT); sys.exit(130)", 130),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", 143),  # it does not go on alone
     ],
 )
 def test_a_program_has_all_cores_and_its_exit_status_is_the_command_s(tmp_path, capfd, end, status):
     program = tmp_path / "program.py"
     names = ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "TQDM_MININTERVAL")
     shown = f"*sys.argv[1:], *map(os.environ.get, {names})"
-    program.write_text(f"import os, signal, sys\nprint({shown}, flush=True)\n{end}\n")
+    program.write_text(f"import os, signal, sys, time\nprint({shown}, flush=True)\n{end}\n")
     assert cli._launch([str(program), "--num_known", "3"], {}) == status
     assert capfd.readouterr().out.split() == ["--num_known", "3", str(torch.get_num_threads()), "8589934592", "30"]

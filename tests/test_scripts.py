@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 
+import psutil
 import pytest
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
@@ -209,7 +210,12 @@ def test_a_mistake_in_a_config_file_is_told_without_a_traceback(tmp_path, capsys
 
 def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_measurement(tmp_path, monkeypatch):
     script = runpy.run_path(str(SCRIPTS / "measure_on_gpu.py"))
-    codes = {"wrong": "import sys; sys.exit('no')", "slow": "import time; time.sleep(60)", "right": "print('fine')"}
+    launcher = """import signal, subprocess, sys
+worker = subprocess.Popen(["sleep", "60"], start_new_session=True)  # as torchrun's
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(worker.kill() or worker.wait()))
+print(worker.pid, flush=True)
+signal.pause()"""
+    codes = {"wrong": "import sys; sys.exit('no')", "slow": launcher, "right": "print('fine')"}
     parts = [script["Part"](name, 4, [["-c", code]], script["last_line"]) for name, code in codes.items()]
     monkeypatch.setitem(script["main"].__globals__, "checks", lambda folder: parts[:2])
     monkeypatch.setitem(script["main"].__globals__, "timings", lambda folder, small: parts[2:])
@@ -217,5 +223,6 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_measurement(tmp_p
     assert script["main"]() == 1
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[1][:2] == ["| wrong", "FAILED, exit status 1"] and rows[1][3:] == ["no", "NO |"]
-    assert rows[2] == ["| slow", "cut off", "4", "no output", "NO |"]
+    assert rows[2][:3] == ["| slow", "cut off", "4"] and rows[2][4:] == ["NO |"]
+    assert not psutil.pid_exists(int(rows[2][3]))
     assert rows[3][:2] == ["| right", "ended"] and rows[3][3:] == ["fine", "yes |"]

@@ -154,6 +154,7 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
         _check_gpus(load_config_from_file(options["config_file"]), options, num_gpus)
     words = [f"--{name}={value}" for name, value in options.items()]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program, which says how to go on
+    signal.signal(signal.SIGTERM, _end)
     try:
         launch_command(launch_command_parser().parse_args([*words, *script_and_flags]))
         return 0
@@ -164,6 +165,16 @@ def _launch(script_and_flags: list[str], options: dict[str, str | int]) -> int:
     except SignalException as error:
         status = -error.sigval
     return status if status >= 0 else 128 - status
+
+
+def _end(signum: int, _) -> None:
+    """Ends the program too: it would train on alone, in the folder where the next one starts."""
+    import psutil
+
+    if not (programs := psutil.Process().children()):
+        sys.exit(128 + signum)
+    for program in programs:
+        program.terminate()
 
 
 def _check_gpus(config, options: dict[str, str | int], num_gpus: int) -> None:

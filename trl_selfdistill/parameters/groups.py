@@ -70,9 +70,8 @@ class GroupSelection(NamedTuple):
             raise ValueError(f"`frozen_groups={frozen_groups}`, `trainable_groups={trainable_groups}`: set one.")
         if trainable_groups is None and not frozen_groups:
             return None
-        option, entries = "trainable_groups", trainable_groups
-        if trainable_groups is None:
-            option, entries = "frozen_groups", frozen_groups
+        option = "trainable_groups" if trainable_groups is not None else "frozen_groups"
+        entries = frozen_groups or trainable_groups
         return cls(option, tuple(map(GroupSpec.parse, [entries] if isinstance(entries, str) else entries)))
 
     @property
@@ -105,10 +104,8 @@ class GroupTable(tuple[GroupRow, ...]):
 
     def __str__(self) -> str:
         total = GroupRow("total", *(sum(column) for column in list(zip(*self, strict=True))[1:]))
-        lines = [f"{'group':<12}{'tensors':>9}{'parameters':>18}{'trainable':>18}"]
-        for row in (*self, total):
-            lines.append(f"{row.group:<12}{row.tensors:>9,}{row.parameters:>18,}{row.trainable_parameters:>18,}")
-        return "\n".join(lines)
+        rows = [f"{group:<12}{tensors:>9,}{all:>18,}{trained:>18,}" for group, tensors, all, trained in (*self, total)]
+        return "\n".join([f"{'group':<12}{'tensors':>9}{'parameters':>18}{'trainable':>18}", *rows])
 
 
 def parameter_table(model: PreTrainedModel) -> GroupTable:

@@ -56,10 +56,8 @@ class ExactResumeMixin:
         self._training_data = None
         if self.resumed_from is not None:
             if not _is_complete(self.resumed_from):
-                raise ValueError(
-                    f"Can't find a valid checkpoint at {self.resumed_from}: it has no readable {TRAINER_STATE_NAME}."
-                    " `resume_from_checkpoint=True` takes the last complete one."
-                )
+                broken = f"valid checkpoint at {self.resumed_from}: it has no readable {TRAINER_STATE_NAME}"
+                raise ValueError(f"Can't find a {broken}. `resume_from_checkpoint=True` takes the last complete one.")
             record = self.resumed_from / RESUME_FILE  # a plain `SFTTrainer` writes none
             self.check_run(read_json(record) if record.is_file() else {}, self.resumed_from)
         return super().train(resume_from_checkpoint, *args, **kwargs)
