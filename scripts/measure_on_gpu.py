@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 OURS, LEAN, TRL = "linear_ce_kl", "linear_ce_kl, 192 MiB", "TRL's pair"
 PROCESSES: list[subprocess.Popen] = []  # of the parts, as far as they were started
+STOPPED = Event()  # no further one may start
 SHAPES = ("llama-3.1-8b", "smollm2", "qwen2.5-1.5b", "gemma-3-1b")
 
 
@@ -149,19 +151,23 @@ def study_findings(log: Path) -> list[tuple]:
     return [("; ".join(f"{name} keeps {old:.3f} and learns {new:.3f}" for name, old, new in found), kept[1] > kept[0])]
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Ends a process and all that it has started. A launcher ends those that it gave sessions of their own."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+def kill(*processes: subprocess.Popen) -> None:
+    """Ends processes and all that they have started. A launcher ends those that it gave sessions of their own."""
+    end = time.monotonic() + 10
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        os.killpg(process.pid, signal.SIGKILL)
+            process.wait(max(0, end - time.monotonic()))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def stop(signum: int, _) -> None:
     """On Ctrl-C, or ended from outside: the parts have sessions of their own, and nobody else would end them."""
-    for process in PROCESSES:
-        kill(process)
+    STOPPED.set()
+    kill(*PROCESSES)
     os._exit(128 + signum)
 
 
@@ -179,6 +185,8 @@ def run(part: Part, folder: Path, end: float) -> list[tuple]:
     log = folder / f"{part.name}.log"
     with open(log, "w", encoding="utf-8") as output:
         for command in part.commands:
+            if STOPPED.is_set():
+                break
             options = dict(cwd=ROOT, env=environment, stdout=output, stderr=output)
             # A session of its own: a launcher that is killed leaves its processes to the GPU
             process = subprocess.Popen([sys.executable, *command], start_new_session=True, **options)
