@@ -104,7 +104,7 @@ class GroupTable(tuple[GroupRow, ...]):
 
     def __str__(self) -> str:
         total = GroupRow("total", *(sum(column) for column in list(zip(*self, strict=True))[1:]))
-        rows = [f"{group:<12}{tensors:>9,}{all:>18,}{trained:>18,}" for group, tensors, all, trained in (*self, total)]
+        rows = ["{:<12}{:>9,}{:>18,}{:>18,}".format(*row) for row in (*self, total)]
         return "\n".join([f"{'group':<12}{'tensors':>9}{'parameters':>18}{'trainable':>18}", *rows])
 
 
