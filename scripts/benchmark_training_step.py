@@ -37,7 +37,12 @@ from trl_selfdistill.trainers.sft_internals import label_positions_only
 
 
 # Rows of a batch, tokens of a row, and how many of them at its end are labels
-WORKLOADS = {"questions": (8, 20, 4), "documents": (2, 256, 255), "long_documents": (8, 1024, 1023)}
+WORKLOADS = {
+    "questions": (8, 20, 4),
+    "documents": (2, 256, 255),
+    "long_documents": (8, 1024, 1023),
+    "many_documents": (32, 1024, 1023),
+}
 _SIZE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
     "smollm2-135m": dict(zip(_SIZE, (576, 1536, 30, 9, 3), strict=True), vocab_size=49152),
