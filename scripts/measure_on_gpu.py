@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Checks and times everything that only a GPU can show, in one call of less than nine minutes and without a network.
+Checks and times what only a GPU can show, in one call of less than nine minutes and without a network.
 
     python scripts/measure_on_gpu.py --output_dir outputs/gpu
+
+    python scripts/measure_on_gpu.py --output_dir outputs/gpu --parts study  # what the first call has no time for
 
 The checks run side by side, then what is timed, one after the other in the order of its worth. Each part has processes
 and a time of its own: one that fails or is cut off does not stop the rest. Each leaves its output, and what it
@@ -69,26 +71,25 @@ def timings(folder: Path, small: bool) -> list[Part]:
     step = ["scripts/benchmark_training_step.py"]
     tokens, shapes, repeats = (8192, 32768), SHAPES, "10"
     # Of eight rows, the small model takes as long as its Python, whose times scatter
-    steps = (("llama-3.2-1b", "long_documents", "2"), ("smollm2-135m", "many_documents", "2"))
-    steps += (("smollm2-135m", "long_documents", "4"),)
+    steps = [("llama-3.2-1b", "long_documents", "2"), ("smollm2-135m", "many_documents", "2")]
+    steps += [("smollm2-135m", "long_documents", "4")]
     options = ["--steps", "8"]
     if small:
         tokens, shapes, repeats = (32, 64), ("smollm2",), "1"
-        steps, options = (("tiny", "questions", "2"),), ["--steps", "2", "--no-bf16"]
-    result = []
+        steps, options = [("tiny", "questions", "2")], ["--steps", "2", "--no-bf16"]
+    heads, timed = [], []
     for number in tokens:
         command = [*head, "--num_tokens", str(number), "--repeats", repeats, "--shapes", *shapes]
         command += ["--output", str(folder / f"head-{number}")]
-        result.append(Part(f"head-{number}", 150, [command], head_findings))
+        heads.append(Part(f"head-{number}", 150, [command], head_findings))
     for model, workload, rounds in steps:
         name = f"step-{model}-{workload}"
         command = [*step, "--output", str(folder / name), "--shape", model, "--workload", workload, "--rounds", rounds]
-        result.append(Part(name, 120, [command + options], step_findings))
+        timed.append(Part(name, 150, [command + options], step_findings))
     config = f"scripts/configs/compare_{'tiny' if small else 'small_llama'}.yaml"
     compare = ["scripts/compare_methods.py", "--config", config, "--output_dir", str(folder / "study")]
     compare += ["--variants", "sft", "selfdistill", "--settings", "0.3/1"]
-    result.append(Part("study", 420, [compare], study_findings))
-    return result
+    return [heads[0], *timed[:2], heads[1], *timed[2:], Part("study", 420, [compare], study_findings)]
 
 
 def last_line(log: Path) -> list[tuple]:
