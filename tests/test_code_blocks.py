@@ -106,7 +106,7 @@ def test_the_notebook_runs(toy_study, tmp_path):
     parameters.source += f"""
 MODEL, FACTS = {str(toy_study.model)!r}, {{"facts": {str(toy_study.facts)!r}}}
 MIX = {{"num_known": 10, "num_new": 20, "num_heldout": 40, "max_answer_share": 0.3}}
-TRAINING |= {{"num_train_epochs": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8}}"""
+TRAINING |= {{"num_train_epochs": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "warmup_steps": 1}}"""
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     *_, results, card = notebook.cells
     rows = re.findall(r"\n(\S+)((?: +[01]\.\d{3}){3} \[.+)", results.outputs[0].data["text/plain"])

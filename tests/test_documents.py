@@ -14,6 +14,7 @@ from toy_study import SCRIPTS, run_script
 
 import trl_selfdistill
 from trl_selfdistill import cli
+from trl_selfdistill.studies.comparison.arguments import GROUPS
 
 
 ROOT = SCRIPTS.parent
@@ -58,6 +59,8 @@ def test_commands_are_taken(command, monkeypatch, capsys):
         text = capsys.readouterr().out
         assert not [flag for flag in flags if flag.startswith("--") and flag not in text]
         return
+    if "mica" in flags and "mica" not in GROUPS:
+        pytest.skip("this PEFT has fewer adapters")
     parser = parser_of(name, monkeypatch)
     parser.parse_args_and_config(flags)
 
