@@ -155,6 +155,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turns")
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
+    if args.steps * args.rounds < 2:
+        parser.error(f"--steps {args.steps} --rounds {args.rounds}: quartiles need at least two steps.")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     variants = {"SFTTrainer": (SFTTrainer, SFTConfig, {})}
     if not torch.cuda.is_available():
         variants["SFTTrainer, label positions"] = (SFTTrainer, SFTConfig, {})  # as it is on a GPU anyway

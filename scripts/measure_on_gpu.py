@@ -15,6 +15,7 @@ missed. `--small` runs all parts in small, also without a GPU.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -93,8 +94,10 @@ def timings(folder: Path, small: bool) -> list[Part]:
 
 
 def last_line(log: Path) -> list[tuple]:
-    """What pytest counted; tests that were all skipped tell nothing."""
-    lines = log.read_text(encoding="utf-8").splitlines()[-1:]
+    """What pytest counted, else the last line; tests that were all skipped tell nothing."""
+    text = log.read_text(encoding="utf-8")
+    counts = re.findall(r"^.*\d (?:passed|failed|skipped|errors?)\b.* in [\d.]+s.*$", text, re.MULTILINE)
+    lines = (counts or text.splitlines())[-1:]  # a library may complain after the tests
     return [(line, None if "skipped" in line and "passed" not in line else True) for line in lines]
 
 

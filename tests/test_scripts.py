@@ -215,7 +215,11 @@ worker = subprocess.Popen(["sleep", "60"], start_new_session=True)  # as torchru
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(worker.kill() or worker.wait()))
 print(worker.pid, flush=True)
 signal.pause()"""
-    codes = {"wrong": "import sys; sys.exit('no')", "slow": launcher, "right": "print('fine')"}
+    codes = {
+        "wrong": "import sys; sys.exit('no')",
+        "slow": launcher,
+        "right": "print('2 passed in 1.00s', 'leaked', sep=chr(10))",
+    }
     parts = [script["Part"](name, 4, [["-c", code]], script["last_line"]) for name, code in codes.items()]
     monkeypatch.setitem(script["main"].__globals__, "checks", lambda folder: parts[:2])
     monkeypatch.setitem(script["main"].__globals__, "timings", lambda folder, small: parts[2:])
@@ -225,4 +229,4 @@ signal.pause()"""
     assert rows[1][:2] == ["| wrong", "FAILED, exit status 1"] and rows[1][3:] == ["no", "NO |"]
     assert rows[2][:3] == ["| slow", "cut off", "4"] and rows[2][4:] == ["NO |"]
     assert not psutil.pid_exists(int(rows[2][3]))
-    assert rows[3][:2] == ["| right", "ended"] and rows[3][3:] == ["fine", "yes |"]
+    assert rows[3][:2] == ["| right", "ended"] and rows[3][3:] == ["2 passed in 1.00s", "yes |"]

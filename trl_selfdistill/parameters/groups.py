@@ -149,7 +149,8 @@ def freeze_selection(model: PreTrainedModel, selection: GroupSelection) -> Group
     if unassigned and any(spec.group is not None for spec in selection.specs):
         raise ValueError(
             f"{len(unassigned)} parameters of {type(model).__name__} belong to none of {', '.join(GROUPS)}: "
-            f"{unassigned[:3]}. Select them too, by a regular expression such as 're:vision_tower'."
+            f"{unassigned[:3]}. `{selection.option}` must say something of them too, by an expression such as "
+            "'re:vision_tower'. `frozen_groups` freezes them, `trainable_groups` trains them."
         )
     if not any(tensor.requires_grad and selection.trains(names[0]) for tensor, names in tensors):
         raise ValueError(

@@ -207,6 +207,9 @@ def _add_own_answers(trainer, prompts: list) -> Dataset:
     with trainer.accelerator.autocast():
         rows = own_answers(trainer.model, trainer.processing_class, prompts, max_new_tokens=most)
     rows = without_unused_columns(trainer, prepare_rows(trainer, rows))
+    if "labels" not in features:  # as the collator would, which asks the first row whether there are some
+        trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["input_ids"]})
+        features = trainer.train_dataset.features
     rows = rows.select_columns([name for name in rows.column_names if name in features])
     rows = rows.cast(Features({name: features[name] for name in rows.column_names}))
     trainer.train_dataset = concatenate_datasets([trainer.train_dataset, rows])

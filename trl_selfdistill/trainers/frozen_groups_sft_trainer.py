@@ -76,7 +76,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             self.model.enable_input_require_grads()
         self.accelerator.print(f"{selection}\n{self.group_table}")
         if args.verify_frozen:
-            self._frozen_check = _FrozenCheck()
+            self._frozen_check = _FrozenCheck(self.model)
             self.add_callback(self._frozen_check)
 
     def describe_run(self) -> dict:
@@ -86,11 +86,9 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         """Also refuses other groups: an optimizer's state is stored by position, and would go to other parameters."""
         super().check_run(saved, checkpoint)
         for option in ("frozen_groups", "trainable_groups"):
-            value = getattr(self.args, option) or None
-            if sorted(saved.get(option, value) or []) != sorted(value or []):
-                raise ValueError(
-                    f"{checkpoint} was trained with `{option}={saved[option]}`, not {value}. Resume with it."
-                )
+            value, before = getattr(self.args, option) or None, saved.get(option)
+            if sorted(before or []) != sorted(value or []):
+                raise ValueError(f"{checkpoint} was trained with `{option}={before}`, not {value}. Resume with it.")
         if self._frozen_check is not None:
             rows = saved.get("groups", {})
             self._frozen_check.resumed = {group: row["frozen_sha256"] for group, row in rows.items()}
@@ -140,11 +138,18 @@ def check_rows(args: SFTConfig, name: str, data: Any) -> None:
 class _FrozenCheck(TrainerCallback):
     """Hashes the frozen parameters when training starts (a checkpoint is loaded by then), and compares at its end."""
 
-    def __init__(self):
+    def __init__(self, model: torch.nn.Module):
+        self.names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.expected: dict[str, dict[str, str]] = {}  # nothing before training starts
         self.resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if freed := sorted(self.names & trained):
+            raise ValueError(
+                f"{len(freed)} parameters that the trainer froze are trainable now: {freed[:3]}. Remove what sets "
+                "their `requires_grad`, or train other groups."
+            )
         self.expected = hash_parameters(model)
         for group, members in self.expected.items():
             if self.resumed.get(group) not in (None, digest(members)):

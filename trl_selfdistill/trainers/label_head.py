@@ -85,8 +85,8 @@ def check_label_head(model: torch.nn.Module, accelerator: Accelerator, name: str
         "cap them, so that the CE and KL computed from its LM head would be wrong (those of `SFTTrainer` are, too). "
         "Take a model of another family, or `kl_weight=0` and a `compute_loss_func`, which gets the model's logits."
     )
-    if family.get_output_embeddings() is None:
-        raise ValueError(f"{refusal} It has no output embeddings.")
+    if family.config.is_encoder_decoder or family.get_output_embeddings() is None:
+        raise ValueError(f"{refusal} It has an encoder, or no output embeddings.")
     device = family.get_input_embeddings().weight.device
     ids = torch.tensor([_TOKENS], device=device) % family.config.get_text_config().vocab_size
     with evaluation_mode(model), accelerator.autocast():
@@ -95,7 +95,7 @@ def check_label_head(model: torch.nn.Module, accelerator: Accelerator, name: str
     expected = expected[0, -1 - len(logits) : -1].to(logits)  # without virtual tokens of prompt learning
     if expected.shape != logits.shape:
         raise ValueError(f"{refusal} It has {expected.size(-1)} logits for a head of {logits.size(-1)} tokens.")
-    largest = expected[expected.isfinite()].abs().max()
+    largest = expected.nan_to_num(posinf=0, neginf=0).abs().max()
     tolerance = max(1e-3, 4 * epsilon) * largest.item()
     if not torch.allclose(logits, expected, rtol=0, atol=tolerance, equal_nan=True):
         difference = (logits - expected).abs().max()

@@ -153,8 +153,14 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs}  # a subclass may ask twice
         anchors = inputs.pop("anchors", None)  # of a step of training, which asks for the loss alone
         if self.teacher is None:
+            if self.args.kl_weight > 0 and not self.args.takes_snapshot:
+                raise ValueError(
+                    f"`kl_weight` was 0 when the trainer was made, without a teacher therefore, and is "
+                    f"{self.args.kl_weight} now. Start with a small one, such as 1e-6."
+                )
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             loss = self._distillation_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -147,7 +147,8 @@ def _check_vocabulary(teacher: PreTrainedModel, trainer) -> None:
     except (ImportError, OSError, ValueError) as error:  # without one, transformers 4 asks for protobuf or tiktoken
         logger.warning(f"The tokenizer of the teacher {name!r} could not be compared with the student's: {error}")
         return
-    if theirs.get_vocab() != text_tokenizer(trainer.processing_class).get_vocab():
+    # The student's may have more, such as a token for padding
+    if not theirs.get_vocab().items() <= text_tokenizer(trainer.processing_class).get_vocab().items():
         raise ValueError(f"The tokenizer of the teacher {name!r} is not the student's. Take a teacher with that one.")
 
 
