@@ -137,9 +137,8 @@ def check_rows(args: SFTConfig, name: str, data: Any) -> None:
 class _FrozenCheck(TrainerCallback):
     """Hashes the frozen parameters when training starts (a checkpoint is loaded by then), and compares at its end."""
 
-    def __init__(self):
-        self.expected: dict[str, dict[str, str]] = {}  # nothing before training, or where nothing is checked
-        self.resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
+    expected: dict[str, dict[str, str]] = {}  # nothing before training, or where nothing is checked
+    resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.expected = hash_parameters(model)
