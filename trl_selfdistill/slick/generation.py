@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -61,6 +61,11 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def forked(device: torch.device) -> AbstractContextManager:
+    """Leaves torch's random state, that of `device` among it, as it was before the block."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def predict_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,8 +106,7 @@ def predict_answers(
     per_prompt = num_samples or 1
     step = max(1, batch_size // per_prompt)
     answers: list[list[str]] = [[] for _ in prompts]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with evaluation_mode(model), torch.random.fork_rng(devices):
+    with evaluation_mode(model), forked(model.device):
         torch.manual_seed(seed)
         for begin in range(0, len(order), step):
             batch = order[begin : begin + step]

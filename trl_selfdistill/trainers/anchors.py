@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..hallucination.exact_match import as_seen
 from ..losses import IGNORE_INDEX
-from ..slick.generation import eos_ids, evaluation_mode, generate_tokens
+from ..slick.generation import eos_ids, evaluation_mode, forked, generate_tokens
 from ..slick.process_sharding import map_in_parallel
 from ..slick.prompt_tokens import text_tokenizer, tokenize_prompts
 from .resume import describe_dataset
@@ -67,17 +67,12 @@ class Anchors:
             return generate_tokens(model, prompts, config)
 
         teacher = trainer.teacher.as_model(trainer.model_wrapped)
-        with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
+        with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator.device):
             model = accelerator.unwrap_model(model)
             ends = eos_ids(model, self._tokenizer)
             config = GenerationConfig(eos_token_id=ends, max_new_tokens=most, do_sample=True, top_k=0)
             written = chain.from_iterable(map_in_parallel(write, range(0, size, _BATCH_SIZE)))
         return [{"input_ids": [self._begin, *ids], "labels": [self._begin, *ids]} for ids in written]
-
-
-def forked(accelerator):
-    """Leaves torch's random state as it was: the rows get the random numbers that they get without anchors."""
-    return torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else [])
 
 
 def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
