@@ -16,8 +16,7 @@ from .publishing import MODEL_FILES
 
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_FILES = {*MODEL_FILES, "*.py"} - {"README.md", "model_card.json", "curves.png", "accuracy.json*"}
-_FILES -= {"base_accuracy.jsonl", "parameter_groups.json"}  # of the fine-tuned weights
+_FILES = {*MODEL_FILES, "*.py"}
 # Settings of a LoRA that adds `lora_alpha / r` times B A to its base model, and does nothing else
 _PLAIN_LORA = {"peft_type": ["LORA"], "bias": ["none", None], "use_dora": [False, None], "modules_to_save": [None, []]}
 _PLAIN_LORA |= {"trainable_token_indices": [None], "init_lora_weights": [True, False, "gaussian"]}

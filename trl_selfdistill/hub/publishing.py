@@ -16,10 +16,10 @@ from .environment import hide_tokens
 from .model_card import CARD_FILE, RECORD_FILE, hub_id, read_record, render_model_card
 
 
-# Vocabularies have the names that transformers' tokenizers give them
+# Of the results of weights, and of the weights. Vocabularies have the names that transformers' tokenizers give them
+RESULT_FILES = (CARD_FILE, RECORD_FILE, "curves.png", "accuracy.json*", "base_accuracy.jsonl", "parameter_groups.json")
 MODEL_FILES = (
-    (CARD_FILE, RECORD_FILE, "curves.png", "accuracy.json*", "base_accuracy.jsonl", "parameter_groups.json")
-    + ("*model*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+    ("*model*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
     + ("adapter_config.json", "*processor_config.json", "*tokenizer_config.json", "tokenizer.json", "*.tokenizer")
     + ("special_tokens_map.json", "added_tokens.json", "vocab.*", "vocab-*.json", "*_vocab.json", "merges.txt")
     + ("*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json")
@@ -93,7 +93,7 @@ def plan_model(
     facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is missing.
     """
     named = _named_in(folder)
-    files = select_files(folder, [*MODEL_FILES, *named])
+    files = select_files(folder, [*RESULT_FILES, *MODEL_FILES, *named])
     if lost := named - files.keys():
         raise PublishError(f"{folder} names {min(lost)}, which is no file of its own in it. Copy it there.")
     record, given = read_record(folder), {"license": license, "base_model": base_model}

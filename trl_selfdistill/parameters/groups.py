@@ -68,10 +68,9 @@ class GroupSelection(NamedTuple):
                 raise ValueError(f"`{option}` must be a list of texts, got {entries!r}. {_SPEC_HELP}")
         if frozen_groups and trainable_groups is not None:
             raise ValueError(f"`frozen_groups={frozen_groups}`, `trainable_groups={trainable_groups}`: set one.")
-        if trainable_groups is None and not frozen_groups:
+        option, entries = ("frozen_groups", frozen_groups) if frozen_groups else ("trainable_groups", trainable_groups)
+        if entries is None:
             return None
-        option = "trainable_groups" if trainable_groups is not None else "frozen_groups"
-        entries = frozen_groups or trainable_groups
         return cls(option, tuple(map(GroupSpec.parse, [entries] if isinstance(entries, str) else entries)))
 
     @property

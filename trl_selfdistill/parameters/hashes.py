@@ -8,13 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from .structure import base_causal_lm, group_of, named_tensors
 
-
-if is_peft_available():
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
 # Settings that do not change what a model computes (Trainer sets the ids to those of the tokenizer)
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "use_cache"}
@@ -67,9 +63,8 @@ def hash_model(model: torch.nn.Module, adapters: bool = True) -> str:
         configs |= model.peft_config
     elif is_peft_model(model):
         parts = {"modules_to_save", "token_adapter"}  # not the adapters' names, which may be those of modules
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                parts |= {*module.adapter_layer_names, *module.other_param_names}
+        for layer in model.modules():  # those of PEFT have names of what is theirs
+            parts |= {*getattr(layer, "adapter_layer_names", ()), *getattr(layer, "other_param_names", ())}
         state = {name: tensor for name, tensor in state.items() if parts.isdisjoint(name.split("."))}
     return digest({name: hash_config(config) for name, config in configs.items()} | hash_tensors(state))
 

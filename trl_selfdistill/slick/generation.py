@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -26,11 +26,15 @@ def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     special = {*tokenizer.all_special_ids}
     special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     special.discard(tokenizer.unk_token_id)
-    model_eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    # An EOS token may be the unknown one as well, as GPT-2's is
-    special.update([tokenizer.eos_token_id], model_eos if isinstance(model_eos, list) else [model_eos])
+    special.update(eos_ids(model, tokenizer))  # one may be the unknown token as well, as GPT-2's is
     newline, blank = _newline_ids(tokenizer, len(tokenizer))
-    return sorted({*special, *newline} - {None}), sorted({*special, *blank} - {None})
+    return sorted({*special, *newline}), sorted({*special, *blank})
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, and the tokenizer's."""
+    model_eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None})
 
 
 @lru_cache(maxsize=8)
@@ -55,6 +59,11 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training_modules:
             module.training = True
+
+
+def forked(device: torch.device) -> AbstractContextManager:
+    """Leaves torch's random state, that of `device` among it, as it was before the block."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def predict_answers(
@@ -89,8 +98,7 @@ def predict_answers(
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
     stop_ids, _ = answer_ends(model, tokenizer)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=num_samples is not None)
-    config.update(eos_token_id=stop_ids, pad_token_id=min(stop_ids, default=0))
+    config = GenerationConfig(eos_token_id=stop_ids, max_new_tokens=max_new_tokens, do_sample=num_samples is not None)
     if config.do_sample:
         config.update(num_return_sequences=num_samples, temperature=float(temperature), top_k=top_k or 0)
     # Similar lengths in a batch: little padding. The longest come first: memory runs out early or never
@@ -98,8 +106,7 @@ def predict_answers(
     per_prompt = num_samples or 1
     step = max(1, batch_size // per_prompt)
     answers: list[list[str]] = [[] for _ in prompts]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with evaluation_mode(model), torch.random.fork_rng(devices):
+    with evaluation_mode(model), forked(model.device):
         torch.manual_seed(seed)
         for begin in range(0, len(order), step):
             batch = order[begin : begin + step]
@@ -147,8 +154,9 @@ def generate_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], config
     """
     Generates the tokens after each prompt (token ids, of any lengths) in one batch, up to the first stop token and
     with it. The model is in evaluation mode, and its own generation config does not apply: `config` has a list as
-    `eos_token_id`, and `pad_token_id`. A collective if the weights are sharded: processes go on until all end.
+    `eos_token_id`, and gets a `pad_token_id`. A collective if the weights are sharded: processes go on until all end.
     """
+    config.pad_token_id = min(config.eos_token_id, default=0)
     width = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..hallucination.exact_match import as_seen
 from ..losses import IGNORE_INDEX
-from ..slick.generation import evaluation_mode, generate_tokens
+from ..slick.generation import eos_ids, evaluation_mode, forked, generate_tokens
 from ..slick.process_sharding import map_in_parallel
 from ..slick.prompt_tokens import text_tokenizer, tokenize_prompts
 from .resume import describe_dataset
@@ -67,23 +67,12 @@ class Anchors:
             return generate_tokens(model, prompts, config)
 
         teacher = trainer.teacher.as_model(trainer.model_wrapped)
-        with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator):
+        with teacher as model, evaluation_mode(model), accelerator.autocast(), forked(accelerator.device):
             model = accelerator.unwrap_model(model)
-            config = _to_the_end(model, self._tokenizer, max_new_tokens=most, do_sample=True, top_k=0)
+            ends = eos_ids(model, self._tokenizer)
+            config = GenerationConfig(eos_token_id=ends, max_new_tokens=most, do_sample=True, top_k=0)
             written = chain.from_iterable(map_in_parallel(write, range(0, size, _BATCH_SIZE)))
         return [{"input_ids": [self._begin, *ids], "labels": [self._begin, *ids]} for ids in written]
-
-
-def _to_the_end(model, tokenizer, **options) -> GenerationConfig:
-    """To write up to the tokens that end a text: those of the model's generation config, and the tokenizer's."""
-    model_eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
-    return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends, default=0), **options)
-
-
-def forked(accelerator):
-    """Leaves torch's random state as it was: the rows get the random numbers that they get without anchors."""
-    return torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else [])
 
 
 def draw_anchors(trainer, batches: list[dict[str, Any]]) -> None:
@@ -241,7 +230,7 @@ def own_answers(
     """
     token_ids = tokenize_prompts(tokenizer, prompts)
     tokenizer = text_tokenizer(tokenizer)
-    config = _to_the_end(model, tokenizer, max_new_tokens=max_new_tokens, do_sample=False)
+    config = GenerationConfig(eos_token_id=eos_ids(model, tokenizer), max_new_tokens=max_new_tokens, do_sample=False)
 
     def answer(start: int) -> list[str]:
         asked, answers = token_ids[start : start + batch_size], []

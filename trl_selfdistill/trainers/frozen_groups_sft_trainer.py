@@ -50,7 +50,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         args = config_from(args, FrozenGroupsSFTConfig, model, self.method_name)
         selection = args.group_selection
         self.group_table: GroupTable | None = None
-        self._frozen_check: _FrozenCheck | None = None
+        self._frozen_check = _FrozenCheck()
         given = signature(super().__init__).bind(model, args, *positional, **kwargs).arguments
         for name in ("train_dataset", "eval_dataset") if given.get("formatting_func") is None else ():
             data = given.get(name)
@@ -76,7 +76,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             self.model.enable_input_require_grads()
         self.accelerator.print(f"{selection}\n{self.group_table}")
         if args.verify_frozen:
-            self._frozen_check = _FrozenCheck(self.model)
+            self._frozen_check.names = {name for name, p in self.model.named_parameters() if not p.requires_grad}
             self.add_callback(self._frozen_check)
 
     def describe_run(self) -> dict:
@@ -89,9 +89,8 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             value, before = getattr(self.args, option) or None, saved.get(option)
             if sorted(before or []) != sorted(value or []):
                 raise ValueError(f"{checkpoint} was trained with `{option}={before}`, not {value}. Resume with it.")
-        if self._frozen_check is not None:
-            rows = saved.get("groups", {})
-            self._frozen_check.resumed = {group: row["frozen_sha256"] for group, row in rows.items()}
+        rows = saved.get("groups", {})
+        self._frozen_check.resumed = {group: row["frozen_sha256"] for group, row in rows.items()}
 
     def evaluation_loop(self, *args, **kwargs):
         # `bf16_full_eval` and `fp16_full_eval` round the weights themselves, which may be saved or trained on later
@@ -100,8 +99,7 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self._frozen_check is not None:
-            verify_frozen(self.model, self._frozen_check.expected)  # before the model is saved
+        verify_frozen(self.model, self._frozen_check.expected)  # before the model is saved
         super().save_model(output_dir, _internal_call)
 
     def on_save_model(self, folder: Path) -> None:
@@ -112,9 +110,9 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
 
     def describe_groups(self) -> dict:
         """The groups asked for, and the counts of each group with the SHA-256 of its frozen parameters."""
-        digests = {}
+        digests, is_checked = {}, self.group_table is not None and self.args.verify_frozen
         # The hash of a shard is not that of the tensor in a file
-        if self._frozen_check is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if is_checked and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             hashes = self._frozen_check.expected or hash_parameters(self.model)
             digests = {group: digest(members) for group, members in hashes.items()}
         rows = {row.group: row._asdict() | {"frozen_sha256": digests.get(row.group)} for row in self.group_table or ()}
@@ -138,10 +136,9 @@ def check_rows(args: SFTConfig, name: str, data: Any) -> None:
 class _FrozenCheck(TrainerCallback):
     """Hashes the frozen parameters when training starts (a checkpoint is loaded by then), and compares at its end."""
 
-    def __init__(self, model: torch.nn.Module):
-        self.names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self.expected: dict[str, dict[str, str]] = {}  # nothing before training starts
-        self.resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
+    names: set[str] = set()  # of what the trainer froze
+    expected: dict[str, dict[str, str]] = {}  # nothing before training, or where nothing is checked
+    resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -8,8 +8,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..parameters.structure import base_causal_lm
+from ..slick.generation import forked
 from .adapter_teacher import AdapterTeacher, fits_adapter_teacher
-from .anchors import Anchors, draw_anchors, forked, load_anchors, prepare_anchors
+from .anchors import Anchors, draw_anchors, load_anchors, prepare_anchors
 from .frozen_groups_sft_config import config_from
 from .frozen_groups_sft_trainer import FrozenGroupsSFTTrainer
 from .label_head import check_label_head, student_ce_kl
@@ -170,7 +171,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         """What a micro-batch adds to the mean of `anchor_weight τ² KL` over the `num_tokens` of the step's anchors."""
         inputs["use_cache"] = False
         options = {"ce_weight": 0.0, "kl_weight": self.args.anchor_weight, **self.args.kl_options}
-        with forked(self.accelerator):
+        with forked(self.accelerator.device):  # the rows get the random numbers that they get without anchors
             teacher = self.teacher.targets(model, inputs)
             ce_kl, _ = student_ce_kl(model, inputs, teacher, **options, num_items_in_batch=num_tokens)
         ranks = self.accelerator.num_processes // self.get_tp_size()  # over which DDP averages the gradients

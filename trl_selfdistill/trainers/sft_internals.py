@@ -79,7 +79,7 @@ class HookedSFTTrainer(SFTTrainer):
         """Called on the processes that save, when the model's weights have been written into `folder`."""
 
     def on_save_checkpoint(self, folder: Path) -> None:
-        """Called on the processes that save, before the checkpoint `folder`, which exists, is written."""
+        """Called on the processes that save, before the checkpoint `folder`, which may exist, is written."""
 
     def log_means(self, mode: str, **values: float) -> None:
         """Adds values of this step (`mode="train"`) or batch (`"eval"`) to the means that the trainer logs next."""
@@ -137,7 +137,6 @@ class HookedSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
             self.on_save_checkpoint(folder)
         super()._save_checkpoint(model, trial)
 

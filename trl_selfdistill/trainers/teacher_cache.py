@@ -122,7 +122,6 @@ def _with_answers(trainer, name: str, dataset: Dataset, cache_dir: Path) -> Data
     with ExitStack() as stack:
         partial = None
         if accelerator.is_main_process:
-            cache_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{folder}.lock"))  # a job beside this one may be writing the same cache
             if not folder.is_dir():
                 partial = stack.enter_context(written_whole(folder))
