@@ -34,6 +34,8 @@ from trl_selfdistill.studies.models import ModelArguments
 
 def main(data: TrainingDataArguments, model_args: ModelArguments, config: FrozenGroupsSFTConfig) -> None:
     """Trains the model, and prints where it is and how to find out what it lost."""
+    if config.group_selection is None:
+        raise ValueError("Nothing would be frozen: pass `--trainable_groups attention`, say, or `--frozen_groups`.")
     folder = train_as_asked(FrozenGroupsSFTTrainer, config, data, model_args)
     if PartialState().is_main_process:
         models = f"--before {model_args.model_name_or_path} --after {folder}"

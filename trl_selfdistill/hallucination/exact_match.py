@@ -91,7 +91,7 @@ def normalize_answer(
     if squad:
         return " ".join(_ARTICLES.sub(" ", "".join(parts)).split())
     text = unicodedata.normalize("NFC", _TONES.sub(r"\1\3\2", unicodedata.normalize("NFD", "".join(parts))))
-    text = " ".join(_ARTICLES.sub(" ", text).split())
+    text = " ".join(_ARTICLES.sub(" ", text).split() or text.split())  # an answer may be an article: blood type "A"
     return _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
 
 

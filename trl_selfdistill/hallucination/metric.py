@@ -136,7 +136,8 @@ def check_references(values: Iterable[str | Iterable[str]]) -> list[list[str]]:
 
 
 def _rows(values: Any, name: str) -> list:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    is_table = isinstance(values, Mapping) or hasattr(values, "columns")  # iterating gives the names of its columns
+    if isinstance(values, str | bytes) or is_table or not isinstance(values, Iterable):
         raise TypeError(f"`{name}` is a {type(values).__name__}; it must be a list of strings")
     rows = list(values)
     if not rows:

@@ -17,7 +17,8 @@ from .model_card import CARD_FILE, RECORD_FILE, hub_id, read_record, render_mode
 
 
 # Of the results of weights, and of the weights. Vocabularies have the names that transformers' tokenizers give them
-RESULT_FILES = (CARD_FILE, RECORD_FILE, "curves.png", "accuracy.json*", "base_accuracy.jsonl", "parameter_groups.json")
+RESULT_FILES = (CARD_FILE, RECORD_FILE, "curves.png", "parameter_groups.json")
+ANSWER_FILES = ("accuracy.json*", "base_accuracy.jsonl")  # to facts, which they name: sent with these alone
 MODEL_FILES = (
     ("*model*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
     + ("adapter_config.json", "*processor_config.json", "*tokenizer_config.json", "tokenizer.json", "*.tokenizer")
@@ -93,7 +94,7 @@ def plan_model(
     facts that it was evaluated on. [`PublishError`] if its weights, its license or the base of an adapter is missing.
     """
     named = _named_in(folder)
-    files = select_files(folder, [*RESULT_FILES, *MODEL_FILES, *named])
+    files = select_files(folder, [*RESULT_FILES, *(ANSWER_FILES if dataset_id else ()), *MODEL_FILES, *named])
     if lost := named - files.keys():
         raise PublishError(f"{folder} names {min(lost)}, which is no file of its own in it. Copy it there.")
     record, given = read_record(folder), {"license": license, "base_model": base_model}

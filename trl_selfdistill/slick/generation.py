@@ -12,8 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..hallucination.answer_outcome import fold_answer
 from ..hallucination.exact_match import exact_match
+from ..parameters.hashes import hash_model
 from ..parameters.structure import base_causal_lm
-from .process_sharding import ProgressFile, checksum, weights_checksum
+from .process_sharding import ProgressFile, checksum
 from .prompt_tokens import text_tokenizer, tokenize_prompts
 from .prompts import answer_from_generation
 
@@ -139,7 +140,9 @@ def answer_prompts(
         title (`str`, *optional*, defaults to `"Answers"`): What the bar is called; `None` for none.
     """
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    inputs = {"prompts": checksum(prompts), "model": weights_checksum(model)} if progress_file else {}
+    inputs = {}
+    if progress_file is not None:
+        inputs = {"prompts": checksum(tokenize_prompts(tokenizer, prompts)), "model": hash_model(model)}
     work = ProgressFile(progress_file, settings | inputs)
     units = {str(begin): prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)}
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
@@ -36,11 +35,6 @@ def on_main_process(function: Callable[[], Any]) -> Any:
 def checksum(value: Any) -> str:
     """SHA-256 of the `repr` of a value."""
     return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
-def weights_checksum(model: torch.nn.Module) -> str:
-    """Of a few numbers of each parameter: it tells checkpoints of one architecture apart, and costs nothing."""
-    return checksum([(name, p.detach().flatten()[:8].float().tolist()) for name, p in model.named_parameters()])
 
 
 class ProgressFile:

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hallucination.exact_match import exact_match
 from ..hallucination.metric import SlickCategory
+from ..parameters.hashes import hash_model
 from .generation import predict_answers
 from .likelihood import score_answers
-from .process_sharding import ProgressFile, checksum, weights_checksum
+from .process_sharding import ProgressFile, checksum
+from .prompt_tokens import tokenize_prompts
 from .prompts import answer_completion, few_shot_prompt
 
 
@@ -172,10 +174,12 @@ def annotate_facts(
     asked = facts.select(kept)
     relations, questions = asked["relation"][:], asked["question"][:]
     accepted = [[answer, *aliases] for answer, aliases in zip(asked["answer"], asked["aliases"], strict=True)]
-    of_facts, of_model = checksum(facts.select_columns(_REQUIRED_COLUMNS).to_list()), weights_checksum(model)
-    identity = {"settings": asdict(settings), "facts": of_facts, "model": of_model, "batch_size": batch_size}
-    if prompt_function is not few_shot_prompt:
-        identity["prompt"] = prompt_function("question", [("question", "answer")])
+    identity = {"settings": asdict(settings), "batch_size": batch_size}
+    if progress_file is not None:
+        first = [prompt_function(questions[row], exemplars[relations[row]][0]) for row in range(len(asked))]
+        identity["prompts"] = checksum(tokenize_prompts(tokenizer, first))
+        identity["facts"] = checksum(facts.select_columns(_REQUIRED_COLUMNS).to_list())
+        identity["model"] = hash_model(model)
     work = ProgressFile(progress_file, identity)
 
     def ask(prompt: int, name: str, rows: list[int]) -> list:

@@ -20,7 +20,7 @@ from ..hallucination.metric import RATES, score_hallucinations
 from ..hub.environment import describe_environment
 from ..hub.model_card import escape_markdown
 from ..parameters.hashes import hash_model
-from ..slick.generation import answer_prompts
+from ..slick.generation import answer_prompts, eos_ids
 from ..slick.process_sharding import checksum, on_main_process
 from ..slick.prompts import few_shot_messages, few_shot_prompt
 from ..slick.slick import PRESETS, annotate_facts, longest_answer, reserve_exemplars
@@ -119,7 +119,7 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
     def work(folder: Path) -> None:
         asked, tokenizer = facts.select(rows), base.tokenizer
         with how.loaded(base) as (model, weights):
-            content = checksum(arguments | {"version": weights})
+            content = checksum(arguments | {"version": weights, "ends": eos_ids(model, base.tokenizer)})
             kept = [p.parent for p in root.glob("*/known/base.json") if read_json(p).get("content") == content]
             if kept and PartialState().is_main_process:
                 shutil.copytree(kept[0], folder, dirs_exist_ok=True)
@@ -141,6 +141,13 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
                     f"{', or `--chat false`' if how.chat else ''}. For example: {examples}."
                 )
             answers = _ask(model, base, known, exemplars, how, folder)
+            right = round(score_hallucinations(answers, accepted_answers(known, "facts"))["accuracy"] * len(known))
+            if 2 * right < len(known):
+                raise ValueError(
+                    f"`before`: {base.path} HighlyKnows {len(known)} facts, and answers {right} of them right when it "
+                    f"is asked once more. Its prompt may end where no answer begins: {answers[:3]}. Mend the chat "
+                    "template, or pass `--chat false`."
+                )
         if PartialState().is_main_process:
             write_jsonl(folder / "facts.jsonl", known.add_column("base_answer", answers))
             about = {"exemplars": exemplars, "num_asked": len(tried), "weights": weights, "content": content}

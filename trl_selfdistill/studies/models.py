@@ -117,7 +117,8 @@ def model_version(name_or_path: str, revision: str = "main") -> str:
     """What tells two versions of a model apart: SHA-256 of weights and configurations, or the commit on the Hub."""
     folder, configs = Path(name_or_path), ("config.json", "adapter_config.json")
     if any((folder / name).is_file() for name in configs):
-        found = [(folder / name).read_text(encoding="utf-8") for name in configs if (folder / name).is_file()]
+        texts = (folder / name for name in (*configs, "generation_config.json"))
+        found = [text.read_text(encoding="utf-8") for text in texts if text.is_file()]
         if (folder / configs[1]).is_file():
             found.append(model_version(read_json(folder / configs[1])["base_model_name_or_path"]))
         return checksum([weights_sha256(folder), *found]) if any(folder.glob("*.safetensors")) else fingerprint(folder)

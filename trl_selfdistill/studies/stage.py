@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..files import read_json, write_json
 from ..hub.environment import describe_environment
+from ..hub.publishing import MODEL_FILES
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def run_stage(
         FileNotFoundError: If an input is missing.
         ValueError: If `folder` holds an input, or files that no stage wrote: the result would take their place.
     """
-    folder = Path(folder)
+    folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # "." has none
     partial = folder.with_name(folder.name + ".partial")
     state = PartialState()
     arguments = json.loads(json.dumps(arguments, default=str))
@@ -94,17 +95,18 @@ def _refuse_to_replace(folder: Path, inputs: Iterable[str]) -> None:
 
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    Identifies the content of an input: a file by its SHA-256; the folder of a stage by its key and by its JSONL files,
-    which may be edited by hand; any other folder (a model) by the names, sizes and times of its files.
+    Identifies the content of an input: a file by its SHA-256; the folder of a stage by its key, its JSONL files and
+    its model, which may be edited or replaced by hand; any other (a model) by the names, sizes and times of its files.
     """
     path = Path(path)
     if path.is_file():
-        return _digest(path.read_bytes())
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist. Run the stage that writes it first, or correct the path.")
     if key := _run_of(path).get("key"):
-        tables = sorted(path.glob("*.jsonl"))
-        return _digest("".join([key, *(_digest(table.read_bytes()) for table in tables)]).encode())
+        content = {file for pattern in ("*.jsonl", *MODEL_FILES) for file in path.glob(pattern)}
+        return _digest("".join([key, *(fingerprint(file) for file in sorted(content))]).encode())
     files = sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _digest(json.dumps(stats).encode())

@@ -101,6 +101,8 @@ class HallucinationEvalCallback(TrainerCallback):
         answer_rules: dict | None = None,
         alphas: Sequence[float] = (),
     ):
+        if not isinstance(eval_sets, dict):
+            raise TypeError(f"`eval_sets` is a {type(eval_sets).__name__}; it must be a dict of datasets by name")
         self.trainer = trainer
         self.eval_sets = eval_sets
         self.accepted = {name: accepted_answers(rows, f"eval_sets[{name!r}]") for name, rows in eval_sets.items()}
