@@ -20,7 +20,7 @@ needs_fsdp2_on_cpu = pytest.mark.skipif(
 )
 
 
-def run_in_two_processes(work: Callable, folder: Path, timeout: float = 200, **environment: object) -> None:
+def run_in_two_processes(work: Callable, folder: Path, **environment: object) -> None:
     """Calls `work(folder)` in two processes of one thread each, and waits for both to succeed."""
     program = f"import pathlib, two_processes, {work.__module__} as module\n"
     program += f"module.{work.__name__}(pathlib.Path({str(folder)!r}))\ntwo_processes.leave()"
@@ -38,7 +38,7 @@ def run_in_two_processes(work: Callable, folder: Path, timeout: float = 200, **e
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=timeout)
+            output, _ = process.communicate(timeout=200)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:
