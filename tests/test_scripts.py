@@ -134,15 +134,6 @@ OWN_FLAGS = training_flags(max_steps=2, save_strategy="no")
 TEXT = [{"prompt": f"Q: {i}\nA:", "completion": " Norway"} for i in range(8)]
 
 
-def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path):
-    write_jsonl(tmp_path / "data.jsonl", TEXT)
-    flags = ["--dataset_name", tmp_path / "data.jsonl", "--output_dir", tmp_path / "out", *OWN_FLAGS]
-    run_script("self_distill_sft.py", "--model_name_or_path", toy_study.model, *flags)
-    before, after = (load_file(folder / "model.safetensors") for folder in (toy_study.model, tmp_path / "out"))
-    assert before.keys() == after.keys() and not any(before[name].equal(after[name]) for name in before)
-    assert "self-distill-sft" in (tmp_path / "out" / "README.md").read_text()
-
-
 @pytest.mark.parametrize("adapter", ["", "--use_peft --lora_target_modules q_proj v_proj"], ids=["full", "adapter"])
 def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, monkeypatch, capsys, adapter):
     trained, save = [], FrozenGroupsSFTTrainer.save_model
