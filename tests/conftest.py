@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,6 +95,23 @@ def nothing_left_in_the_environment():
     yield
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_"))]:
         del os.environ[name]
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """`calls_of(owner, name)`: each call of a function from now on, with its `args`, `kwargs` and `result`."""
+
+    def note(owner, name: str) -> list[SimpleNamespace]:
+        function, calls = getattr(owner, name), []
+
+        def noted(*args, **kwargs):
+            calls.append(SimpleNamespace(args=args, kwargs=kwargs, result=function(*args, **kwargs)))
+            return calls[-1].result
+
+        monkeypatch.setattr(owner, name, noted)
+        return calls
+
+    return note
 
 
 @pytest.fixture(scope="session")
