@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,21 +99,22 @@ def nothing_left_in_the_environment():
         del os.environ[name]
 
 
+def note_calls(owner, name: str, replace: Callable = setattr) -> list[SimpleNamespace]:
+    """Each call of a function from now on, with its `args`, `kwargs` and `result`."""
+    function, calls = getattr(owner, name), []
+
+    def noted(*args, **kwargs):
+        calls.append(SimpleNamespace(args=args, kwargs=kwargs, result=function(*args, **kwargs)))
+        return calls[-1].result
+
+    replace(owner, name, noted)
+    return calls
+
+
 @pytest.fixture
 def calls_of(monkeypatch):
-    """`calls_of(owner, name)`: each call of a function from now on, with its `args`, `kwargs` and `result`."""
-
-    def note(owner, name: str) -> list[SimpleNamespace]:
-        function, calls = getattr(owner, name), []
-
-        def noted(*args, **kwargs):
-            calls.append(SimpleNamespace(args=args, kwargs=kwargs, result=function(*args, **kwargs)))
-            return calls[-1].result
-
-        monkeypatch.setattr(owner, name, noted)
-        return calls
-
-    return note
+    """`note_calls` until the test ends."""
+    return partial(note_calls, replace=monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")
