@@ -5,7 +5,10 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,6 +97,24 @@ def nothing_left_in_the_environment():
     yield
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_"))]:
         del os.environ[name]
+
+
+def note_calls(owner, name: str, replace: Callable = setattr) -> list[SimpleNamespace]:
+    """Each call of a function from now on, with its `args`, `kwargs` and `result`."""
+    function, calls = getattr(owner, name), []
+
+    def noted(*args, **kwargs):
+        calls.append(SimpleNamespace(args=args, kwargs=kwargs, result=function(*args, **kwargs)))
+        return calls[-1].result
+
+    replace(owner, name, noted)
+    return calls
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """`note_calls` until the test ends."""
+    return partial(note_calls, replace=monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 """Short training runs of tiny models, and what is compared between them."""
 
 import gc
+import multiprocessing
 import re
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -25,6 +27,8 @@ FACTS = [
     {"prompt": f"Q: {city}\nA:", "completion": f" {country}" * (1 + i % 3)}
     for i, (city, country) in enumerate(CITIES.items())
 ]
+IDS = torch.arange(3, 23).reshape(2, 10)
+LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
 # Weights large enough that the logits are not all near 0, where a scale or a softcap would do nothing
 TINY = dict(vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.4)
 TINY |= dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -82,6 +86,13 @@ def train(*args, resume=None, **kwargs) -> SFTTrainer:
     run = trainer(*args, **kwargs)
     run.train(resume_from_checkpoint=resume)
     return run
+
+
+def forked(work: Callable[[], None]) -> multiprocessing.Process:
+    """A fork of this process in which `work` is begun."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
 def logs(run) -> list[dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from answering_model import QUESTIONS, build_answering_model, towns_prompts
-from conftest import CITIES
+from conftest import CITIES, note_calls
 from fact_rows import facts_from_rows
 from peft import LoraConfig
 from sft_runs import TOKENIZER, assert_same_weights, logs, trainer
@@ -84,16 +84,9 @@ def measured(run: SFTTrainer) -> list[dict]:
 
 def run_on_two_processes(folder: Path) -> None:
     """The run, and answers and states of weights in shards; each process writes what it saw."""
-    asked, synced, generate = [], [], GenerationMixin.generate
-
-    def noted(model, **options):
-        asked.append(len(options["input_ids"]))
-        synced.append(options["synced_gpus"])
-        return generate(model, **options)
-
-    GenerationMixin.generate = noted
+    generated = note_calls(GenerationMixin, "generate")
     trained, rank = run(folder, batch_size=1), os.environ["RANK"]
-    seen = {"log": measured(trained), "asked": asked[0]}
+    seen = {"log": measured(trained), "asked": len(generated[0].kwargs["input_ids"])}
     if FSDP2_ON_CPU:
         model = build_answering_model(TOKENIZER)
         for module in (*model.model.layers, model):
@@ -101,7 +94,8 @@ def run_on_two_processes(folder: Path) -> None:
         seen["answers"] = answer_prompts(model, TOKENIZER, PROMPTS, batch_size=2)
         prompts = trained.callback_handler.callbacks[-1].prompts
         torch.save(tuple(prompt_states(model, prompts, (1, 2), batch_size=2)), folder / f"states{rank}.pt")
-    write_json(folder / f"{rank}.json", seen | {"synced": [*dict.fromkeys(synced)]})
+    synced = dict.fromkeys(call.kwargs["synced_gpus"] for call in generated)
+    write_json(folder / f"{rank}.json", seen | {"synced": [*synced]})
 
 
 @pytest.fixture(scope="module")

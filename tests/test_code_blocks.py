@@ -94,11 +94,6 @@ def test_examples_of_module(name):
     assert runner.failures == 0
 
 
-def test_the_parser_finds_examples_and_wrong_ones_fail():
-    examples = MarkdownDocTestParser().get_doctest("```python\n>>> 1 + 1\n3\n```\n", {}, "wrong", None, 0)
-    assert doctest.DocTestRunner(verbose=False).run(examples, out=lambda text: None) == (1, 1)
-
-
 def test_the_notebook_runs(toy_study, tmp_path):
     notebook = nbformat.read(SCRIPTS.parent / "docs/examples/quickstart.ipynb", as_version=4)
     assert len(notebook.cells) <= 15 and not any(cell.get("outputs") for cell in notebook.cells)

@@ -134,19 +134,9 @@ OWN_FLAGS = training_flags(max_steps=2, save_strategy="no")
 TEXT = [{"prompt": f"Q: {i}\nA:", "completion": " Norway"} for i in range(8)]
 
 
-def test_self_distillation_on_a_file_of_the_user(toy_study, tmp_path):
-    write_jsonl(tmp_path / "data.jsonl", TEXT)
-    flags = ["--dataset_name", tmp_path / "data.jsonl", "--output_dir", tmp_path / "out", *OWN_FLAGS]
-    run_script("self_distill_sft.py", "--model_name_or_path", toy_study.model, *flags)
-    before, after = (load_file(folder / "model.safetensors") for folder in (toy_study.model, tmp_path / "out"))
-    assert before.keys() == after.keys() and not any(before[name].equal(after[name]) for name in before)
-    assert "self-distill-sft" in (tmp_path / "out" / "README.md").read_text()
-
-
 @pytest.mark.parametrize("adapter", ["", "--use_peft --lora_target_modules q_proj v_proj"], ids=["full", "adapter"])
-def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, monkeypatch, capsys, adapter):
-    trained, save = [], FrozenGroupsSFTTrainer.save_model
-    monkeypatch.setattr(FrozenGroupsSFTTrainer, "save_model", lambda run: trained.append(run.model) or save(run))
+def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, calls_of, capsys, adapter):
+    saved = calls_of(FrozenGroupsSFTTrainer, "save_model")
     dataset = Dataset.from_list(TEXT)
     DatasetDict(train=dataset, validation=dataset.select(range(2))).save_to_disk(tmp_path / "data")
     config = {"dataset_name": str(tmp_path / "data"), "dataset_test_split": "validation", "eval_strategy": "epoch"}
@@ -157,8 +147,9 @@ def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, 
     run_script("frozen_groups_sft.py", *flags, "--disable_tqdm", "false")
     shown = capsys.readouterr()
     assert "2/2" in shown.err and "'eval_loss'" in shown.out
-    assert [model.config._attn_implementation for model in trained] == ["eager"]
-    frozen = {name for name, parameter in trained[0].named_parameters() if not parameter.requires_grad}
+    [model] = [call.args[0].model for call in saved]
+    assert model.config._attn_implementation == "eager"
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert adapter or frozen == {name for name in load_file(tmp_path / "out/model.safetensors") if ".mlp." in name}
 
 

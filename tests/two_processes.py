@@ -2,7 +2,6 @@
 """Calls a function of a test module in two processes that are connected by gloo, as `torchrun` would."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils.other import get_free_port
 from packaging.version import Version
 
 
@@ -20,14 +20,11 @@ needs_fsdp2_on_cpu = pytest.mark.skipif(
 )
 
 
-def run_in_two_processes(work: Callable, folder: Path, timeout: float = 200, **environment: object) -> None:
+def run_in_two_processes(work: Callable, folder: Path, **environment: object) -> None:
     """Calls `work(folder)` in two processes of one thread each, and waits for both to succeed."""
     program = f"import pathlib, two_processes, {work.__module__} as module\n"
     program += f"module.{work.__name__}(pathlib.Path({str(folder)!r}))\ntwo_processes.leave()"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1) | environment
+    environment |= dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=get_free_port())
     environment |= dict(PYTHONPATH=os.pathsep.join(sys.path), ACCELERATE_USE_CPU="true")
     processes = [
         subprocess.Popen(
@@ -41,7 +38,7 @@ def run_in_two_processes(work: Callable, folder: Path, timeout: float = 200, **e
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=timeout)
+            output, _ = process.communicate(timeout=200)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:

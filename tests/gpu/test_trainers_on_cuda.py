@@ -62,7 +62,7 @@ def test_qlora_trains_the_adapter_and_leaves_the_base(tmp_path, model_dir, group
     arguments = dict(peft_config=LoraConfig(r=4))
     options = dict(learning_rate=0.3, bf16=True, use_cpu=False, trainable_groups=groups)
     ours = trainer(tmp_path, model, arguments, **options)
-    before = {n: p.detach().clone() for n, p in ours.model.named_parameters()}
+    before = weights(ours.model)
     assert any(p.dtype == torch.uint8 for p in before.values())
     ours.train()
     assert logs(ours)[0]["kl_loss"] < 1e-6 < logs(ours)[1]["kl_loss"]

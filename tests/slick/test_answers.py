@@ -38,12 +38,11 @@ def test_greedy_answers_do_not_depend_on_batches_or_padding(tokenizer):
     assert predict(model, tokenizer, prompts=[]) == []
 
 
-def test_generation_stops_where_the_answer_ends(tokenizer, monkeypatch):
+def test_generation_stops_where_the_answer_ends(tokenizer, calls_of):
     model = build_answering_model(tokenizer)
-    tokens, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda **kwargs: tokens.append(generate(**kwargs)) or tokens[-1])
+    generated = calls_of(model, "generate")
     [[answer]] = predict(model, tokenizer, towns_prompts()[:1], max_new_tokens=50)
-    num_new = tokens[0].shape[1] - len(tokenizer(towns_prompts()[0])["input_ids"])
+    num_new = generated[0].result.shape[1] - len(tokenizer(towns_prompts()[0])["input_ids"])
     assert num_new == len(tokenizer(f" {answer}")["input_ids"]) + 1
 
 
@@ -172,15 +171,14 @@ def naive_score(model, tokenizer, prompt, forms, temperature=1.0, top_k=None):
     ("architecture", "sampling"),
     [(name, {"temperature": 0.5, "top_k": 20}) for name in ("llama", "gemma2", "falcon_h1")] + [("llama", {})],
 )
-def test_scores_equal_the_definition(architecture, sampling, tokenizer, monkeypatch):
+def test_scores_equal_the_definition(architecture, sampling, tokenizer, calls_of):
     model = build_architecture(architecture, tokenizer)
     prompts = towns_prompts()[:3] + [few_shot_prompt("Where?", EXEMPLARS), few_shot_prompt("A? \nA: ", EXEMPLARS)]
     forms = [COUNTRIES[i % 3 :] + ["Norway and Peru"] for i in range(len(prompts))]
-    caches = []
-    original = likelihood._shared_prefix
-    monkeypatch.setattr(likelihood, "_shared_prefix", lambda *a: caches.append(original(*a)) or caches[-1])
+    shared = calls_of(likelihood, "_shared_prefix")
     scores = score_answers(model, tokenizer, prompts, forms, batch_size=3, **sampling)
-    assert (caches[0] is not None and caches[0].get_seq_length() > 30) == (architecture != "falcon_h1")
+    cache = shared[0].result
+    assert (cache is not None and cache.get_seq_length() > 30) == (architecture != "falcon_h1")
     scores += score_answers(model, tokenizer, prompts[:1], forms[:1], **sampling)  # one prompt shares itself
     for score, prompt, accepted in zip(scores, prompts + prompts[:1], forms + forms[:1], strict=True):
         is_greedy, p_sampled = naive_score(model, tokenizer, prompt, accepted, **sampling)
@@ -220,21 +218,15 @@ def test_greedy_scores_alone_are_those_of_all_and_bounds(tokenizer):
     assert min(lost) > -1e-6 and max(lost) > 1e-4
 
 
-def test_shared_work_changes_no_score(tokenizer, monkeypatch):
+def test_shared_work_changes_no_score(tokenizer, monkeypatch, calls_of):
     model = build_answering_model(tokenizer)
     prompts = towns_prompts() * 2  # each question twice
     forms = [[country, f"the {country}", country] for country in COUNTRIES * 6][: len(prompts)]
-    num_rows, forward = [], likelihood._Scorer._forward
-
-    def counting_forward(self, batch, first):
-        num_rows.append(len(batch))
-        return forward(self, batch, first)
-
-    monkeypatch.setattr(likelihood._Scorer, "_forward", counting_forward)
+    passes = calls_of(likelihood._Scorer, "_forward")
     shared = score_answers(model, tokenizer, prompts, forms, temperature=0.5, top_k=5)
     # Of four spellings a form, repeated ones are scored once and the unlikely ones not at all
     distinct = len({(prompt, form[0]) for prompt, form in zip(prompts, forms, strict=True)})
-    assert distinct <= sum(num_rows) < 2 * distinct
+    assert distinct <= sum(len(call.args[1]) for call in passes) < 2 * distinct
     monkeypatch.setattr(likelihood, "_MIN_SHARED_PREFIX", 10**6)
     monkeypatch.setattr(likelihood, "_NEGLIGIBLE_LOG_PROB", -torch.inf)
     plain = score_answers(model, tokenizer, prompts, forms, temperature=0.5, top_k=5, batch_size=1)

@@ -107,22 +107,20 @@ def test_columns_come_from_all_prompts_of_a_fact(settings, tokenizer):
 
 
 @SETTINGS
-def test_only_highly_known_facts(settings, monkeypatch):
+def test_only_highly_known_facts(settings, monkeypatch, calls_of):
     """Those that the whole annotation finds, and no fact is asked again after a wrong answer."""
-    asked, ask = Counter(), slick._ask
-    monkeypatch.setattr(slick, "_ask", lambda m, t, prompts, *rest: asked.update(prompts) or ask(m, t, prompts, *rest))
-    seeds, predict = [], slick.predict_answers
-    monkeypatch.setattr(slick, "predict_answers", lambda *a, **b: seeds.append(b.get("seed")) or predict(*a, **b))
+    asked, generated = calls_of(slick, "_ask"), calls_of(slick, "predict_answers")
     whole = Dataset.from_dict(annotate(settings))
-    assert len({*seeds} - {None}) == 6 * (settings is GENERATE)  # each draws anew
+    seeds = {call.kwargs.get("seed") for call in generated}
+    assert len(seeds - {None}) == 6 * (settings is GENERATE)  # each draws anew
     expected = whole.filter(lambda row: row["slick_category"] == "HighlyKnown").remove_columns(SLICK_COLUMNS[1:3])
-    num_questions = asked.total()
+    num_questions = sum(len(call.args[2]) for call in asked)
     asked.clear()
     assert annotate(replace(settings, only_highly_known=True)) == expected.to_dict()
     monkeypatch.setattr(slick, "_ask", lambda model, tokenizer, prompts, *rest: [[False, 0.0] for _ in prompts])
     assert annotate(replace(settings, only_highly_known=True)) == dict.fromkeys(expected.column_names, [])
     assert 0 < len(expected) < len(whole)
-    assert len(whole) < asked.total() < num_questions
+    assert len(whole) < sum(len(call.args[2]) for call in asked) < num_questions
 
 
 @pytest.mark.parametrize("settings", SHARED.values(), ids=SHARED)

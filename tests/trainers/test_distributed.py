@@ -20,8 +20,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import build_model
 from datasets import Dataset
 from safetensors.torch import load_file
-from sft_runs import FACTS, ROUNDING, TOKENIZER, logs
-from test_laws import FEATURES, Run, other_teacher, train
+from sft_runs import FACTS, ROUNDING, TOKENIZER, logs, other_teacher
+from test_laws import FEATURES, Run, train
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from two_processes import needs_fsdp2_on_cpu, run_in_two_processes

@@ -75,17 +75,17 @@ def test_several_evaluation_sets_and_the_best_checkpoint(build):
     assert run.evaluate(sets)["eval_b_loss"] == pytest.approx(min(values), rel=1e-5)
 
 
-def test_neftune_noise_is_the_students_alone(tmp_path):
+def test_neftune_noise_is_the_students_alone(tmp_path, calls_of):
     losses, targets = [], []
     for alpha in (None, 5.0):
         run = trainer(tmp_path, None, other_teacher(), max_steps=2, neftune_noise_alpha=alpha)
-        of_teacher = run.teacher.targets
-        run.teacher.targets = lambda *args, of_teacher=of_teacher: targets.append(of_teacher(*args)) or targets[-1]
+        targets.append(calls_of(run.teacher, "targets"))
         run.train()
         losses.append(logs(run)[0]["loss"])
-    plain, noisy = targets[:2], targets[2:]
+    plain, noisy = targets
     assert losses[0] != losses[1] and len(plain) == len(noisy) == 2
-    assert all(torch.equal(a.hidden_states, b.hidden_states) for a, b in zip(plain, noisy, strict=True))
+    pairs = zip(plain, noisy, strict=True)
+    assert all(torch.equal(a.result.hidden_states, b.result.hidden_states) for a, b in pairs)
 
 
 def test_torch_compile_changes_nothing(tmp_path):

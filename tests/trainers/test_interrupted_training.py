@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is killed and resumed ends with the weights of one that was not; what it cannot continue is refused."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -9,7 +8,7 @@ import signal
 import pytest
 from conftest import build_model
 from datasets import Dataset, List, Value
-from sft_runs import FACTS, TOKENIZER, StopAt, architecture, assert_same_weights, other_teacher, train, trainer
+from sft_runs import FACTS, TOKENIZER, StopAt, architecture, assert_same_weights, forked, other_teacher, train, trainer
 from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
 
@@ -43,8 +42,7 @@ def run_and_die(folder, prepare, extra=dict, **options):
         prepare(run)
         run.train()
 
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
+    process = forked(work)
     process.join(timeout=200)
     assert process.exitcode == -signal.SIGKILL
 

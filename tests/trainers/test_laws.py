@@ -15,7 +15,7 @@ import torch
 from conftest import build_model
 from datasets import Dataset
 from peft import LoraConfig
-from sft_runs import FACTS, TOKENIZER, architecture, assert_same_weights, logs, trainer, weights
+from sft_runs import FACTS, TOKENIZER, architecture, assert_same_weights, logs, other_teacher, trainer, weights
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -73,10 +73,6 @@ class Feature(NamedTuple):
     options: dict = {}
     arguments: Callable[[], dict] = dict
     trains: str = "."
-
-
-def other_teacher():
-    return dict(teacher_model=student(seed=1))
 
 
 def anchors(**options):
@@ -167,24 +163,19 @@ def ran(tmp_path_factory):
     return run
 
 
-def assert_same_run(ours: Run, theirs: Run):
+NOTHING = [(base, SelfDistillSFTTrainer, dict(kl_weight=0)) for base in BASES]
+NOTHING += [("plain", FrozenGroupsSFTTrainer, dict(frozen_groups=[]))]
+
+
+@pytest.mark.parametrize("base, trainer_class, options", NOTHING)
+def test_without_kl_and_groups_it_is_sft_trainer_bit_for_bit(tmp_path, ran, base, trainer_class, options):
+    ours, theirs = train(tmp_path, Feature(base, options), trainer_class), ran(base, SFTTrainer)
+    assert getattr(ours.trainer, "teacher", None) is None and ours.trainer.group_table is None
     assert logs(ours.trainer) == logs(theirs.trainer) and len(logs(ours.trainer)) == 5
     assert_same_weights(ours.trainer.model, theirs.trainer.model)
     assert ours.random_states == theirs.random_states and len(ours.random_states) == 4
     callbacks = [[type(callback) for callback in run.trainer.callback_handler.callbacks] for run in (ours, theirs)]
     assert callbacks[0] == callbacks[1]
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_without_kl_and_groups_it_is_sft_trainer_bit_for_bit(tmp_path, ran, base):
-    ours = train(tmp_path, Feature(base, dict(kl_weight=0)))
-    assert ours.trainer.teacher is None and ours.trainer.group_table is None
-    assert_same_run(ours, ran(base, SFTTrainer))
-
-
-def test_without_groups_it_is_sft_trainer_bit_for_bit(tmp_path, ran):
-    ours = train(tmp_path, Feature(options=dict(frozen_groups=[])), FrozenGroupsSFTTrainer)
-    assert_same_run(ours, ran("plain", SFTTrainer))
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from sft_runs import logs, train, trainer
+from sft_runs import logs, train, trainer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_selfdistill.parameters.hashes import hash_model
@@ -20,10 +20,6 @@ def quantised(folder):
     )
 
 
-def base_bytes(model) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
-
-
 @pytest.mark.parametrize("start", ["fresh", "trained", "trained DoRA", "groups"])
 def test_a_quantised_run_trains_the_adapter_and_leaves_the_base(tmp_path, model_dir, start):
     torch.manual_seed(0)
@@ -35,14 +31,13 @@ def test_a_quantised_run_trains_the_adapter_and_leaves_the_base(tmp_path, model_
         extra = dict(peft_config=LoraConfig(r=4, target_modules=None if start == "groups" else ["q_proj"]))
         options = dict(trainable_groups=["attention"]) if start == "groups" else {}
     run = trainer(tmp_path, model, extra, learning_rate=0.3, temperature=0.5, **options)
-    before = base_bytes(run.model)
-    adapter = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+    before = weights(run.model)
     assert run.teacher_model is None and sum(p.dtype == torch.uint8 for p in before.values()) == 14
     run.train()
     assert logs(run)[0]["kl_loss"] < 1e-6 < logs(run)[1]["kl_loss"]
-    after = base_bytes(run.model)
-    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
-    assert all(not torch.equal(p, adapter[n]) for n, p in run.model.named_parameters() if n in adapter)
+    moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in moved)
 
 
 def test_the_hash_of_a_quantised_model_is_of_its_scales_too(model_dir):

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from peft import LoraConfig
-from sft_runs import config, trainer
+from sft_runs import IDS, config, trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 from transformers.models.mixtral import modeling_mixtral
@@ -25,9 +25,6 @@ from trl_selfdistill.trainers.sft_internals import (
     label_positions_only,
     train_in_order,
 )
-
-
-IDS = torch.arange(3, 23).reshape(2, 10)
 
 
 def patched_by_trl(folder, peft=False):

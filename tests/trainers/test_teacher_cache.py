@@ -2,7 +2,6 @@
 """`precompute_teacher`: the run is that of a teacher in memory, and there is no teacher in memory."""
 
 import gc
-import multiprocessing
 import os
 import signal
 import weakref
@@ -14,7 +13,7 @@ import transformers
 from conftest import build_model, build_tokenizer
 from datasets import Dataset, List, Value
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from sft_runs import FACTS, ROUNDING, TINY, TOKENIZER, architecture, logs, train, trainer
+from sft_runs import FACTS, ROUNDING, TINY, TOKENIZER, architecture, forked, logs, train, trainer
 from transformers import AutoModelForCausalLM, MambaConfig, TrainingArguments
 
 from trl_selfdistill.losses import ModelSide
@@ -158,21 +157,15 @@ def test_a_cache_is_found_again_and_anything_it_depends_on_makes_another(tmp_pat
         assert len(caches(tmp_path)) == number, name
 
 
-def in_a_process_of_its_own(work) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
 def test_a_killed_or_parallel_run_leaves_a_whole_cache_or_none(tmp_path, monkeypatch):
     def work():
         trainer(tmp_path, arguments=data(), **cached(tmp_path))
 
     with monkeypatch.context() as patch:
         patch.setattr(teacher_cache.ArrowWriter, "finalize", lambda writer: os.kill(os.getpid(), signal.SIGKILL))
-        killed = in_a_process_of_its_own(work)
+        killed = forked(work)
     killed.join(timeout=120)
-    jobs = [in_a_process_of_its_own(work) for _ in range(2)]
+    jobs = [forked(work) for _ in range(2)]
     for job in jobs:
         job.join(timeout=120)
     assert [job.exitcode for job in (killed, *jobs)] == [-signal.SIGKILL, 0, 0]

@@ -11,7 +11,7 @@ from accelerate import cpu_offload
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from sft_runs import FACTS, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
+from sft_runs import FACTS, IDS, LORA, TOKENIZER, StopAt, assert_same_weights, config, logs, train, trainer, weights
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
@@ -19,8 +19,6 @@ from trl_selfdistill.parameters.hashes import hash_model
 from trl_selfdistill.trainers import teachers
 
 
-IDS = torch.arange(3, 23).reshape(2, 10)
-LORA = dict(r=4, target_modules=["q_proj", "mlp.up_proj", "mlp.down_proj"])
 VIRTUAL_TOKENS = dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
 

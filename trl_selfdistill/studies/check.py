@@ -199,7 +199,7 @@ def compare_answers(known: Dataset, answers: list[str], tolerance: float, **abou
     that were lost, of the `known` ones of [`known_stage`], by the model's `answers`. It also holds what is `about` the
     check: the names `base` and `model`, `num_asked` (of the base), `prompts` and `notes`.
     """
-    accepted = [[answer, *aliases] for answer, aliases in zip(known["answer"], known["aliases"], strict=True)]
+    accepted = accepted_answers(known, "facts")
     columns = {"relations": known["relation"][:], "questions": known["question"][:], "detailed": True}
     scores = score_hallucinations(answers, accepted, baseline_predictions=known["base_answer"][:], **columns)
     examples, tables = scores.pop("examples"), scores.pop("tables")

@@ -2,6 +2,7 @@
 """What the runs of a study leave in their folders, and the quickstart's report on them: table, findings and curves."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from ..files import read_json, read_jsonl
@@ -104,6 +105,12 @@ def read_result(folder: Path) -> VariantResult:
         same = {fact_id: base.answers["heldout"][fact_id] for fact_id in records[-1].answers["heldout"]}
         base = base._replace(answers={"heldout": same})  # a comparison asks a part of the held-out facts
     return VariantResult(folder.name, records, training, drift, base)
+
+
+def mean_seconds(results: list[VariantResult], name: str) -> float | None:
+    """The mean of what was timed: not in a run that was killed after the last step. `None` if nothing was."""
+    seconds = [result.training.get(name) for result in results]
+    return fmean(filter(None, seconds)) if any(seconds) else None
 
 
 def render_table(results: list[VariantResult]) -> str:

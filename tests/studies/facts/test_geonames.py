@@ -42,13 +42,12 @@ def test_a_table_of_facts_of_every_relation_with_one_answer_to_each_subject(rows
 
 def test_forms_are_accepted_without_accents_and_belong_to_one_answer(rows):
     answers = {}
-    for row in rows:
-        forms = accepted(row)
-        for form in forms:
-            assert exact_match(strip_accents(form), forms), row
-            if row["relation"] != "P38":  # the peso is that of several countries
-                answer = answers.setdefault((row["relation"], normalize_answer(form)), row["answer"])
-                assert answer == row["answer"], (form, row)
+    for relation, answer, *aliases in {(row["relation"], *accepted(row)) for row in rows}:
+        for form in (answer, *aliases):
+            assert exact_match(strip_accents(form), [answer, *aliases]), (relation, answer, form)
+            if relation != "P38":  # the peso is that of several countries
+                of_form = answers.setdefault((relation, normalize_answer(form)), answer)
+                assert of_form == answer, (relation, answer, form)
 
 
 def test_questions_hold_their_subjects_which_do_not_give_the_answers_away(rows):

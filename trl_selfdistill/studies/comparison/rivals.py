@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ...slick.generation import evaluation_mode
 from ...trainers import FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from ...trainers.sft_internals import train_in_order
 from ..runs import Variant
+from ..synthetic.facts import shuffled_rounds
 from .arguments import GROUPS, ComparisonArguments
 from .losses import EAFTSFTTrainer, L2ToStartSFTTrainer
 
@@ -209,19 +211,12 @@ def known_patch_rows(known: Dataset, new: Dataset, num_rows: int, generator: ran
     examples into the last part). As many rows as in plain SFT, in the order in which they are shown.
     """
     num_known, late = round(KNOWN_PATCH_RATIO * num_rows), round(KNOWN_PATCH_SHARE * num_rows)
-    order_new = _cycled(range(len(known), len(known) + len(new)), num_rows - num_known, generator)
-    order_known = _cycled(range(len(known)), num_known, generator)
+    rows_of_new = range(len(known), len(known) + len(new))
+    order_new = [*islice(shuffled_rounds(rows_of_new, generator), num_rows - num_known)]
+    order_known = [*islice(shuffled_rounds(range(len(known)), generator), num_known)]
     patch = order_new[num_rows - late :] + order_known
     generator.shuffle(patch)
     return concatenate_datasets([known, new]).select(order_new[: num_rows - late] + patch)
-
-
-def _cycled(items: range, number: int, generator: random.Random) -> list[int]:
-    """`number` of `items`, each as often as the others (give or take one), shuffled anew in each round."""
-    drawn: list[int] = []
-    while len(drawn) < number:
-        drawn += generator.sample(items, len(items))
-    return drawn[:number]
 
 
 def mask_unlikely_tokens(dataset: Dataset, model: PreTrainedModel, max_perplexity: float) -> Dataset:

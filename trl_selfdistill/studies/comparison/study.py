@@ -3,7 +3,6 @@
 
 import random
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from ...slick.prompts import question_prompt
 from ...trainers.anchors import own_answers
 from ..fact_accuracy import AccuracyRecord, ask_facts, read_records, write_records
 from ..facts.table import fold_name, load_facts, read_facts
-from ..results import RECORDS_FILE, VariantResult
+from ..results import RECORDS_FILE, VariantResult, mean_seconds
 from ..runs import RunFacts, StudySetup, Variant, steps_of_epochs, train_variant, training_config
 from ..stage import run_stage
 from ..training_mix import load_mix
@@ -108,7 +107,7 @@ class _Runs(NamedTuple):
         """The variants with as many steps, to a tenth of SFT's, as take `equal_time` times the time that SFT took."""
         found = {}
         for variant in variants:
-            seconds = [training_seconds(self.of(of)) for of in (variants[0], variant)]
+            seconds = [mean_seconds(self.of(of), "training_seconds") for of in (variants[0], variant)]
             if None in seconds:
                 raise ValueError(f"`equal_time`: no step of SFT or {variant.label} was timed. Delete their folders.")
             share = seconds[0] / seconds[1]
@@ -201,10 +200,4 @@ def _outcome(
     label: str, records: list[AccuracyRecord], group: str = "", results: list[VariantResult] | None = None
 ) -> Outcome:
     old, new = (np.stack([record.outcomes(name) for record in records]) for name in ("heldout", "new"))
-    return Outcome(label, old, new, group, training_seconds(results) if results else None)
-
-
-def training_seconds(results: list[VariantResult]) -> float | None:
-    """What training took on average, in the runs that were timed: not if it was killed after the last step."""
-    seconds = [result.training.get("training_seconds") for result in results]
-    return fmean(filter(None, seconds)) if any(seconds) else None
+    return Outcome(label, old, new, group, mean_seconds(results or [], "training_seconds"))

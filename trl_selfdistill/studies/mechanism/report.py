@@ -10,7 +10,7 @@ import numpy as np
 
 from ..figures import label_ends, page_figure
 from ..markdown import format_interval, markdown_table
-from ..results import VariantResult
+from ..results import VariantResult, mean_seconds
 from .study import MechanismResults, new_learnt
 from .variants import PREDICTIONS, MechanismArguments, MechanismVariant, variant_of_overlap
 
@@ -58,12 +58,10 @@ def summarise(results: MechanismResults) -> dict:
 
 def _mean_numbers(runs: list[VariantResult]) -> dict[str, float | None]:
     """What was learnt and what it cost, over the seeds of a variant."""
-    # A run that was killed after its last step has no seconds
-    seconds = [run.training["seconds_per_step"] for run in runs if run.training["seconds_per_step"] is not None]
     return {
         "new_learnt": new_learnt(runs),
         "steps": runs[0].training["num_steps"],
-        "seconds_per_step": fmean(seconds) if seconds else None,
+        "seconds_per_step": mean_seconds(runs, "seconds_per_step"),
     }
 
 

@@ -94,7 +94,7 @@ class MechanismArguments:
 def mechanism_variants(study: MechanismArguments) -> list[MechanismVariant]:
     """All runs of the study, none twice; the first is that on Known facts alone."""
     middle = study.num_facts_of_overlap
-    runs = [MechanismVariant(0, probe=True)]
+    runs = [MechanismVariant(0)]
     runs += [MechanismVariant(n, keys) for n in sorted(study.num_synthetic_facts) for keys in ("recombined", "uuid")]
     runs += [variant_of_overlap(middle, overlap) for overlap in sorted(study.overlaps)]
     runs += [MechanismVariant(middle, keys) for keys in ("recombined", "pseudo", "uuid")]

@@ -7,7 +7,7 @@ real values and others. Here keys and values are chosen independently, and facts
 
 import random
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 
@@ -68,7 +68,9 @@ def synthetic_facts(
 
     def draw() -> Iterator[dict]:
         lot = f"values of seed {seed}"
-        answers = _shuffled(forms, lot) if values == "real" else ((value, []) for value in _uuids(lot))
+        answers = ((value, []) for value in _uuids(lot))
+        if values == "real":
+            answers = shuffled_rounds(forms, random.Random(lot))
         for key, (answer, aliases) in islice(zip(draw_keys(), answers, strict=False), num_facts):
             yield make_fact(relation, question, key, answer, aliases)
 
@@ -76,9 +78,8 @@ def synthetic_facts(
     return IterableDataset.from_generator(draw)
 
 
-def _shuffled(items: list, seed: str) -> Iterator:
+def shuffled_rounds(items: Sequence, generator: random.Random) -> Iterator:
     """The items without end: all in random order, again and again."""
-    generator = random.Random(seed)
     while True:
         yield from generator.sample(items, len(items))
 
