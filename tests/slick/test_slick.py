@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,10 +155,23 @@ def test_interrupted_run_goes_on(settings, tmp_path, monkeypatch):
             annotate(**{"settings": settings, "progress_file": path, **change})
     tokenizer = build_tokenizer()
     trained = build_answering_model(tokenizer)
-    trained.model.layers[1].mlp.up_proj.weight.data[0] += 1e-3
+    trained.model.layers[1].mlp.up_proj.weight.data[-1] += 1e-3
     with pytest.raises(ValueError, match="is of other work"):
         annotate_facts(build_facts(), trained, tokenizer, settings, progress_file=path)
     assert path.read_text() == content
+
+
+def test_a_progress_file_of_another_chat_template_is_refused(tmp_path):
+    tokenizer = build_tokenizer()
+    model, prompts = build_answering_model(tokenizer), [[{"role": "user", "content": "Where is Oslo?"}]]
+    annotate = partial(annotate_facts, build_facts(), model, tokenizer, prompt_function=few_shot_messages)
+    for function in (annotate, partial(answer_prompts, model, tokenizer, prompts)):
+        tokenizer.chat_template = "{{ messages[-1].content }}"
+        function(progress_file=tmp_path / "p.jsonl")
+        tokenizer.chat_template += "\nA:"
+        with pytest.raises(ValueError, match="is of other work"):
+            function(progress_file=tmp_path / "p.jsonl")
+        (tmp_path / "p.jsonl").unlink()
 
 
 def test_progress_file_cut_off_anywhere(tmp_path):

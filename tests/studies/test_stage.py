@@ -66,6 +66,18 @@ def test_a_stage_runs_again_only_if_an_argument_or_the_content_of_an_input_has_c
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_model_that_takes_the_place_of_a_stages_runs_the_next_one_again(tmp_path, work):
+    model = run_stage(tmp_path / "model", {}, [], work)
+    for calls, name in enumerate(("model.safetensors", "tokenizer.json", "generation_config.json"), start=2):
+        run_stage(tmp_path / "out", {}, [model], work)
+        (model / name).write_text(name)
+        run_stage(tmp_path / "out", {}, [model], work)
+        assert work.calls == calls + 1
+    (model / "README.md").write_text("A card")
+    run_stage(tmp_path / "out", {}, [model], work)
+    assert work.calls == calls + 1
+
+
 def test_a_moved_study_is_kept(tmp_path, work):
     for name in ("here", "there"):
         if name == "there":

@@ -151,10 +151,13 @@ def test_a_conversation_is_asked_for_its_last_answer(tmp_path):
     assert asked.anchors.dataset["input_ids"][:] == answered.anchors.dataset["input_ids"][:]
 
 
-def test_own_answers_carry_the_labels_and_not_their_prompts(tmp_path):
-    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 2)
-    run = trainer(tmp_path, answering(), given(train_dataset=rows), anchors="own_answers", anchor_max_new_tokens=12)
-    added = run.train_dataset.to_list()[2:]
+@pytest.mark.parametrize("labels", [{"labels": [-100, 6, 7]}, {}])
+def test_own_answers_carry_the_labels_and_not_their_prompts(tmp_path, labels):
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], **labels}] * 2)
+    options = dict(anchors="own_answers", anchor_max_new_tokens=12, dataset_kwargs=dict(skip_prepare_dataset=True))
+    run = trainer(tmp_path, answering(), given(train_dataset=rows), **options)
+    first, _, *added = run.train_dataset.to_list()
+    assert first["labels"] == labels.get("labels", [5, 6, 7])
     assert added and all(row["labels"][0] == -100 != row["labels"][-1] for row in added)
 
 

@@ -16,6 +16,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sft_runs import FACTS, TOKENIZER, config, train, trainer, weights
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
 from trl_selfdistill.parameters.groups import GroupSelection, freeze_selection
@@ -91,6 +92,19 @@ def test_a_frozen_parameter_that_moves_is_found(tmp_path, save_strategy):
         frozen(tmp_path, None, extra, **options)
     assert not list((tmp_path / "run").glob("checkpoint-*/model.safetensors"))  # found before the model is written
     frozen(tmp_path, None, extra, verify_frozen=False, **options)
+
+
+def test_what_is_trainable_again_before_training_is_found(tmp_path):
+    run = trainer(tmp_path, None, {}, FrozenGroupsSFTTrainer, frozen_groups=["mlp"])
+    run.model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"6 parameters that .* froze are trainable now: \['model.layers.0.mlp"):
+        run.train()
+
+
+def test_a_run_of_sft_trainer_goes_on_without_groups_alone(tmp_path):
+    train(tmp_path, None, {}, SFTTrainer, save_strategy="steps")
+    with pytest.raises(ValueError, match=r"checkpoint-3 was trained with `frozen_groups=None`, not \['mlp'\]"):
+        frozen(tmp_path, frozen_groups=["mlp"], resume=True)
 
 
 def test_resuming_refuses_other_groups_and_other_weights(tmp_path):

@@ -143,3 +143,5 @@ def test_answers_that_could_not_be_given_are_refused(tmp_path, rows, error):
     rows = Dataset.from_dict({"question": ["q"] * len(rows["answer"]), **rows})
     with pytest.raises(ValueError, match=rf"`eval_sets\['a'\]`.*{error}"):
         HallucinationEvalCallback(make_trainer(tmp_path), {"a": rows})
+    with pytest.raises(TypeError, match="`eval_sets` is a Dataset; it must be a dict"):
+        HallucinationEvalCallback(None, rows)

@@ -11,6 +11,7 @@ from conftest import build_model
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
 from sft_runs import ARCHITECTURES, FACTS, ROUNDING, TOKENIZER, architecture, config, logs, train, trainer
+from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 from trl import SFTTrainer, TrlParser
 
 from trl_selfdistill import FrozenGroupsSFTConfig, SelfDistillSFTConfig, SelfDistillSFTTrainer
@@ -195,3 +196,42 @@ def test_a_batch_without_a_mask_is_evaluated_as_by_sft_trainer(tmp_path):
     assert [ours[name] for name in same] == pytest.approx([theirs[name] for name in same])
     runs[0].train()  # SFTTrainer needs a mask here, to count what it has seen
     assert logs(runs[0])[-1]["step"] == 3
+
+
+class Twice(SelfDistillSFTTrainer):
+    """As R-Drop and the like do."""
+
+    def compute_loss(self, *args, **kwargs):
+        return (super().compute_loss(*args, **kwargs) + super().compute_loss(*args, **kwargs)) / 2
+
+
+@pytest.mark.parametrize("options", [dict(precompute_teacher=True), dict(anchors="kl", kl_weight=0.3)])
+def test_a_subclass_may_take_the_loss_of_a_batch_twice(tmp_path, options):
+    options |= dict(teacher_cache_dir=str(tmp_path)) if "precompute_teacher" in options else {}
+    arguments = {"anchor_dataset": Dataset.from_list(TEXTS)} if "anchors" in options else {}
+    runs = [train(tmp_path, None, arguments, cls, **options) for cls in (SelfDistillSFTTrainer, Twice)]
+    once, twice = ([log["loss"] for log in logs(run)[:-1]] for run in runs)
+    assert once == pytest.approx(twice, abs=1e-6)
+
+
+class Late(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.kl_weight = 0.3
+
+
+def test_a_kl_weight_that_comes_without_a_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`kl_weight` was 0 when .* and is 0.3 now. Start with a small one"):
+        train(tmp_path, None, dict(callbacks=[Late()]), kl_weight=0.0)
+
+
+def test_a_model_without_finite_logits_trains_as_with_sft_trainer(tmp_path):
+    model = build_model(TOKENIZER)
+    model.lm_head.weight.data.fill_(float("nan"))
+    assert trainer(tmp_path, model).teacher is not None
+
+
+def test_a_model_with_an_encoder_is_refused(tmp_path):
+    sizes = dict(vocab_size=len(TOKENIZER), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    with pytest.raises(ValueError, match="`model` is a T5ForConditionalGeneration, .* It has an encoder"):
+        trainer(tmp_path, model)

@@ -3,6 +3,7 @@
 
 import shutil
 from functools import partial
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,16 @@ def test_tokens_of_a_new_chat_template(tmp_path, model_dir):
     assert logs(run)[0]["kl_loss"] < 1e-6 < logs(run)[1]["kl_loss"]
 
 
+def test_the_students_tokenizer_may_have_tokens_more_than_the_teachers(tmp_path):
+    for part in (other_model(vocab_size=320), TOKENIZER):
+        part.save_pretrained(tmp_path / "base")
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    options = dict(teacher_model_name_or_path=str(tmp_path / "base"))
+    run = train(tmp_path, build_model(tokenizer, vocab_size=320), dict(processing_class=tokenizer), **options)
+    assert logs(run)[0]["kl_loss"] > 0
+
+
 def test_the_model_of_another_trainer_as_teacher(tmp_path):
     """TRL binds a forward to it, and it may be trained further: the teacher is a copy."""
     other = train(tmp_path)
@@ -117,6 +128,8 @@ def other_tokenizer(folder):
 
 model, in_its_memory = build_model(TOKENIZER), other_model()
 in_its_memory.load_state_dict(model.state_dict(), assign=True)
+locked = build_model(TOKENIZER)
+locked.model.norm.lock = Lock()
 on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
 
 
@@ -131,6 +144,7 @@ on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_
         (None, dict(teacher_model=cpu_offload(other_model())), {}, "offloaded, .* load the model without"),
         (None, dict(teacher_model=on_its_head), {}, "In `teacher_model`, an adapter .*merge_and_unload"),
         (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320: take one of the"),
+        (locked, {}, {}, "cannot be copied for the teacher: cannot pickle .* Take a function as the hook"),
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Take a"),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* by name"),
         (None, {}, dict(teacher_snapshot_steps=1, load_best_model_at_end=True), "'loss' is another loss"),

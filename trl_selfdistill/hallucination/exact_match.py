@@ -30,7 +30,7 @@ _SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
 _IN_NUMBERS = r"(?<=\d)[./:^-](?=\d)|(?<![\w.])-(?=\.?\d)"
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?: \d{3})+(?!\d)")
-_IN_NAMES = r"(?<=[^\W_])(?:[+#]+|-(?![\w+#]))"  # C++ and C# are not C, nor are blood types O+ and O- O
+_IN_NAMES = r"(?<=[^\W_])(?:[+#]+|-(?![^\w\s]*[\w+#]))"  # C++ and C# are not C, nor are blood types O+ and O- O
 # Where words end in a text for `contains`: not at hyphens and full stops, nor in "1,789"
 _BREAKS = re.compile(r"[—―…,;:!?/|=<>→“”{}()\[\]、。・،؛]+(?!\d)|['’](?=s\b)|(?<=\b[LlDd])['’]|(?<=ll)['’]")
 
