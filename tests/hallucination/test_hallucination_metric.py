@@ -5,6 +5,7 @@ import doctest
 import importlib.util
 
 import evaluate
+import pandas as pd
 import pytest
 from test_code_blocks import MarkdownDocTestParser
 
@@ -52,6 +53,9 @@ def test_a_bad_batch_adds_nothing_and_the_metric_goes_on(metric):
         with pytest.raises((TypeError, ValueError), match=r"1 rows|\[[01]\]|empty"):
             metric.add_batch(predictions=predictions, references=references)
     assert metric.compute()["num_predictions"] == 1
+    table = pd.DataFrame({"prediction": ["a", "b"]})
+    with pytest.raises(TypeError, match="`predictions` is a DataFrame; it must be a list of strings"):
+        score_hallucinations(table, table)
     for options in ({}, {"predictions": ["a"]}, {"predictions": ["a"], "references": ["a"], "categories": ["x"]}):
         with pytest.raises((TypeError, ValueError), match="references|Nothing to score|HighlyKnown"):
             metric.compute(**options)
