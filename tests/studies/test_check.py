@@ -112,6 +112,13 @@ def test_a_stopped_check_goes_on_and_other_settings_take_nothing_from_it(models,
 THINKING = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
 
 
+def test_a_base_that_is_wrong_when_it_is_asked_once_more_is_refused(models, tmp_path, monkeypatch):
+    """As after a chat template that ends in a blank, which its tokens of an answer begin with."""
+    monkeypatch.setattr(check, "_ask", lambda loaded, model, facts, *args: ["Oslo"] * len(facts))
+    with pytest.raises(ValueError, match=r"`before`: asked once more, .*base is right on 0.0\d of .*Mend its chat"):
+        run_check(models, tmp_path)
+
+
 def copy_with(folder, models, name, chat_template, more_tokens=()):
     """A copy of a model in `folder`, with a chat template and more tokens."""
     model = AutoModelForCausalLM.from_pretrained(models / name)
@@ -176,10 +183,6 @@ def test_both_are_loaded_in_4_bit(models, tmp_path, calls_of):
         ("--facts org/nothing", "`facts`: org/nothing cannot be read here, nor as a dataset of the Hub"),
         ("--chat true", "base has no chat template, and both models are asked alike. Pass `--chat false`"),
         ("--facts french.jsonl", r"base HighlyKnows [1-9]\d? of 84 .* 50.* 'Which .*\?', expected 'la .*', answered"),
-        (
-            "--before blank_base --after blank_noisy",
-            "asked once more, blank_base is right on 0.00 of .* chat template",
-        ),
         ("--tolerance 1.5", "`tolerance` is 1.5; it must be a fraction"),
         ("--batch_size 0", "`batch_size` must be 1 or more .* got 0"),
         ("--after a/b --update_card", "`update_card` needs a folder as `after`, got 'a/b'"),
@@ -190,9 +193,6 @@ def test_wrong_input_ends_with_status_1(models, tmp_path, monkeypatch, capsys, f
     monkeypatch.chdir(tmp_path)
     for name in ("base", "noisy"):
         shutil.copytree(models / name, name)
-        tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(name, f"blank_{name}"))
-        tokenizer.chat_template = AS_TEXT.replace("A:", "A: ").replace("' ' +", "")  # the blank is the answer's
-        tokenizer.save_pretrained(f"blank_{name}")
     shutil.copytree("base", "copy")
     pickled_copy(Path("base"), Path("pickled"))
     shutil.copytree("noisy", "broken")

@@ -220,7 +220,7 @@ class Late(TrainerCallback):
 
 
 def test_a_kl_weight_that_comes_without_a_teacher_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`kl_weight` was 0 when .* and is 0.3 now. Start with a small one"):
+    with pytest.raises(ValueError, match="`kl_weight` is 0.3 now, and was 0 when .* Start with a small one"):
         train(tmp_path, None, dict(callbacks=[Late()]), kl_weight=0.0)
 
 

@@ -144,7 +144,7 @@ on_its_head = get_peft_model(other_model(), LoraConfig(r=2, target_modules=["lm_
         (None, dict(teacher_model=cpu_offload(other_model())), {}, "offloaded, .* load the model without"),
         (None, dict(teacher_model=on_its_head), {}, "In `teacher_model`, an adapter .*merge_and_unload"),
         (None, dict(teacher_model=other_model(vocab_size=320)), {}, "vocabulary has 300 .* 320: take one of the"),
-        (locked, {}, {}, "cannot be copied for the teacher: cannot pickle .* Take a function as the hook"),
+        (locked, {}, {}, "cannot be copied for the teacher: cannot pickle .* remove that, or pass a"),
         (None, dict(teacher_model=other_tokenizer), {}, "tokenizer of the teacher .* is not the student's.* Take a"),
         (None, {}, dict(teacher_model_init_kwargs={"dtype": "auto"}), "`teacher_model_init_kwargs` .* by name"),
         (None, {}, dict(teacher_snapshot_steps=1, load_best_model_at_end=True), "'loss' is another loss"),

@@ -177,9 +177,8 @@ def annotate_facts(
     identity = {"settings": asdict(settings), "batch_size": batch_size}
     if progress_file is not None:
         first = [prompt_function(questions[row], exemplars[relations[row]][0]) for row in range(len(asked))]
-        identity["prompts"] = checksum(tokenize_prompts(tokenizer, first))
+        identity |= {"prompts": checksum(tokenize_prompts(tokenizer, first)), "model": hash_model(model)}
         identity["facts"] = checksum(facts.select_columns(_REQUIRED_COLUMNS).to_list())
-        identity["model"] = hash_model(model)
     work = ProgressFile(progress_file, identity)
 
     def ask(prompt: int, name: str, rows: list[int]) -> list:

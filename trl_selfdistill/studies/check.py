@@ -144,7 +144,7 @@ def known_stage(base: CheckedModel, facts: Dataset, how: HowAsked, root: Path) -
             right = score_hallucinations(answers, accepted_answers(known, "facts"))["accuracy"]
             if right < 0.5:
                 raise ValueError(
-                    f"`before`: asked once more, {base.path} is right on {right:.2f} of the facts that it HighlyKnows. "
+                    f"`before`: asked once more, {base.path} is right on {right:.2f} of what it HighlyKnows. "
                     f"Its prompt may end where no answer begins, as in {answers[:3]}. Mend its chat template."
                 )
         if PartialState().is_main_process:

@@ -141,12 +141,9 @@ class _FrozenCheck(TrainerCallback):
     resumed: dict[str, str | None] = {}  # the hash of each group in the checkpoint that training resumes from
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if freed := sorted(self.names & trained):
-            raise ValueError(
-                f"{len(freed)} parameters that the trainer froze are trainable now: {freed[:3]}. Remove what sets "
-                "their `requires_grad`, or train other groups."
-            )
+        if freed := [name for name, p in model.named_parameters() if p.requires_grad and name in self.names]:
+            found = f"{len(freed)} parameters that the trainer froze are trainable now: {freed[:3]}"
+            raise ValueError(f"{found}. Remove what sets their `requires_grad`, or train other groups.")
         self.expected = hash_parameters(model)
         for group, members in self.expected.items():
             if self.resumed.get(group) not in (None, digest(members)):

@@ -158,10 +158,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         anchors = inputs.pop("anchors", None)  # of a step of training, which asks for the loss alone
         if self.teacher is None:
             if self.args.kl_weight > 0 and not self.args.takes_snapshot:
-                raise ValueError(
-                    f"`kl_weight` was 0 when the trainer was made, without a teacher therefore, and is "
-                    f"{self.args.kl_weight} now. Start with a small one, such as 1e-6."
-                )
+                now = f"is {self.args.kl_weight} now, and was 0 when the trainer was made, without a teacher therefore"
+                raise ValueError(f"`kl_weight` {now}. Start with a small one, such as 1e-6.")
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             loss = self._distillation_loss(model, inputs, return_outputs, num_items_in_batch)

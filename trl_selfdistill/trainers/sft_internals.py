@@ -156,18 +156,13 @@ class LabelStates(NamedTuple):
 
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """
-    A copy of `model` for the teacher: without gradients, in evaluation mode, and with a forward of its own. A
-    `ValueError` if something in it cannot be copied.
-    """
+    """A copy of `model` for the teacher: without gradients, in evaluation mode, and with a forward of its own."""
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     try:
         teacher = _copy_partitioned(model) if partitioned else copy.deepcopy(model)
     except TypeError as error:
-        raise ValueError(
-            f"The model cannot be copied for the teacher: {error}. A hook or an attribute of a module holds it. Take "
-            "a function as the hook, remove it, or pass a `teacher_model`."
-        ) from error
+        advice = "A hook or an attribute of a module holds it: remove that, or pass a `teacher_model`"
+        raise ValueError(f"The model cannot be copied for the teacher: {error}. {advice}.") from error
     # The forwards that TRL and accelerate bind to the student would run it, and accelerate would not prepare the copy
     for module in (teacher, base_causal_lm(teacher)):
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
