@@ -143,5 +143,9 @@ def test_answers_that_could_not_be_given_are_refused(tmp_path, rows, error):
     rows = Dataset.from_dict({"question": ["q"] * len(rows["answer"]), **rows})
     with pytest.raises(ValueError, match=rf"`eval_sets\['a'\]`.*{error}"):
         HallucinationEvalCallback(make_trainer(tmp_path), {"a": rows})
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(HallucinationEvalCallback(trainer, {"a": HELDOUT}, batch_size=-1))
+    with pytest.raises(ValueError, match="must be 1 or more, got {'batch_size': -1"):
+        trainer.evaluate(TRAIN)
     with pytest.raises(TypeError, match="`eval_sets` is a Dataset; it must be a dict"):
         HallucinationEvalCallback(None, rows)

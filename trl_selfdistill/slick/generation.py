@@ -140,6 +140,8 @@ def answer_prompts(
         title (`str`, *optional*, defaults to `"Answers"`): What the bar is called; `None` for none.
     """
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    if min(settings.values()) < 1:
+        raise ValueError(f"`batch_size` and `max_new_tokens` must be 1 or more, got {settings}.")
     inputs = {}
     if progress_file is not None:
         inputs = {"prompts": checksum(tokenize_prompts(tokenizer, prompts)), "model": hash_model(model)}
