@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy_study import SCRIPTS, STUDY_FLAGS, run_script
 
 from trl_selfdistill import FrozenGroupsSFTTrainer, cli
-from trl_selfdistill.files import read_json, read_jsonl, write_jsonl
+from trl_selfdistill.files import read_json, read_jsonl, write_json, write_jsonl
 from trl_selfdistill.hallucination import RATES
 from trl_selfdistill.studies import command_line
 
@@ -167,6 +167,8 @@ def test_frozen_groups_on_a_saved_dataset_by_a_config_file(toy_study, tmp_path, 
         ("--dataset_name nobody.jsonl", r"nobody.jsonl` .*: messages is \[\]; give text, or a list of `role` and"),
         ("--dataset_name numbers.jsonl", "numbers.jsonl` .*: (prompt|completion) is 1; give text, or a list of"),
         ("--dataset_name qa.jsonl", "qa.jsonl` .*'train'.* has the columns answer, prompt: give prompt and"),
+        ("--dataset_name qa.jsonl --output_dir stage", "`output_dir`: stage is the model to train, or a stage's"),
+        ("--dataset_name qa.jsonl --model_name_or_path a --output_dir ./a", "`output_dir`: a is the model to train"),
         ("--dataset_name qa.jsonl --model_name_or_path no/model", "`model_name_or_path`: 'no/model' is neither a fo"),
     ],
 )
@@ -176,6 +178,7 @@ def test_data_that_cannot_be_trained_on_is_refused(toy_study, tmp_path, monkeypa
     write_jsonl("holes.jsonl", [TEXT[0], {"prompt": "Q"}])
     write_jsonl("qa.jsonl", [{"prompt": "Q", "answer": "A"}])
     write_jsonl("turns.jsonl", [{"messages": "hello"}])
+    write_json("stage/run.json", {})
     write_jsonl("nobody.jsonl", [{"messages": []}])
     write_jsonl("numbers.jsonl", [{"prompt": 1, "completion": 1}])
     model = ("--model_name_or_path", toy_study.model, "--output_dir", "out")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from trl import ModelConfig
 
-from trl_selfdistill.files import read_json
+from trl_selfdistill.files import read_json, write_json
 from trl_selfdistill.studies.models import model_identity
 from trl_selfdistill.studies.stage import fingerprint, run_arguments, run_stage
 
@@ -99,6 +99,8 @@ def test_a_model_of_the_hub_counts_by_its_name_and_revision_and_a_folder_by_its_
     assert arguments["load_in_4bit"] is False and not {"use_peft", "lora_r"} & arguments.keys()
     arguments, inputs = model_identity(str(tmp_path), ModelConfig())
     assert arguments["model_name_or_path"] is None and inputs == [str(tmp_path)]
+    write_json(tmp_path / "lora" / "adapter_config.json", {"base_model_name_or_path": str(tmp_path)})
+    assert model_identity(str(tmp_path / "lora"), ModelConfig())[1] == [str(tmp_path / "lora"), str(tmp_path)]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)

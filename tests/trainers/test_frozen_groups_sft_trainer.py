@@ -14,8 +14,8 @@ from conftest import add_code, build_model
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from sft_runs import FACTS, TOKENIZER, config, train, trainer, weights
-from transformers import TrainerCallback
+from sft_runs import FACTS, TOKENIZER, assert_same_weights, config, train, trainer, weights
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTTrainer
 
 from trl_selfdistill import FrozenGroupsSFTConfig, FrozenGroupsSFTTrainer, SelfDistillSFTTrainer
@@ -99,6 +99,14 @@ def test_what_is_trainable_again_before_training_is_found(tmp_path):
     run.model.requires_grad_(True)
     with pytest.raises(ValueError, match=r"6 parameters that .* froze are trainable now: \['model.layers.0.mlp"):
         run.train()
+
+
+def test_a_full_model_takes_the_place_of_an_adapter(tmp_path):
+    for arguments, groups in ((dict(peft_config=LoraConfig()), ["attention"]), ({}, None)):
+        run = train(tmp_path, None, arguments, FrozenGroupsSFTTrainer, trainable_groups=groups)
+        run.save_model(tmp_path / "out")
+    assert not {"adapter_config.json", "parameter_groups.json"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), run.model)
 
 
 def test_a_run_of_sft_trainer_goes_on_without_groups_alone(tmp_path):

@@ -11,6 +11,7 @@ from ..trainers.frozen_groups_sft_trainer import check_rows
 from .arguments import TrainingDataArguments
 from .models import check_model_is_there, load_model_and_tokenizer, loading_options
 from .runs import StudySetup, Variant, train_variant
+from .stage import RUN_FILE
 from .stages import facts_of_mix
 from .tables import load_table
 
@@ -43,6 +44,8 @@ def train_as_asked(
         return table
 
     model, options = model_args.model_name_or_path, {"peft_config": get_peft_config(model_args)}
+    if (folder / RUN_FILE).is_file() or folder.resolve() == Path(model).resolve():
+        raise ValueError(f"`output_dir`: {folder} is the model to train, or a stage's. Take another folder.")
     check_model_is_there(model, model_args.model_revision)
     if (Path(model) / "adapter_config.json").is_file():  # an adapter that is trained further
         init_kwargs, config.model_init_kwargs = config.model_init_kwargs, None

@@ -143,9 +143,11 @@ def model_identity(model: str, config: ModelConfig) -> tuple[dict[str, Any], lis
     The arguments and the inputs by which a stage depends on a model: a Hub id is an argument, a folder an input, which
     counts by its content, so that a study may be moved.
     """
-    is_folder = Path(model).is_dir()
+    is_folder, adapter = Path(model).is_dir(), Path(model) / "adapter_config.json"
     values = asdict(config) | {"model_name_or_path": None if is_folder else model}
-    return {k: v for k, v in values.items() if not k.startswith(_ADAPTER)}, [model] if is_folder else []
+    bases = [read_json(adapter)["base_model_name_or_path"]] if adapter.is_file() else []
+    inputs = [folder for folder in (model, *bases) if folder and Path(folder).is_dir()]
+    return {k: v for k, v in values.items() if not k.startswith(_ADAPTER)}, inputs
 
 
 def adapter_arguments(config: ModelConfig) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ class ExactResumeMixin:
     _training_data: dict | None = None
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:
+        if str(resume_from_checkpoint).lower() == "true":  # a command line gives a text
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No valid checkpoint found in {self.args.output_dir}: train from the start.")
