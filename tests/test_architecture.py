@@ -24,7 +24,7 @@ import trl_selfdistill
 PACKAGE = Path(trl_selfdistill.__file__).parent
 ROOT = PACKAGE.parent
 # The most lines of Python each part may have. Growth makes room or gives its reason in AGENTS.md
-BUDGETS = {"library": 5658, "studies": 4911, "tests": 9829}
+BUDGETS = {"library": 5661, "studies": 4913, "tests": 9840}
 HEAVY = {"torch", "transformers", "trl", "accelerate", "peft"}
 # From the top of the table down, each with what it must not import, `None` for all but the standard library, numpy and
 # scipy. A package imports from those above it.

@@ -42,7 +42,7 @@ def squad_f1(prediction: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-@settings(derandomize=True)  # the second law fails for marks that no script has, such as two accents on one vowel
+@settings(derandomize=True)  # the second law has exceptions: "0-:0" is "0-0", where the sign is one no more
 @given(st.text(), st.text(), st.lists(st.text()))
 def test_laws_of_exact_match(first, second, forms):
     assert normalize_answer(first, squad=True) == squad_normalized(first)
@@ -98,10 +98,12 @@ SAME = """東京。=東京|Côte d’Ivoire=Côte d'Ivoire|Côte dʼIvoire=Côte
     「東京」=東京|«Paris»=Paris|“Paris”=Paris|¿Perú?=Perú|አዲስ፡አበባ=አዲስ አበባ|Ⅳ=IV|ทํา=ทำ|iPhone™=iPhone
     C♯=C#|ΑΘΗΝΑ=Αθήνα|한국=\u1112\u1161\u11ab\u1100\u116e\u11a8|葛\U000e0100城=葛城|ქართული=ᲥᲐᲠᲗᲣᲚᲘ|Gda\u0144sk=Gdan\u0301sk
     Guinea Bissau=Guinea-Bissau|1 000 000=1,000,000|1914 – 1918=1914-1918|Hoà Bình=Hòa Bình|ൻ=ന്\u200d
-    Երևան=Երեվան|উৎসব=উত্\u200dসব|װ=וו|ᠮᠣᠩ᠋ᠭᠣᠯ=ᠮᠣᠩᠭᠣᠯ|Æthelred=Aethelred|A=a."""
+    Երևան=Երեվան|উৎসব=উত্\u200dসব|װ=וו|ᠮᠣᠩ᠋ᠭᠣᠯ=ᠮᠣᠩᠭᠣᠯ|Æthelred=Aethelred|A=a.|A-=a-"""
 SAME = SAME.replace("\n    ", "|").split("|")
-DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C
-A=the|C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι|1 0000=10000|O-=O|I ran=Iran|അവൻ=അവന്""".replace("\n", "|")
+DIFFERENT = """दिल्ली=दल्ली|ดี=ดา|か=が|C♯=C|€5=£5|5°=5|São=Sao|Zürich=Zurich|ё=е|ي=ب|ក=កា|Łódź=Lodz|10 1=101|°C=C|A=the
+A-=A|C++=C|C#=C|C++=C#|O+=O|A+=A-|Disney+=Disney|ΐ=ι|1 0000=10000|O-=O|O-/A+=O/A+|I ran=Iran|അവൻ=അവന്""".replace(
+    "\n", "|"
+)
 
 
 @pytest.mark.parametrize("pair", SAME)

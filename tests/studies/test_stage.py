@@ -78,6 +78,13 @@ def test_a_model_that_takes_the_place_of_a_stages_runs_the_next_one_again(tmp_pa
     assert work.calls == calls + 1
 
 
+def test_the_folder_of_the_process_is_not_replaced(tmp_path, work, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="The folder of the result is '.', which cannot be replaced: name another"):
+        run_stage(".", {}, [], work)
+    assert os.path.isdir(os.getcwd())
+
+
 def test_a_moved_study_is_kept(tmp_path, work):
     for name in ("here", "there"):
         if name == "there":

@@ -219,9 +219,10 @@ class Late(TrainerCallback):
         args.kl_weight = 0.3
 
 
-def test_a_kl_weight_that_comes_without_a_teacher_is_refused(tmp_path):
+@pytest.mark.parametrize("options", [{}, dict(teacher_snapshot_steps=1)])
+def test_a_kl_weight_that_comes_without_a_teacher_is_refused(tmp_path, options):
     with pytest.raises(ValueError, match="`kl_weight` is 0.3 now, and was 0 when .* Start with a small one"):
-        train(tmp_path, None, dict(callbacks=[Late()]), kl_weight=0.0)
+        train(tmp_path, None, dict(callbacks=[Late()]), kl_weight=0.0, **options)
 
 
 def test_a_model_without_finite_logits_trains_as_with_sft_trainer(tmp_path):

@@ -25,12 +25,12 @@ _UNSEEN += "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640
 _STRESS = re.compile("(?<=[аеиоуыэюяієαεηιουω])\u0301+")  # of Cyrillic in dictionaries, of Greek not in capitals
 _TONES = re.compile("([ou])([\u0300\u0301\u0303\u0309\u0323])([aey])(?!\\w)")  # Vietnamese, on either vowel
 _ACCENTS = re.compile("[\u0300-\u036f]")  # of Latin, Greek and Cyrillic
-_ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
+_ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#-])")
 _SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign before a number and a separator within one (not the comma of thousands)
 _IN_NUMBERS = r"(?<=\d)[./:^-](?=\d)|(?<![\w.])-(?=\.?\d)"
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?: \d{3})+(?!\d)")
-_IN_NAMES = r"(?<=[^\W_])(?:[+#]+|-(?![^\w\s]*[\w+#]))"  # C++ and C# are not C, nor are blood types O+ and O- O
+_IN_NAMES = r"(?<=[^\W_])(?:[+#]+|-(?![\w+#]))"  # C++ and C# are not C, nor are blood types O+ and O- O
 # Where words end in a text for `contains`: not at hyphens and full stops, nor in "1,789"
 _BREAKS = re.compile(r"[—―…,;:!?/|=<>→“”{}()\[\]、。・،؛]+(?!\d)|['’](?=s\b)|(?<=\b[LlDd])['’]|(?<=ll)['’]")
 
@@ -63,9 +63,9 @@ def normalize_answer(
     text: str, *, squad: bool = False, strip_accents: bool = False, exact_numbers: bool = False
 ) -> str:
     """
-    Returns the form in which answers are compared: without case, punctuation, English articles and invisible
-    characters, with single spaces. What differs in Unicode alone (full-width letters, composed accents, kinds of
-    apostrophes and digits, Arabic and Hebrew vowel points) is the same.
+    Returns the form in which answers are compared: without case, punctuation, English articles beside other words and
+    invisible characters, with single spaces. What differs in Unicode alone (full-width letters, composed accents,
+    kinds of apostrophes and digits, Arabic and Hebrew vowel points) is the same.
 
     Args:
         text (`str`): An answer.

@@ -18,7 +18,7 @@ from .model_card import CARD_FILE, RECORD_FILE, hub_id, read_record, render_mode
 
 # Of the results of weights, and of the weights. Vocabularies have the names that transformers' tokenizers give them
 RESULT_FILES = (CARD_FILE, RECORD_FILE, "curves.png", "parameter_groups.json")
-ANSWER_FILES = ("accuracy.json*", "base_accuracy.jsonl")  # to facts, which they name: sent with these alone
+ANSWER_FILES = ("accuracy.json*",)  # to facts, which they name: sent with these alone
 MODEL_FILES = (
     ("*model*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
     + ("adapter_config.json", "*processor_config.json", "*tokenizer_config.json", "tokenizer.json", "*.tokenizer")

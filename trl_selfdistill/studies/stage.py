@@ -47,7 +47,9 @@ def run_stage(
         FileNotFoundError: If an input is missing.
         ValueError: If `folder` holds an input, or files that no stage wrote: the result would take their place.
     """
-    folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # "." has none
+    folder = Path(folder)
+    if not folder.name:
+        raise ValueError(f"The folder of the result is {os.fspath(folder)!r}, which cannot be replaced: name another.")
     partial = folder.with_name(folder.name + ".partial")
     state = PartialState()
     arguments = json.loads(json.dumps(arguments, default=str))

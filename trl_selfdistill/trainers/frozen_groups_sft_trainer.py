@@ -102,7 +102,8 @@ class FrozenGroupsSFTTrainer(ExactResumeMixin, ModelCardMixin, HookedSFTTrainer)
         verify_frozen(self.model, self._frozen_check.expected)  # before the model is saved
         if self.args.should_save:  # of an earlier run in this folder, whose adapter loaders would take for the model
             for name in ("adapter_config.json", "adapter_model.safetensors", "parameter_groups.json"):
-                (Path(output_dir or self.args.output_dir) / name).unlink(missing_ok=True)
+                if (path := Path(output_dir or self.args.output_dir) / name).is_file():
+                    path.unlink()
         super().save_model(output_dir, _internal_call)
 
     def on_save_model(self, folder: Path) -> None:

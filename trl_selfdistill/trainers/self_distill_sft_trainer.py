@@ -86,7 +86,8 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         # Trainer does not push names that start with "_"
         self.teacher_folder = Path(args.output_dir) / "_teacher"
         self._teacher_name = given if isinstance(given, str) else None
-        if args.kl_weight == 0 and self.anchors is None:
+        self._awaits_teacher = args.kl_weight > 0 or self.anchors is not None
+        if not self._awaits_teacher:
             return
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.sp_enabled or parallelism.cp_enabled):
@@ -138,8 +139,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         self.saved_teacher = saved.get("teacher")
         if self.teacher is not None:
             self.teacher.restore(self.model, self.teacher_folder, self.saved_teacher)
-        is_awaited = self.args.takes_snapshot and (self.args.kl_weight > 0 or self.anchors is not None)
-        if not is_awaited:  # else the snapshot's callback does it
+        if not (self.args.takes_snapshot and self._awaits_teacher):  # else the snapshot's callback does it
             check_teacher(self.teacher, self.saved_teacher, checkpoint)
 
     def on_save_checkpoint(self, folder: Path) -> None:
@@ -157,7 +157,7 @@ class SelfDistillSFTTrainer(FrozenGroupsSFTTrainer):
         inputs = {**inputs}  # a subclass may ask twice
         anchors = inputs.pop("anchors", None)  # of a step of training, which asks for the loss alone
         if self.teacher is None:
-            if self.args.kl_weight > 0 and not self.args.takes_snapshot:
+            if self.args.kl_weight > 0 and not self._awaits_teacher:
                 now = f"is {self.args.kl_weight} now, and was 0 when the trainer was made, without a teacher therefore"
                 raise ValueError(f"`kl_weight` {now}. Start with a small one, such as 1e-6.")
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -160,7 +160,9 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     try:
         teacher = _copy_partitioned(model) if partitioned else copy.deepcopy(model)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         advice = "A hook or an attribute of a module holds it: remove that, or pass a `teacher_model`"
         raise ValueError(f"The model cannot be copied for the teacher: {error}. {advice}.") from error
     # The forwards that TRL and accelerate bind to the student would run it, and accelerate would not prepare the copy
