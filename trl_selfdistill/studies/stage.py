@@ -45,7 +45,7 @@ def run_stage(
 
     Raises:
         FileNotFoundError: If an input is missing.
-        ValueError: If `folder` holds an input, or files that no stage wrote: the result would take their place.
+        ValueError: If `folder` is ".", or holds an input or files of no stage: the result would take their place.
     """
     folder = Path(folder)
     if not folder.name:
